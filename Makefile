@@ -1,0 +1,39 @@
+# make run    set up if needed, then the main job: notebooks, figures, report   (make run ARGS="--help")
+# make test   set up if needed, then the tests                                  (make test ARGS="-k photos")
+# make help   this text            make clean-venv   remove .venv, so that the next call sets it up anew
+# PYTHON=python3.12 chooses the Python that .venv is made from (3.11 or newer).
+
+PYTHON ?= python3
+VENV := .venv
+STAMP := $(VENV)/installed-for
+
+# The stamp holds the folder it was installed for. A checkout that was moved, or an environment whose Python is gone,
+# is set up again: the scripts in .venv and the editable install name the old place.
+ifneq ($(shell cat $(STAMP) 2>/dev/null && test -x $(VENV)/bin/python && echo works),$(CURDIR) works)
+$(shell rm -f $(STAMP))
+endif
+
+.DEFAULT_GOAL := help
+.PHONY: help run test clean-venv
+
+help:
+	@sed -n 's/^# //p' Makefile | sed -n '1,4p'
+
+run: $(STAMP)
+	@$(VENV)/bin/ibkit run $(ARGS)
+
+test: $(STAMP)
+	@$(VENV)/bin/python -m pytest $(ARGS)
+
+$(STAMP): pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	    echo "error: ibkit needs Python 3.11 or newer, but '$(PYTHON)' is $$($(PYTHON) --version 2>/dev/null || echo missing);" \
+	         "name a newer one: make PYTHON=python3.12" >&2; exit 2; }
+	@echo "Setting up $(VENV) (once; several GB, mostly PyTorch) ..."
+	@test -f $(STAMP) || $(PYTHON) -m venv --clear $(VENV) || { rm -rf $(VENV); \
+	    echo "error: '$(PYTHON) -m venv' failed; on Debian and Ubuntu: apt-get install python3-venv" >&2; exit 2; }
+	$(VENV)/bin/python -m pip install --disable-pip-version-check --editable '.[test]'
+	@printf '%s\n' "$(CURDIR)" > $(STAMP)
+
+clean-venv:
+	rm -rf $(VENV)

@@ -1,0 +1,70 @@
+"""The `ibkit` command: its subcommands, their errors, and the kernel that notebooks run on.
+
+A subcommand is a module with `add_arguments(parser)` and `main(arguments) -> int`, and one line in `COMMANDS`. Only the
+module of the subcommand that was asked for is imported, so that `ibkit --help` answers at once.
+"""
+
+import argparse
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ibkit import __version__
+from ibkit.errors import IbkitError
+
+COMMANDS = {  # name: (module, what it does)
+    "run": ("ibkit.main_job", "run the notebooks in order and build the report"),
+    "claims": ("ibkit.claims", "read the papers' claims against a finished run"),
+    "check": ("ibkit.check", "look at this machine: what can run here, and what to do about what cannot"),
+}
+EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `ibkit` with the arguments of the command line (or `argv`).
+
+    Returns:
+        The exit status: the subcommand's own, 2 for an error the user can do something about, 130 after Ctrl-C.
+    """
+    argv = sys.argv[1:] if argv is None else list(argv)
+    try:
+        arguments = _parse(argv)
+        use_own_kernel()
+        return arguments.main(arguments)
+    except IbkitError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return EXIT_ERROR
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+
+
+def use_own_kernel() -> None:
+    """Make every kernel this process starts under the name `python3` run on this very Python.
+
+    The kit registers no kernel. ipykernel, which is installed beside it, put a kernel `python3` into the environment's
+    share/jupyter, whose command is a bare `python`; Jupyter replaces that by `sys.executable`. But Jupyter may look in
+    the user's home first (it does in a .venv owned by somebody else, and outside of one), where another `python3` may
+    name another Python. `JUPYTER_PATH` stands before all other places, and this environment is put first in it.
+    """
+    own = str(Path(sys.prefix) / "share" / "jupyter")
+    others = [path for path in os.environ.get("JUPYTER_PATH", "").split(os.pathsep) if path and path != own]
+    os.environ["JUPYTER_PATH"] = os.pathsep.join([own, *others])
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="ibkit", description="Personalized text-to-image models that follow instructions.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"ibkit {__version__}")
+    subparsers = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    wanted = next((word for word in argv if not word.startswith("-")), None)
+    for name, (module, help) in COMMANDS.items():
+        subparser = subparsers.add_parser(name, help=help, description=help, allow_abbrev=False)
+        if name == wanted:
+            command = importlib.import_module(module)
+            command.add_arguments(subparser)
+            subparser.set_defaults(main=command.main)
+    return parser.parse_args(argv)

@@ -1,0 +1,270 @@
+"""Typed notebook parameters: what each notebook takes, what is allowed, and a refusal of everything else.
+
+A notebook's parameters cell holds flat literals, which papermill replaces. papermill only warns about a name that it
+does not know, and reads `1e-4` as text, so the cell after it calls `collect`. Types are plain (`int`, `float`, `str`,
+`bool`, `list` of text), because that is what papermill's reader of the cell understands. The values 0, 0.0, "" and []
+stand for "the preset's own value" where the help says so; the presets are looked up later, by the notebook.
+"""
+
+import ast
+import dataclasses
+import difflib
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ibkit.errors import ParameterError
+
+LITERALS = (int, float, str, bool, list, dict, type(None))
+IPYTHON_NAMES = {"In", "Out", "exit", "quit"}
+
+
+def param(default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
+    """Declare one parameter of a notebook as a dataclass field.
+
+    Args:
+        default: its value in the notebook as shipped; its type is the parameter's type.
+        help: one line for people.
+        low: smallest number allowed, inclusive.
+        high: largest number allowed, inclusive.
+        choices: the texts allowed; empty when any is.
+    """
+    metadata = {"help": help, "low": low, "high": high, "choices": choices}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every notebook takes."""
+
+    model: str = param("pocket", "preset (pocket, sd15), or a local folder in diffusers format")
+    revision: str = param("", "revision of a model on the hub; empty = the preset's")
+    device: str = param("auto", "auto, cpu, cuda, cuda:1, mps")
+    seed: int = param(0, "every random stream of the notebook is derived from it", low=0, high=2**31 - 1)
+    run_out: str = param("", "folder of this notebook's run; empty = outputs/notebook-<its name>")
+    resume: bool = param(False, "go on with an interrupted run in that folder")
+
+
+@dataclass(frozen=True, kw_only=True)
+class StartHere(Common):
+    """00_start_here: the tour."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Personalize(Common):
+    """01_personalize: DreamBooth on a few photos."""
+
+    subject: str = param("", "folder of photos; empty = the pocket world's demonstration subject")
+    class_noun: str = param("cat", "what the subject is, in a word or two")
+    identifier: str = param("sks", "the rare word that will name the subject")
+    description: str = param("", "detailed description of the subject, put before the class noun; empty = none")
+    n_steps: int = param(0, "training steps; 0 = the preset's", low=0, high=100_000)
+    learning_rate: float = param(0.0, "0 = the preset's", low=0.0, high=1.0)
+    batch_size: int = param(0, "subject images in a step; 0 = the preset's", low=0, high=1024)
+    prior_weight: float = param(1.0, "weight of the prior-preservation loss; 0 = without it", low=0.0, high=100.0)
+    n_class_images: int = param(0, "class images for prior preservation; 0 = the preset's", low=0, high=100_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RLFinetune(Common):
+    """02_rl_finetune: DDPO on the personalized model."""
+
+    run_in: str = param("", "folder of a finished 01 run; empty = outputs/notebook-01_personalize")
+    prompts: list[str] = param([], 'activities such as "playing soccer"; empty = the preset\'s')
+    n_epochs: int = param(0, "0 = the preset's", low=0, high=100_000)
+    images_per_epoch: int = param(0, "0 = the preset's", low=0, high=100_000)
+    n_inference_steps: int = param(0, "denoising steps of an image; 0 = the preset's", low=0, high=1000)
+    guidance: float = param(0.0, "classifier-free guidance scale; 0 = the preset's", low=0.0, high=50.0)
+    clip_range: float = param(0.0, "PPO clip range of the probability ratio; 0 = the preset's", low=0.0, high=1.0)
+    learning_rate: float = param(0.0, "0 = the preset's", low=0.0, high=1.0)
+    lora_rank: int = param(0, "0 = the preset's", low=0, high=1024)
+    use_class_prompts: bool = param(True, "train on prompts without the identifier too")
+    reward: str = param("image_reward", "name of the scorer that is the reward")
+    sample_every: int = param(0, "epochs between sample grids; 0 = the preset's", low=0, high=100_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluate(Common):
+    """03_evaluate: base model, DreamBooth and InstructBooth on the same prompts and seeds."""
+
+    run_dreambooth: str = param("", "folder of a finished 01 run; empty = outputs/notebook-01_personalize")
+    run_rl: list[str] = param([], "folders of finished 02 runs, one a seed; empty = outputs/notebook-02_rl_finetune")
+    prompts: list[str] = param([], "activities to evaluate on; empty = those that RL trained on")
+    n_images: int = param(0, "images for each prompt and method; 0 = the preset's", low=0, high=100_000)
+    batch_size: int = param(0, "images made at a time; 0 = the preset's", low=0, high=1024)
+
+
+SCHEMAS: dict[str, type[Common]] = {
+    "00_start_here": StartHere,
+    "01_personalize": Personalize,
+    "02_rl_finetune": RLFinetune,
+    "03_evaluate": Evaluate,
+}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One row of a schema: name, type, default, help for people, and what is allowed."""
+
+    name: str
+    type: type
+    default: Any
+    help: str
+    low: float | None
+    high: float | None
+    choices: tuple[str, ...]
+
+    @property
+    def allowed(self) -> str:
+        """What is allowed, in words: 'a whole number from 0 to 1000'."""
+        if self.choices:
+            return "one of " + ", ".join(map(repr, self.choices))
+        noun = {
+            bool: "True or False",
+            int: "a whole number",
+            float: "a number",
+            str: "a text" if self.default == "" else "a text that is not empty",
+            list: "a list of texts that are not empty",
+        }[self.type]
+        if self.low is not None and self.high is not None:
+            return f"{noun} from {self.low} to {self.high}"
+        return noun
+
+    def check(self, value: Any) -> Any:
+        """Return `value` in the parameter's own type; raise ValueError when it is not allowed."""
+        kind = type(value)
+        if self.type is float and kind in (int, float, str):
+            value = float(value)
+            if not math.isfinite(value):
+                raise ValueError(value)
+        elif kind is not self.type:
+            raise ValueError(value)
+        if self.type is list:
+            if not all(type(item) is str and item.strip() for item in value):
+                raise ValueError(value)
+            value = list(value)
+        if self.type is str and self.default != "" and not value.strip():
+            raise ValueError(value)
+        if self.choices and value not in self.choices:
+            raise ValueError(value)
+        if (self.low is not None and value < self.low) or (self.high is not None and value > self.high):
+            raise ValueError(value)
+        return value
+
+
+def schema(notebook: str) -> list[Parameter]:
+    """List the parameters of a notebook, in the order of its parameters cell.
+
+    Args:
+        notebook: its name without the suffix, such as "01_personalize".
+
+    Raises:
+        ParameterError: no such notebook.
+    """
+    if notebook not in SCHEMAS:
+        raise ParameterError(f"There is no notebook {notebook!r}{_nearest(notebook, SCHEMAS)}.")
+    rows = []
+    for field in dataclasses.fields(SCHEMAS[notebook]):
+        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+        rows.append(Parameter(name=field.name, type=type(default), default=default, **field.metadata))
+    return rows
+
+
+def make(notebook: str, values: Mapping[str, Any]) -> Any:
+    """Check `values` and return the notebook's parameters; what is not given has its default.
+
+    Args:
+        notebook: its name without the suffix, such as "01_personalize".
+        values: parameter name -> value.
+
+    Returns:
+        An instance of the notebook's dataclass (`dataclasses.asdict` turns it into the manifest's parameters).
+
+    Raises:
+        ParameterError: an unknown name (the nearest one is named), or a value that is not allowed (what is, is named).
+    """
+    rows = {row.name: row for row in schema(notebook)}
+    for name in values:
+        if name not in rows:
+            raise ParameterError(f"Notebook {notebook} has no parameter {name!r}{_nearest(name, rows)}.")
+    checked = {}
+    for name, value in values.items():
+        try:
+            checked[name] = rows[name].check(value)
+        except (ValueError, OverflowError):
+            hint = " (papermill: pass text with -r instead of -p)" if _wanted_text(rows[name], value) else ""
+            raise ParameterError(
+                f"Notebook {notebook}: parameter {name!r} must be {rows[name].allowed}, "
+                f"not {_show(value)} of type {type(value).__name__}{hint}."
+            ) from None
+    return SCHEMAS[notebook](**checked)
+
+
+def collect(notebook: str, namespace: Mapping[str, Any]) -> Any:
+    """Check the variables of a notebook's parameters cell; call it in the next cell as `collect(name, globals())`.
+
+    Any other public variable that holds a plain literal is taken for a mistyped parameter and refused. Only names
+    that the parameters cell itself assigns are looked at when the cell is run again by hand, since by then the
+    variables of later cells are there too.
+
+    Args:
+        notebook: its name without the suffix, such as "01_personalize".
+        namespace: the notebook's `globals()`.
+
+    Returns:
+        An instance of the notebook's dataclass.
+
+    Raises:
+        ParameterError: an unknown or missing name, or a value that is not allowed.
+    """
+    names = [row.name for row in schema(notebook)]
+    candidates = _cell_names(namespace, names) if namespace.get("_ibkit_collected") else set(namespace)
+    values = {
+        name: value
+        for name, value in namespace.items()
+        if name in names or (name in candidates and _is_public(name) and type(value) in LITERALS)
+    }
+    parameters = make(notebook, values)
+    missing = [name for name in names if name not in values]
+    if missing:
+        raise ParameterError(
+            f"The parameters cell of notebook {notebook} does not set {', '.join(missing)}; put the line back."
+        )
+    if isinstance(namespace, dict):
+        namespace["_ibkit_collected"] = True
+    return parameters
+
+
+def _is_public(name: str) -> bool:
+    return not name.startswith("_") and name not in IPYTHON_NAMES
+
+
+def _cell_names(namespace: Mapping[str, Any], names: list[str]) -> set[str]:
+    """Names assigned by the cell run last among those that assign most of the notebook's parameters."""
+    for source in reversed(namespace.get("In", [])):
+        try:
+            body = ast.parse(source).body
+        except SyntaxError:
+            continue
+        targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
+        assigned = {target.id for target in targets if isinstance(target, ast.Name)}
+        if len(assigned & set(names)) > len(names) / 2:
+            return assigned
+    return set()
+
+
+def _nearest(name: str, known: Mapping[str, Any]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"; did you mean {near[0]!r}?" if near else f"; it is one of {', '.join(known)}"
+
+
+def _wanted_text(row: Parameter, value: Any) -> bool:
+    return row.type is str and type(value) in (int, float, bool)
+
+
+def _show(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
