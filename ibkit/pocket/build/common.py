@@ -1,0 +1,160 @@
+"""The training loop that all build stages share: fp32 master weights, resumable, and the same batches whether or not it was ever stopped.
+
+Matrices are trained by Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers"), the rest by AdamW: on two CPU cores the autoencoder reaches
+18.5 dB in 200 steps of 16 that way and 14.5 dB with AdamW alone at the best of three rates.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+from tqdm import tqdm
+
+from ibkit.runs import Checkpoints
+from ibkit.training import load_optimizer_tensors, optimizer_tensors, part
+
+SEED = 20_26
+
+
+@dataclass(frozen=True)
+class Budget:
+    """How long a stage trains, in steps of `batch` pictures; the rates are the peaks of a warm-up + cosine schedule."""
+
+    steps: int
+    batch: int
+    lr: float = 2e-3  # AdamW: vectors, embeddings
+    muon_lr: float = 0.02  # Muon: matrices and convolution kernels
+    weight_decay: float = 0.01
+    ema: float = 0.998
+
+
+def step_generator(stage: str, step: int) -> torch.Generator:
+    """Randomness of one training step, independent of all others: resuming needs no saved generator state."""
+    return torch.Generator().manual_seed(hash_seed(stage, step))
+
+
+def hash_seed(*names) -> int:
+    import hashlib
+
+    return int.from_bytes(hashlib.sha256(repr((SEED, *names)).encode()).digest()[:7], "big")
+
+
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the machine multiplies it natively (twice as fast here), else fp32; master weights are fp32 either way."""
+    if device.type == "cuda":
+        return torch.bfloat16
+    return torch.bfloat16 if torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported() else torch.float32
+
+
+def fit(
+    stage: str,
+    folder: Path,
+    model: nn.Module,
+    loss_fn: Callable[[nn.Module, nn.Module, int, torch.Generator], tuple[torch.Tensor, dict[str, float]]],
+    budget: Budget,
+    device: torch.device,
+    dtype: torch.dtype,
+    save_s: float = 120.0,
+) -> nn.Module:
+    """Train `model` and return it with the averaged (EMA) weights, in evaluation mode.
+
+    Args:
+        loss_fn: (working copy of the model in `dtype`, its fp32 running average, step, generator of the step) -> (scalar loss, numbers to show).
+        save_s: seconds between checkpoints; a stopped build loses at most this much and continues on the same batches.
+    """
+    master = model.to(device=device, dtype=torch.float32)
+    work = copy.deepcopy(master).to(dtype=dtype, memory_format=torch.channels_last).train()
+    ema = copy.deepcopy(master).requires_grad_(False)
+    trained = [(m, w) for m, w in zip(master.parameters(), work.parameters(), strict=True) if m.requires_grad]
+    tables = {id(t.weight) for t in master.modules() if isinstance(t, nn.Embedding)}
+    # Muon takes matrices; a kernel (out, in, 3, 3) is one of shape (out, in * 9), sharing its memory with the weight.
+    matrices = {id(m): nn.Parameter(m.data.view(len(m), -1)) for m, _ in trained if m.ndim >= 2 and id(m) not in tables}
+    others = [m for m, _ in trained if id(m) not in matrices]
+    optimizers = [
+        torch.optim.Muon(list(matrices.values()), lr=budget.muon_lr, weight_decay=budget.weight_decay),
+        torch.optim.AdamW(others, lr=budget.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+    peaks = [budget.muon_lr, budget.lr]
+    checkpoints = Checkpoints(folder / "checkpoints" / stage)
+    start = 0
+    if (found := checkpoints.latest()) is not None:
+        start, tensors, _ = found
+        _restore(tensors, master, ema, optimizers)
+    progress = tqdm(total=budget.steps, initial=start, desc=stage, mininterval=10, smoothing=0.02)
+    saved_at, log = time.monotonic(), open(folder / f"{stage}.log", "a")
+    for step in range(start, budget.steps):
+        factor = min(1.0, (step + 1) / 50) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / budget.steps)))
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
+            optimizer.param_groups[0]["lr"] = peak * factor
+        with torch.no_grad():
+            torch._foreach_copy_([w for _, w in trained], [m for m, _ in trained])
+        loss, shown = loss_fn(work, ema, step, step_generator(stage, step))
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"build stage {stage}: the loss is {loss.item()} at step {step}; lower its learning rate")
+        loss.backward()
+        for m, w in trained:
+            gradient = w.grad.float() if w.grad is not None else None
+            if id(m) in matrices:
+                matrices[id(m)].grad = gradient.reshape(len(m), -1) if gradient is not None else None
+            else:
+                m.grad = gradient
+            w.grad = None
+        nn.utils.clip_grad_norm_(others, 1.0)
+        for optimizer in optimizers:
+            optimizer.step()
+        decay = min(budget.ema, (step + 1) / (step + 10))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(ema.parameters()), list(master.parameters()), 1 - decay)
+            for a, b in zip(master.buffers(), work.buffers(), strict=True):
+                a.copy_(b)
+        progress.update()
+        if step % 20 == 0 or step + 1 == budget.steps:
+            text = " ".join(f"{k} {v:.4g}" for k, v in {"loss": loss.item(), **shown}.items())
+            progress.set_postfix_str(text, refresh=False)
+            print(step, text, file=log, flush=True)
+        if time.monotonic() - saved_at > save_s or step + 1 == budget.steps:
+            checkpoints.save(step + 1, _state(master, ema, optimizers), {"stage": stage})
+            saved_at = time.monotonic()
+    progress.close()
+    log.close()
+    with torch.no_grad():
+        for a, b in zip(ema.buffers(), master.buffers(), strict=True):
+            a.copy_(b)
+    model.load_state_dict(ema.state_dict())
+    return model.eval()
+
+
+def _state(master: nn.Module, ema: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    tensors = {f"master.{k}": v for k, v in master.state_dict().items()} | {f"ema.{k}": v for k, v in ema.state_dict().items()}
+    for n, optimizer in enumerate(optimizers):
+        tensors |= optimizer_tensors(optimizer, f"optimizer{n}")
+    return tensors
+
+
+def _restore(tensors: dict[str, torch.Tensor], master: nn.Module, ema: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+    master.load_state_dict(part(tensors, "master"))
+    ema.load_state_dict(part(tensors, "ema"))
+    for n, optimizer in enumerate(optimizers):
+        load_optimizer_tensors(optimizer, tensors, f"optimizer{n}")
+
+
+def save_half(state: dict[str, torch.Tensor], path: Path, **extra: torch.Tensor) -> None:
+    """Store float weights as fp16: half the size; loading to fp32 is exact and the same on every machine. `extra` tensors keep their type."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors = {k: v.detach().cpu().half().contiguous() if v.is_floating_point() else v.cpu().contiguous() for k, v in state.items()}
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors | extra, temporary, metadata={"format": "pt"})
+    temporary.replace(path)
+
+
+def load_float(path: Path) -> dict[str, torch.Tensor]:
+    """Read what `save_half` wrote, floats as fp32."""
+    return {k: v.float() if v.dtype == torch.float16 else v for k, v in load_file(path).items()}

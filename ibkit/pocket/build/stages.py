@@ -1,0 +1,116 @@
+"""What each build stage reads and writes. Finished stages are files below `weights/`; a stage that is there is not built again."""
+
+from __future__ import annotations
+
+import json
+import time
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from ibkit.device import describe_device
+from ibkit.errors import ArtifactError
+from ibkit.pocket.build import autoencoder, clip, dino, judge, reward, unet
+from ibkit.pocket.build.common import Budget, compute_dtype, load_float, save_half
+from ibkit.pocket.build.data import Pictures
+from ibkit.pocket.build.tokenizer import save_tokenizer
+
+TRAIN_SEED, N_TRAIN_GROUPS = 0, 10_000
+TEST_SEED, N_TEST_GROUPS = 1, 500
+
+
+class Build:
+    """The stages over one folder: `weights/` is what gets shipped, the rest is cache and checkpoints."""
+
+    def __init__(self, folder: Path, device: torch.device):
+        self.folder, self.device, self.dtype = folder, device, compute_dtype(device)
+        self.weights = folder / "weights"
+        self.weights.mkdir(parents=True, exist_ok=True)
+
+    def run(self, stage: str) -> None:
+        started = time.monotonic()
+        getattr(self, stage)()
+        path = self.folder / "seconds.json"
+        seconds = json.loads(path.read_text()) if path.exists() else {}
+        seconds[stage] = {"seconds": round(seconds.get(stage, {}).get("seconds", 0) + time.monotonic() - started), "device": describe_device(self.device)}
+        path.write_text(json.dumps(seconds, indent=2) + "\n")
+
+    @cached_property
+    def train_pictures(self) -> Pictures:
+        return Pictures(self.folder, "train", TRAIN_SEED, N_TRAIN_GROUPS)
+
+    @cached_property
+    def test_pictures(self) -> Pictures:
+        return Pictures(self.folder, "test", TEST_SEED, N_TEST_GROUPS)
+
+    @cached_property
+    def tokenizer(self):
+        return save_tokenizer(self.folder / "tokenizer")
+
+    def vae(self, finished: bool):
+        """The autoencoder: after joint training, or with the finished decoder."""
+        path = self.folder / ("vae.safetensors" if finished else "vae-joint.safetensors")
+        if not path.exists():
+            raise ArtifactError(f"{path} is not built yet: run the stage {'decoder' if finished else 'autoencoder'} first.")
+        vae = autoencoder.new_autoencoder()
+        state = load_float(path)
+        vae.register_to_config(scaling_factor=float(state.pop("scaling_factor")))
+        vae.load_state_dict(state)
+        return vae.to(self.device).eval()
+
+    def _save_vae(self, vae, name: str) -> None:
+        save_half(vae.state_dict(), self.folder / name, scaling_factor=torch.tensor(vae.config.scaling_factor, dtype=torch.float64))
+
+    def autoencoder(self) -> None:
+        if not (self.folder / "vae-joint.safetensors").exists():
+            self._save_vae(autoencoder.train_joint(self.folder, self.train_pictures, self.device, self.dtype), "vae-joint.safetensors")
+
+    def decoder(self) -> None:
+        if not (self.folder / "vae.safetensors").exists():
+            self._save_vae(autoencoder.train_decoder(self.folder, self.train_pictures, self.vae(False), self.device, self.dtype), "vae.safetensors")
+
+    def unet(self) -> None:
+        path = self.folder / "text-to-latent.safetensors"
+        if not path.exists():
+            latents = unet.encode_all(self.folder, self.train_pictures, self.vae(False), self.device, self.dtype)
+            model = unet.train(self.folder, self.train_pictures, latents, self.tokenizer, self.device, self.dtype)
+            save_half(model.state_dict(), path)
+
+    def pipeline(self) -> None:
+        """Put U-Net, text encoder and the finished autoencoder together as a diffusers folder."""
+        model = unet.TextToLatent(self.tokenizer)
+        model.load_state_dict(load_float(self.folder / "text-to-latent.safetensors"))
+        unet.save_pipeline(model, self.vae(True), self.tokenizer, self.weights / "pipeline")
+
+    def judge(self) -> None:
+        if not (self.folder / "judge.safetensors").exists():
+            net = judge.train(self.folder, self.train_pictures, self.vae(False), self.device, self.dtype)
+            save_half(net.state_dict(), self.folder / "judge.safetensors")
+
+    def image_reward(self) -> None:
+        self._reward("image_reward", reward.BUDGET, hard_negatives=True)
+
+    def weak_reward(self) -> None:
+        self._reward("weak_reward", Budget(steps=150, batch=96), hard_negatives=False)
+
+    def _reward(self, name: str, budget: Budget, hard_negatives: bool) -> None:
+        if not (self.weights / name / "config.json").exists():
+            model = reward.train(self.folder, self.train_pictures, self.tokenizer, self.vae(False), self.device, self.dtype, budget, name, hard_negatives)
+            model.half().save_pretrained(self.weights / name)
+            self.tokenizer.save_pretrained(self.weights / name)
+
+    def clip(self) -> None:
+        if not (self.weights / "clip" / "model.safetensors").exists():
+            clip.save(clip.train(self.folder, self.train_pictures, self.tokenizer, self.device, self.dtype), self.tokenizer, self.weights / "clip")
+
+    def dino(self) -> None:
+        if not (self.weights / "dino" / "config.json").exists():
+            # fp32: a bf16 student loses the small differences that self-distillation lives on
+            dino.train(self.folder, self.train_pictures, self.device, torch.float32).half().save_pretrained(self.weights / "dino")
+
+    def card(self) -> None:
+        from ibkit.pocket.build.card import write_card
+
+        self.pipeline()
+        write_card(self)

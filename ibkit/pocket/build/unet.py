@@ -1,0 +1,116 @@
+"""Stage 4: the diffusion model, a `UNet2DConditionModel` on 8x8x16 latents, trained together with its CLIP-architecture text encoder.
+
+Noise prediction on Stable Diffusion's own schedule (Rombach et al. 2022; Ho et al. 2020, eq. 14), captions dropped now and then for classifier-free
+guidance. It never sees the held-out (class, activity) pairs, the individuals that notebooks personalize, or the identifiers.
+"""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
+from transformers import CLIPTextConfig, CLIPTextModel
+
+from ibkit.pocket.build.common import Budget, fit, hash_seed
+from ibkit.pocket.build.data import Pictures
+from ibkit.pocket.build.tokenizer import CONTEXT_TOKENS
+from ibkit.pocket.world import caption
+
+BUDGET = Budget(steps=3600, batch=64, ema=0.998)
+CAPTION_DROP = 0.1
+TEXT_WIDTH = 128
+
+
+class TextToLatent(nn.Module):
+    """U-Net and text encoder as one trainable module: (noisy latents, timesteps, token ids) -> predicted noise."""
+
+    def __init__(self, tokenizer):
+        super().__init__()
+        self.text_encoder = CLIPTextModel(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=TEXT_WIDTH,
+                intermediate_size=4 * TEXT_WIDTH,
+                num_hidden_layers=3,
+                num_attention_heads=4,
+                max_position_embeddings=CONTEXT_TOKENS,
+                hidden_act="gelu",
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+                projection_dim=TEXT_WIDTH,
+            )
+        )
+        self.unet = UNet2DConditionModel(
+            sample_size=8,
+            in_channels=16,
+            out_channels=16,
+            layers_per_block=1,
+            block_out_channels=(80, 144),
+            down_block_types=("CrossAttnDownBlock2D",) * 2,
+            up_block_types=("CrossAttnUpBlock2D",) * 2,
+            cross_attention_dim=TEXT_WIDTH,
+            attention_head_dim=(2, 4),  # number of heads, for historical reasons (diffusers)
+            norm_num_groups=16,
+        )
+
+    def forward(self, noisy: torch.Tensor, t: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+        return self.unet(noisy, t, self.text_encoder(ids).last_hidden_state).sample
+
+
+def new_scheduler() -> DDIMScheduler:
+    """Stable Diffusion's schedule; no clipping of x0 (latents are not pixels) and an end at t = 0."""
+    return DDIMScheduler(
+        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+    )
+
+
+@torch.inference_mode()
+def encode_all(folder: Path, pictures: Pictures, vae: AutoencoderKL, device, dtype) -> torch.Tensor:
+    """Scaled posterior means of all pictures, (N, 16, 8, 8) fp32; cached, keyed by the encoder's weights."""
+    from ibkit.runs import hash_json
+
+    key = hash_json([float(p.double().sum()) for p in vae.encoder.parameters()])[:12]
+    path = folder / f"latents-{len(pictures)}-{key}.npy"
+    if not path.exists():
+        encoder = vae.to(device=device, dtype=dtype)
+        parts = [encoder.encode(pictures.batch(range(i, min(i + 128, len(pictures))), device).to(dtype)).latent_dist.mode().float().cpu() for i in range(0, len(pictures), 128)]
+        temporary = path.with_suffix(".tmp.npy")
+        np.save(temporary, torch.cat(parts).numpy() * vae.config.scaling_factor)
+        temporary.replace(path)
+    return torch.from_numpy(np.load(path))
+
+
+def train(folder: Path, pictures: Pictures, latents: torch.Tensor, tokenizer, device, dtype) -> TextToLatent:
+    torch.manual_seed(hash_seed("unet weights"))
+    model = TextToLatent(tokenizer)
+    alphas = new_scheduler().alphas_cumprod.to(device)
+    seen = pictures.seen()
+    latents = latents.to(device)
+
+    def loss_fn(work, average, step, generator):
+        indices = seen[torch.randint(len(seen), (BUDGET.batch,), generator=generator).numpy()]
+        rng = random.Random(hash_seed("unet captions", step))
+        texts = ["" if rng.random() < CAPTION_DROP else caption(pictures.scenes[i], rng) for i in indices]
+        ids = tokenizer(texts, padding="max_length", truncation=True, max_length=CONTEXT_TOKENS, return_tensors="pt")["input_ids"].to(device)
+        x0 = latents[indices]
+        t = torch.randint(1000, (len(x0),), generator=generator).to(device)
+        noise = torch.randn(x0.shape, generator=generator).to(device)
+        a = alphas[t].view(-1, 1, 1, 1)
+        noisy = a.sqrt() * x0 + (1 - a).sqrt() * noise
+        eps_hat = work(noisy.to(dtype).to(memory_format=torch.channels_last), t, ids)
+        return (eps_hat.float() - noise).square().mean(), {}
+
+    return fit("unet", folder, model, loss_fn, BUDGET, device, dtype)
+
+
+def save_pipeline(model: TextToLatent, vae: AutoencoderKL, tokenizer, folder: Path) -> None:
+    """Write a diffusers `StableDiffusionPipeline` folder in fp16."""
+    pipeline = StableDiffusionPipeline(
+        vae=vae, text_encoder=model.text_encoder, tokenizer=tokenizer, unet=model.unet, scheduler=new_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    pipeline.to(torch.float16).save_pretrained(folder)
