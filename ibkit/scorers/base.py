@@ -1,0 +1,300 @@
+"""What every scorer is: pictures (and texts or reference pictures) in, one number a picture out.
+
+Shapes: N pictures, R reference pictures, B batch, C/H/W channels and pixels, D embedding width.
+A new scorer is one file with a `Scorer` class and one line in `SCORERS`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ibkit.errors import ModelError, ScoreError
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+POCKET_WEIGHTS = Path(__file__).resolve().parents[1] / "pocket" / "weights"
+
+Need = Literal["text", "references"]
+
+
+class Scorer(ABC):
+    """A picture metric that can also serve as a reward.
+
+    Attributes:
+        name: Column name in the score table, for example `clip_t`.
+        evaluator: Model and preprocessing in words; printed beside every number.
+        needs: What a call must bring beside the pictures: `"text"`, `"references"`.
+    """
+
+    name: str
+    evaluator: str
+    needs: frozenset[Need]
+
+    def __call__(
+        self,
+        images: Sequence[Image.Image],
+        texts: Sequence[str] | None = None,
+        references: Sequence[Image.Image] | None = None,
+    ) -> torch.Tensor:
+        """Score each picture.
+
+        Args:
+            images: N pictures of any size.
+            texts: N texts, one a picture, without the identifier; needed if `"text"` is in `needs`.
+            references: R photos of the subject, common to all pictures; needed if `"references"` is in `needs`.
+
+        Returns:
+            (N,) float32 on the CPU.
+
+        Raises:
+            ScoreError: Nothing to score, a needed input missing, lengths that differ, or a score that is not finite.
+        """
+        images = list(images)
+        texts = None if texts is None else list(texts)
+        references = None if references is None else list(references)
+        self._check(images, texts, references)
+        with torch.inference_mode():
+            scores = self._score(images, texts, references).float().cpu()
+        finite = torch.isfinite(scores)
+        if not finite.all():
+            index = int((~finite).nonzero()[0])
+            raise ScoreError(
+                f"{self.name} gave {scores[index].item()} for image {index} of {len(images)}: "
+                "look at that image, and at the scorer's weights if it is an ordinary picture."
+            )
+        # clone: an inference tensor could not take part in a later autograd computation
+        return scores.clone()
+
+    @abstractmethod
+    def _score(
+        self, images: list[Image.Image], texts: list[str] | None, references: list[Image.Image] | None
+    ) -> torch.Tensor:
+        """Return (N,) scores; inputs are checked, gradients are off."""
+
+    def _check(self, images: list[Image.Image], texts: list[str] | None, references: list[Image.Image] | None) -> None:
+        if not images:
+            raise ScoreError(f"{self.name} got no image to score: pass at least one.")
+        for index, image in enumerate(images + (references or [])):
+            if not isinstance(image, Image.Image):
+                which = f"image {index}" if index < len(images) else f"reference {index - len(images)}"
+                raise ScoreError(f"{self.name}: {which} is a {type(image).__name__}: pass PIL images.")
+        if "text" in self.needs:
+            if texts is None:
+                raise ScoreError(f"{self.name} compares images with texts and got no texts: pass one text an image.")
+            if len(texts) != len(images):
+                raise ScoreError(
+                    f"{self.name} got {len(images)} images and {len(texts)} texts: pass one text an image."
+                )
+            for index, text in enumerate(texts):
+                if not isinstance(text, str) or not text.strip():
+                    raise ScoreError(f"{self.name}: text {index} is {text!r}: pass a text with at least one word.")
+        if "references" in self.needs and not references:
+            raise ScoreError(f"{self.name} compares with photos of the subject and got none: pass references.")
+
+
+def rgb_square(image: Image.Image, resize_px: int, crop_px: int) -> Image.Image:
+    """Resize the shorter side to `resize_px` (PIL bicubic) and cut the central `crop_px` square.
+
+    Rounds as torchvision's `Resize` and `CenterCrop` do on PIL images, which CLIP, DINO and ImageReward were
+    evaluated with. A picture that has the right size already comes back with the same pixels.
+    """
+    image = image.convert("RGB")
+    width, height = image.size
+    short, long = min(width, height), max(width, height)
+    scaled = (resize_px, int(resize_px * long / short))
+    size = scaled if width <= height else scaled[::-1]
+    if size != image.size:
+        image = image.resize(size, Image.Resampling.BICUBIC)
+    left = round((image.width - crop_px) / 2.0)
+    top = round((image.height - crop_px) / 2.0)
+    return image.crop((left, top, left + crop_px, top + crop_px))
+
+
+def to_pixel_values(
+    images: Iterable[Image.Image], resize_px: int, crop_px: int, mean: Sequence[float], std: Sequence[float]
+) -> torch.Tensor:
+    """Turn pictures into normalised network input.
+
+    Args:
+        images: B pictures of any size and mode.
+        resize_px: Length of the shorter side after resizing.
+        crop_px: Side of the central square that is kept.
+        mean: Channel means on the 0..1 scale.
+        std: Channel standard deviations on the 0..1 scale.
+
+    Returns:
+        (B, 3, crop_px, crop_px) float32.
+    """
+    squares = np.stack([np.asarray(rgb_square(image, resize_px, crop_px)) for image in images])
+    pixels = torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 255.0
+    return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def batches(items: Sequence, size: int) -> Iterator[Sequence]:
+    """Cut a sequence into pieces of at most `size`."""
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
+
+
+def mean_cosine(embeddings: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    """Mean cosine similarity of each embedding with all references.
+
+    Args:
+        embeddings: (N, D) of unit length.
+        references: (R, D) of unit length.
+
+    Returns:
+        (N,); its mean over N is the mean over all generated x reference pairs (DreamBooth, section 4.1).
+    """
+    return (embeddings @ references.T).mean(dim=1)
+
+
+class ReferenceCache:
+    """Keeps the embeddings of the last set of reference photos: RL scores against the same photos every epoch."""
+
+    def __init__(self, embed: Callable[[Sequence[Image.Image]], torch.Tensor]) -> None:
+        self._embed = embed
+        self._key: str | None = None
+        self._embeddings: torch.Tensor | None = None
+
+    def __call__(self, references: Sequence[Image.Image]) -> torch.Tensor:
+        """Return the (R, D) embeddings of the photos; recognised by their pixels, not by the objects."""
+        digest = hashlib.sha256()
+        for image in references:
+            digest.update(f"{image.mode}{image.size}".encode())
+            digest.update(image.tobytes())
+        if digest.hexdigest() != self._key:
+            self._embeddings = self._embed(references)
+            self._key = digest.hexdigest()
+        return self._embeddings
+
+
+class TruncationWarning:
+    """Says once per text that a text encoder will not read all of it."""
+
+    def __init__(self, name: str, limit: int) -> None:
+        self._name = name
+        self._limit = limit
+        self._told: set[str] = set()
+
+    def __call__(self, text: str, n_tokens: int) -> None:
+        """Warn if `n_tokens` (special tokens included) is over the limit."""
+        if n_tokens > self._limit and text not in self._told:
+            self._told.add(text)
+            warnings.warn(
+                f"{self._name} reads {self._limit} tokens and this prompt has {n_tokens}; its end is cut off: {text!r}",
+                stacklevel=2,
+            )
+
+
+def check_vocabulary(metric: str, where: str | Path, found: int, expected: int) -> None:
+    """Refuse a tokenizer whose vocabulary is not its model's.
+
+    transformers >= 5 may return a nearly empty tokenizer when files are missing; scores would be noise.
+    """
+    if found != expected:
+        raise ModelError(
+            f"{metric}: the tokenizer in {where} has {found} entries and its model expects {expected}: "
+            "its files are incomplete or belong to another model; restore the folder or download it again."
+        )
+
+
+def require_files(metric: str, folder: Path, *names: str) -> None:
+    """Refuse a weights folder in which one of the named files is missing."""
+    if not folder.is_dir():
+        raise ModelError(f"{metric}: there is no weights folder {folder}: name an existing one.")
+    for name in names:
+        if not (folder / name).is_file():
+            raise ModelError(f"{metric}: the weights folder {folder} has no {name}: restore it or name another folder.")
+
+
+@contextmanager
+def reading(metric: str, what: str, folder: Path) -> Iterator[None]:
+    """Turn any failure to load a local file into one sentence; libraries raise many kinds."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ModelError(
+            f"{metric}: the {what} in {folder} is damaged or does not fit its config ({reason}): restore the folder."
+        ) from error
+
+
+@contextmanager
+def from_hub(metric: str, repository: str) -> Iterator[None]:
+    """Turn any failure to fetch official weights into one sentence that says what to do."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except Exception as error:  # hub clients raise many kinds: offline, timeout, HTTP, missing file
+        reason = " ".join(str(error).split())[:160] or type(error).__name__
+        raise ModelError(
+            f"{metric}: its official weights ({repository}) are not in the local cache and could not be downloaded "
+            f"({reason}): connect to the internet once, or set HF_HOME to a cache that has them, "
+            "or leave this metric out."
+        ) from error
+
+
+def _lazy(module: str, attribute: str) -> Callable[[str | Path, str | torch.device], Scorer]:
+    """A factory that imports its scorer's libraries only when the scorer is made."""
+
+    def factory(weights: str | Path, device: str | torch.device) -> Scorer:
+        return getattr(import_module(module), attribute).load(weights, device)
+
+    return factory
+
+
+SCORERS: dict[str, Callable[[str | Path, str | torch.device], Scorer]] = {
+    "clip_t": _lazy("ibkit.scorers.clip", "ClipT"),
+    "clip_i": _lazy("ibkit.scorers.clip", "ClipI"),
+    "dino": _lazy("ibkit.scorers.dino", "Dino"),
+    "image_reward": _lazy("ibkit.scorers.image_reward", "ImageReward"),
+}
+
+
+def make_scorer(name: str, weights: str | Path = "pocket", device: str | torch.device = "cpu") -> Scorer:
+    """Make a scorer by name.
+
+    Args:
+        name: A key of `SCORERS`.
+        weights: `"pocket"` (the kit's own small models), `"official"` (the published ones, from the hub's cache or
+            the hub), or a local folder laid out like the pocket weights (`clip/`, `dino/`, `image_reward/`).
+        device: Where the model runs.
+
+    Returns:
+        The scorer, in evaluation mode.
+
+    Raises:
+        ScoreError: No scorer has this name.
+        ModelError: The weights are missing, incomplete, or do not fit the model.
+    """
+    if name not in SCORERS:
+        raise ScoreError(f"There is no scorer {name!r}: choose one of {', '.join(sorted(SCORERS))}.")
+    return SCORERS[name](weights, device)
+
+
+def weights_folder(metric: str, weights: str | Path, subfolder: str) -> Path:
+    """The folder that `"pocket"` or a local weights folder keeps one model in."""
+    root = POCKET_WEIGHTS if str(weights) == "pocket" else Path(weights).expanduser()
+    if not root.is_dir():
+        raise ModelError(
+            f"{metric}: there is no weights folder {root}: choose 'pocket', 'official', or an existing folder."
+        )
+    return root / subfolder

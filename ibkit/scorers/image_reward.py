@@ -1,0 +1,382 @@
+"""ImageReward: a reward model of human preference for a picture given its text.
+
+BLIP's vision transformer, BERT that cross-attends to it, and an MLP on the text's first token (Xu et al. 2023,
+"ImageReward", section 3 and appendix B). One class serves the official checkpoint (ViT-L, 447 M parameters) and the
+pocket-size model; only `RewardConfig` differs.
+
+Shapes: B batch, C/H/W channels and pixels, P patches + 1, L text tokens, V vision width, D text width.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch import nn
+
+from ibkit.errors import ModelError
+from ibkit.scorers.base import (
+    CLIP_MEAN,
+    CLIP_STD,
+    Scorer,
+    TruncationWarning,
+    batches,
+    check_vocabulary,
+    from_hub,
+    reading,
+    require_files,
+    to_pixel_values,
+    weights_folder,
+)
+
+OFFICIAL_REPOSITORY = "THUDM/ImageReward"
+OFFICIAL_TOKENIZER = "bert-base-uncased"
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+FORMAT = "ibkit-image-reward-1"
+
+# Official name -> our name; `\1` is the block number. Everything under text_encoder keeps its name.
+_RENAMES = [
+    (r"blip\.visual_encoder\.cls_token", r"vision.embeddings.class_embedding"),
+    (r"blip\.visual_encoder\.pos_embed", r"vision.embeddings.position_embedding"),
+    (r"blip\.visual_encoder\.patch_embed\.proj\.", r"vision.embeddings.patch_embedding."),
+    (r"blip\.visual_encoder\.blocks\.(\d+)\.norm([12])\.", r"vision.encoder.layers.\1.layer_norm\2."),
+    (r"blip\.visual_encoder\.blocks\.(\d+)\.attn\.qkv\.", r"vision.encoder.layers.\1.self_attn.qkv."),
+    (r"blip\.visual_encoder\.blocks\.(\d+)\.attn\.proj\.", r"vision.encoder.layers.\1.self_attn.projection."),
+    (r"blip\.visual_encoder\.blocks\.(\d+)\.mlp\.", r"vision.encoder.layers.\1.mlp."),
+    (r"blip\.visual_encoder\.norm\.", r"vision.post_layernorm."),
+    (r"blip\.text_encoder\.", r"text."),
+    (r"mlp\.layers\.", r"head."),
+]
+# Heads of BLIP's pre-training and a constant buffer; the reward uses neither.
+_DROPPED = re.compile(r"blip\.(vision_proj\.|text_proj\.|text_encoder\.embeddings\.position_ids$)")
+
+
+@dataclass(frozen=True)
+class RewardConfig:
+    """Sizes and constants of a reward model; the defaults are the official checkpoint's.
+
+    Attributes:
+        image_px: Side of the square picture; must be a multiple of `patch_px`.
+        patch_px: Side of a patch.
+        vision_width: Width V of the vision transformer.
+        vision_mlp: Width of its MLP.
+        vision_layers: Its depth.
+        vision_heads: Its attention heads.
+        vocab_size: Rows of the text embedding.
+        tokenizer_size: Entries of the tokenizer; the official embedding has two rows more, unused in scoring.
+        text_width: Width D of the text transformer.
+        text_mlp: Width of its MLP.
+        text_layers: Its depth.
+        text_heads: Its attention heads.
+        text_positions: Rows of its position embedding.
+        text_dropout: Dropout in the text transformer while training.
+        head_widths: Hidden widths of the MLP head; linear layers only, no activation (the official code).
+        head_dropout: Dropout after each hidden layer but the last, while training.
+        max_tokens: Texts are cut and padded to this many tokens.
+        mean: Mean of the raw reward over a reference set.
+        std: Its standard deviation; the score is (raw - mean) / std.
+    """
+
+    image_px: int = 224
+    patch_px: int = 16
+    vision_width: int = 1024
+    vision_mlp: int = 4096
+    vision_layers: int = 24
+    vision_heads: int = 16
+    vocab_size: int = 30524
+    tokenizer_size: int = 30522
+    text_width: int = 768
+    text_mlp: int = 3072
+    text_layers: int = 12
+    text_heads: int = 12
+    text_positions: int = 512
+    text_dropout: float = 0.0
+    head_widths: tuple[int, ...] = (1024, 128, 64, 16)
+    head_dropout: tuple[float, ...] = (0.2, 0.2, 0.1)
+    max_tokens: int = 35
+    mean: float = 0.16717362830052426
+    std: float = 1.0333394966054072
+
+    def __post_init__(self) -> None:
+        # JSON has lists only
+        object.__setattr__(self, "head_widths", tuple(self.head_widths))
+        object.__setattr__(self, "head_dropout", tuple(self.head_dropout))
+        if len(self.head_dropout) != len(self.head_widths) - 1:
+            raise ModelError(
+                f"image_reward: {len(self.head_widths)} head widths need {len(self.head_widths) - 1} dropout values, "
+                f"got {len(self.head_dropout)}: correct the config."
+            )
+        if self.image_px % self.patch_px:
+            raise ModelError(
+                f"image_reward: image_px {self.image_px} is no multiple of patch_px {self.patch_px}: "
+                "correct the config."
+            )
+        if self.max_tokens > self.text_positions:
+            raise ModelError(
+                f"image_reward: max_tokens {self.max_tokens} is over text_positions {self.text_positions}: "
+                "correct the config."
+            )
+
+    @classmethod
+    def from_json(cls, path: Path) -> RewardConfig:
+        """Read `save_pretrained`'s config.json; raises ModelError if it is something else."""
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ModelError(f"image_reward: {path} is not JSON ({error}): restore it.") from error
+        if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
+            raise ModelError(f"image_reward: {path} is no {FORMAT} config: name a folder that save_pretrained wrote.")
+        unknown = sorted(set(values) - {field.name for field in fields(cls)})
+        if unknown:
+            raise ModelError(f"image_reward: {path} has the unknown entries {', '.join(unknown)}: update ibkit.")
+        return cls(**values)
+
+
+class ImageRewardModel(nn.Module):
+    """The reward model: `vision`, `text` and `head` (names after the mapping of the official checkpoint).
+
+    Args:
+        config: Sizes and constants.
+
+    Fresh weights are random and trainable (std 0.02 in both transformers, PyTorch's default in the head).
+    """
+
+    def __init__(self, config: RewardConfig) -> None:
+        super().__init__()
+        from transformers import BlipTextConfig, BlipVisionConfig, BlipVisionModel
+        from transformers.models.blip.modeling_blip_text import BlipTextModel
+
+        self.config = config
+        self.vision = BlipVisionModel(
+            BlipVisionConfig(
+                hidden_size=config.vision_width,
+                intermediate_size=config.vision_mlp,
+                num_hidden_layers=config.vision_layers,
+                num_attention_heads=config.vision_heads,
+                image_size=config.image_px,
+                patch_size=config.patch_px,
+                hidden_act="gelu",
+                layer_norm_eps=1e-6,
+                initializer_range=0.02,  # the library's default, 1e-10, does not train from scratch
+            )
+        )
+        self.text = BlipTextModel(
+            BlipTextConfig(
+                vocab_size=config.vocab_size,
+                hidden_size=config.text_width,
+                encoder_hidden_size=config.vision_width,
+                intermediate_size=config.text_mlp,
+                num_hidden_layers=config.text_layers,
+                num_attention_heads=config.text_heads,
+                max_position_embeddings=config.text_positions,
+                hidden_dropout_prob=config.text_dropout,
+                attention_probs_dropout_prob=config.text_dropout,
+                layer_norm_eps=1e-12,
+                # padding is masked, so no embedding row is special; special ids would only serve text generation
+                bos_token_id=None,
+                eos_token_id=None,
+                pad_token_id=None,
+                sep_token_id=None,
+                is_decoder=True,  # makes the cross-attention; forward stays bidirectional
+                attn_implementation="eager",  # this model adds its mask to the scores, so the mask must be a float one
+            ),
+            add_pooling_layer=False,
+        )
+        layers: list[nn.Module] = []
+        width = config.text_width
+        for index, hidden in enumerate(config.head_widths):
+            layers.append(nn.Linear(width, hidden))
+            if index < len(config.head_dropout):
+                layers.append(nn.Dropout(config.head_dropout[index]))
+            width = hidden
+        layers.append(nn.Linear(width, 1))
+        self.head = nn.Sequential(*layers)
+
+    def forward(
+        self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Reward of each picture for its text.
+
+        Args:
+            pixel_values: (B, 3, H, W), normalised with CLIP's mean and std.
+            input_ids: (B, L) token ids, L at most `config.text_positions`.
+            attention_mask: (B, L), 1 for tokens and 0 for padding.
+
+        Returns:
+            (B,) (raw - mean) / std.
+
+        Source: Xu et al. 2023, section 3.2; the official `ImageReward.score`.
+        """
+        patches = self.vision(pixel_values).last_hidden_state  # (B, P, V)
+        tokens = self.text(
+            input_ids, attention_mask=attention_mask, encoder_hidden_states=patches
+        ).last_hidden_state  # (B, L, D)
+        raw = self.head(tokens[:, 0]).squeeze(-1)  # (B,)
+        return (raw - self.config.mean) / self.config.std
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write config.json and model.safetensors; the tokenizer's files go beside them by its own save_pretrained."""
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        text = json.dumps({"format": FORMAT, **asdict(self.config)}, indent=2)
+        (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+        state = {name: tensor.detach().cpu().contiguous() for name, tensor in self.state_dict().items()}
+        save_file(state, folder / WEIGHTS_FILE)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> ImageRewardModel:
+        """Load what `save_pretrained` wrote, strictly, in evaluation mode.
+
+        Raises:
+            ModelError: A file is missing, unreadable, or does not fit the config.
+        """
+        from safetensors.torch import load_file
+
+        folder = Path(folder)
+        require_files("image_reward", folder, CONFIG_FILE, WEIGHTS_FILE)
+        model = cls(RewardConfig.from_json(folder / CONFIG_FILE))
+        with reading("image_reward", WEIGHTS_FILE, folder):
+            state = load_file(folder / WEIGHTS_FILE)
+            # weights stored in half precision still compute in fp32
+            model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=True)
+        return model.eval()
+
+    @classmethod
+    def load_official(
+        cls, checkpoint: str | Path | None = None, config: RewardConfig | None = None
+    ) -> ImageRewardModel:
+        """Load an official-format checkpoint (`ImageReward.pt`), strictly, in evaluation mode.
+
+        Args:
+            checkpoint: The file; without it, from the hub's cache or the hub (1.8 GB).
+            config: Its sizes; the published model's if not given.
+
+        Raises:
+            ModelError: The file cannot be had or read, or its tensors are not the ones expected.
+        """
+        if checkpoint is None:
+            from huggingface_hub import hf_hub_download
+
+            with from_hub("image_reward", OFFICIAL_REPOSITORY):
+                checkpoint = hf_hub_download(OFFICIAL_REPOSITORY, "ImageReward.pt")
+        try:
+            state = torch.load(checkpoint, map_location="cpu", weights_only=True)
+        except Exception as error:  # damaged archives and refused pickles raise many kinds
+            reason = (str(error) or type(error).__name__).splitlines()[0]
+            raise ModelError(
+                f"image_reward: {checkpoint} cannot be read as tensors ({reason}): download it again."
+            ) from error
+        if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
+            raise ModelError(f"image_reward: {checkpoint} is no state dict of tensors: name the file ImageReward.pt.")
+        model = cls(config or RewardConfig())
+        try:
+            model.load_state_dict(map_official(state), strict=True)
+        except RuntimeError as error:
+            reason = " ".join(str(error).split())[:300]
+            raise ModelError(
+                f"image_reward: {checkpoint} does not hold the expected model ({reason}): name the file ImageReward.pt."
+            ) from error
+        return model.eval()
+
+
+def map_official(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Rename an official ImageReward state dict to `ImageRewardModel`'s names.
+
+    Raises:
+        ModelError: An entry that the official checkpoint does not have.
+    """
+    mapped = {}
+    for name, tensor in state.items():
+        if _DROPPED.match(name):
+            continue
+        for pattern, replacement in _RENAMES:
+            renamed, n_hits = re.subn("^" + pattern, replacement, name)
+            if n_hits:
+                mapped[renamed] = tensor
+                break
+        else:
+            raise ModelError(f"image_reward: the checkpoint has an unknown entry {name!r}: is it ImageReward.pt?")
+    return mapped
+
+
+class ImageReward(Scorer):
+    """How well people would like the picture for its text (higher is better; about -2 to 2).
+
+    Args:
+        model: The reward model.
+        tokenizer: A Hugging Face tokenizer with padding; its size must be `model.config.tokenizer_size`.
+        device: Where the model runs.
+        evaluator: Model in words.
+        batch_size: Pictures a forward pass.
+    """
+
+    name = "image_reward"
+    needs = frozenset({"text"})
+
+    def __init__(
+        self,
+        model: ImageRewardModel,
+        tokenizer,
+        device: str | torch.device = "cpu",
+        evaluator: str = "ImageReward",
+        batch_size: int = 32,
+    ) -> None:
+        config = model.config
+        check_vocabulary(self.name, getattr(tokenizer, "name_or_path", ""), len(tokenizer), config.tokenizer_size)
+        self.model = model.to(device).eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.device = torch.device(device)
+        self.batch_size = batch_size
+        self.evaluator = (
+            f"{evaluator}; {config.image_px} px bicubic + centre crop, CLIP mean/std, "
+            f"text cut at {config.max_tokens} tokens"
+        )
+        self._warn_truncated = TruncationWarning(self.name, config.max_tokens)
+
+    @classmethod
+    def load(cls, weights: str | Path = "pocket", device: str | torch.device = "cpu") -> ImageReward:
+        """Load from `"pocket"`, `"official"` or a local weights folder; see `make_scorer`."""
+        from transformers import AutoTokenizer
+
+        if str(weights) == "official":
+            with from_hub(cls.name, OFFICIAL_TOKENIZER):
+                tokenizer = AutoTokenizer.from_pretrained(OFFICIAL_TOKENIZER)
+            return cls(ImageRewardModel.load_official(), tokenizer, device, f"ImageReward ({OFFICIAL_REPOSITORY})")
+        folder = weights_folder(cls.name, weights, "image_reward")
+        model = ImageRewardModel.from_pretrained(folder)
+        require_files(cls.name, folder, "tokenizer_config.json")
+        with reading(cls.name, "tokenizer", folder):
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        kind = "pocket reward model" if str(weights) == "pocket" else f"reward model in {folder.name}"
+        return cls(model, tokenizer, device, f"{kind} (ImageReward's architecture)")
+
+    def encode_text(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids and mask, each (B, max_tokens); warns once about a text that is cut."""
+        for text, ids in zip(texts, self.tokenizer(texts, verbose=False)["input_ids"], strict=True):
+            self._warn_truncated(text, len(ids))
+        encoded = self.tokenizer(
+            texts, padding="max_length", truncation=True, max_length=self.model.config.max_tokens, return_tensors="pt"
+        )
+        return encoded["input_ids"], encoded["attention_mask"]
+
+    def encode_images(self, images: list[Image.Image]) -> torch.Tensor:
+        """Network input (B, 3, H, W)."""
+        px = self.model.config.image_px
+        return to_pixel_values(images, px, px, CLIP_MEAN, CLIP_STD)
+
+    def _score(self, images, texts, references):
+        scores = []
+        for rows in batches(range(len(images)), self.batch_size):
+            pixel_values = self.encode_images([images[i] for i in rows])
+            input_ids, mask = self.encode_text([texts[i] for i in rows])
+            inputs = (pixel_values.to(self.device), input_ids.to(self.device), mask.to(self.device))
+            scores.append(self.model(*inputs).cpu())
+        return torch.cat(scores)

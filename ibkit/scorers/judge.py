@@ -1,0 +1,152 @@
+"""The judge of the pocket world: which class, activity, place, accessory, and which individual of a line-up.
+
+It answers from the picture alone, was trained apart from every scorer (`ibkit.pocket.build.judge`) and is never a reward. Where seven of them vote they
+stand in for the paper's human raters, and are called simulated.
+
+Shapes: N pictures, D = 64 identity dimensions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import nn
+
+from ibkit.errors import ScoreError
+from ibkit.pocket.draw import render
+from ibkit.pocket.world import (
+    ACCESSORIES,
+    ACTIVITIES,
+    CLASSES,
+    NO_ACCESSORY,
+    NO_ACTIVITY,
+    PLACES,
+    Subject,
+    line_up,
+    reference_scenes,
+)
+from ibkit.scorers.base import reading, require_files, weights_folder
+
+ANSWERS: dict[str, tuple[str, ...]] = {
+    "class": CLASSES,
+    "activity": (NO_ACTIVITY, *ACTIVITIES),
+    "place": tuple(PLACES),
+    "accessory": (NO_ACCESSORY, *ACCESSORIES),
+}
+IDENTITY_DIM = 64
+
+
+class JudgeNet(nn.Module):
+    """Residual convolutional trunk, one linear head per question and an identity embedding."""
+
+    def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 128)):
+        super().__init__()
+        self.stem = nn.Conv2d(3, widths[0], 3, 2, 1)
+        blocks, previous = [], widths[0]
+        for i, width in enumerate(widths):
+            blocks.append(_Residual(previous, width, stride=1 if i == 0 else 2))
+            previous = width
+        self.blocks = nn.Sequential(*blocks)
+        self.heads = nn.ModuleDict({q: nn.Linear(4 * previous, len(a)) for q, a in ANSWERS.items()})
+        self.identity = nn.Linear(4 * previous, IDENTITY_DIM)
+
+    def forward(self, x: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Pictures (N, 3, 64, 64) in [-1, 1] -> ({question: logits (N, answers)}, identity (N, D))."""
+        features = self.blocks(F.silu(self.stem(x)))  # (N, 128, 4, 4)
+        pooled = F.adaptive_avg_pool2d(features, 2).flatten(1)  # keeps left/right and top/bottom apart
+        return {q: head(pooled) for q, head in self.heads.items()}, self.identity(pooled)
+
+
+class _Residual(nn.Module):
+    def __init__(self, n_in: int, n_out: int, stride: int):
+        super().__init__()
+        self.norm1, self.conv1 = nn.GroupNorm(8, n_in), nn.Conv2d(n_in, n_out, 3, stride, 1)
+        self.norm2, self.conv2 = nn.GroupNorm(8, n_out), nn.Conv2d(n_out, n_out, 3, 1, 1)
+        self.skip = nn.Conv2d(n_in, n_out, 1, stride) if stride > 1 or n_in != n_out else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h = self.conv1(F.silu(self.norm1(x)))
+        return self.skip(x) + self.conv2(F.silu(self.norm2(h)))
+
+
+def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
+    """Pictures to (N, 3, 64, 64) in [-1, 1]; other sizes are resized (bicubic)."""
+    from ibkit.pocket.world import IMAGE_PX
+
+    size = (IMAGE_PX, IMAGE_PX)
+    arrays = [np.asarray(i.convert("RGB") if i.size == size else i.convert("RGB").resize(size, Image.Resampling.BICUBIC)) for i in images]
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+@dataclass
+class Judge:
+    """Answers questions about pictures of the pocket world.
+
+    Attributes:
+        net: the trained network.
+        card: its accuracy by question on held-out renders and on reconstructions, with n; printed beside every number it gives.
+    """
+
+    net: JudgeNet
+    card: dict
+    device: str | torch.device = "cpu"
+    batch_size: int = 128
+
+    def __post_init__(self):
+        self.net = self.net.to(self.device).eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, device: str | torch.device = "cpu", folder: str | Path = "", name: str = "judge") -> Judge:
+        """Load the shipped judge, or another one of the folder (`name`)."""
+        import json
+
+        from safetensors.torch import load_file
+
+        folder = Path(folder) if folder else weights_folder("judge", "pocket", "judge")
+        require_files("judge", folder, f"{name}.safetensors", f"{name}.json")
+        net = JudgeNet()
+        with reading("judge", f"{name}.safetensors", folder):
+            net.load_state_dict({k: v.float() for k, v in load_file(folder / f"{name}.safetensors").items()})
+        return cls(net, json.loads((folder / f"{name}.json").read_text(encoding="utf-8")), device)
+
+    @property
+    def evaluator(self) -> str:
+        shares = ", ".join(f"{q} {v['renders']:.1%}" for q, v in self.card["accuracy"].items())
+        return f"pocket judge (simulated rater); right on held-out renders: {shares}"
+
+    @torch.inference_mode()
+    def look(self, images: Sequence[Image.Image]) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Log-probabilities by question {q: (N, answers)} and unit identity vectors (N, D)."""
+        if not images:
+            raise ScoreError("judge: there are no images to look at.")
+        parts = [self.net(x.to(self.device)) for x in to_tensor(images).split(self.batch_size)]
+        answers = {q: torch.cat([p[0][q] for p in parts]).log_softmax(1).cpu() for q in ANSWERS}
+        return answers, F.normalize(torch.cat([p[1] for p in parts]), dim=1).cpu()
+
+    def answers(self, images: Sequence[Image.Image], question: str) -> list[str]:
+        """The judge's answer for each picture: the likeliest class, activity, place or accessory."""
+        logits, _ = self.look(images)
+        return [ANSWERS[question][i] for i in logits[question].argmax(1).tolist()]
+
+    def agrees(self, images: Sequence[Image.Image], question: str, expected: Sequence[str]) -> torch.Tensor:
+        """1.0 where the answer is the expected one, else 0.0; (N,)."""
+        return torch.tensor([float(a == b) for a, b in zip(self.answers(images, question), expected, strict=True)])
+
+    def pick(self, images: Sequence[Image.Image], parade: Sequence[Subject], n_references: int = 8) -> list[int]:
+        """Which individual of a line-up each picture shows: the index of the nearest one by mean identity vector of its own photos."""
+        centres = []
+        for subject in parade:
+            _, vectors = self.look([render(scene) for scene in reference_scenes(subject, n_references, seed=1)])
+            centres.append(F.normalize(vectors.mean(0), dim=0))
+        _, vectors = self.look(images)
+        return (vectors @ torch.stack(centres).T).argmax(1).tolist()
+
+    def identifies(self, images: Sequence[Image.Image], subject: Subject, n_others: int = 7) -> torch.Tensor:
+        """1.0 where the judge picks `subject` out of a line-up with `n_others` of its class, else 0.0; (N,)."""
+        return torch.tensor([float(i == 0) for i in self.pick(images, line_up(subject, n_others + 1))])
