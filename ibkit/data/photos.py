@@ -1,0 +1,247 @@
+"""The user's photos of one subject, made into equal RGB squares.
+
+Photos come as phones and editors leave them: turned by an EXIF flag, with transparency, in CMYK, in 16 bits, far too
+large or far too small. Each is either converted rightly or refused with a sentence that names the file; nothing is
+clipped, guessed or skipped without a word.
+"""
+
+import hashlib
+import io
+import struct
+import warnings
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+
+from ibkit.errors import PhotoError
+
+# A file with one of these endings is meant to be a picture: if it does not decode, that is an error, not a skip.
+IMAGE_SUFFIXES = frozenset(
+    f".{name}"
+    for name in "jpg jpeg jpe jfif mpo png apng webp gif bmp tif tiff avif heic heif jp2 tga ppm pgm pnm".split()
+)
+# Raster formats only: Pillow would hand an EPS file to Ghostscript, whatever the file is called.
+DECODERS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "TGA", "PPM", "HEIF")
+# A photo may be enlarged this many times at most; beyond that there is no subject left to learn.
+MAX_ENLARGEMENT = 4
+# Larger JPEGs are decoded at reduced size to save memory. Smaller ones are not: reduced decoding works in blocks and
+# would shift the picture by up to 1 % of its width.
+REDUCED_DECODING_PIXELS = 16_000_000
+
+
+class PhotoWarning(UserWarning):
+    """A photo is usable, but the result may be worse than the user expects."""
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One photo of the subject, ready for the model.
+
+    Attributes:
+        image: RGB, `size_px` × `size_px`.
+        name: file name in its folder.
+        sha256: hash of the file's bytes.
+        original_size: (width, height) in px as the photo is looked at, after EXIF orientation.
+    """
+
+    image: Image.Image
+    name: str
+    sha256: str
+    original_size: tuple[int, int]
+
+
+def load_subject_photos(folder: str | Path, size_px: int) -> list[Photo]:
+    """Read every photo in a folder as an RGB square, in the order of the file names.
+
+    Subfolders, hidden files and files without an image ending (`.txt`, `.DS_Store`) are left out.
+
+    Args:
+        folder: the folder that holds the photos of one subject; three to six photos are usual.
+        size_px: side of the squares, in px.
+
+    Returns:
+        The photos, ordered by file name.
+
+    Raises:
+        PhotoError: the folder is missing, is a file or holds no photo; or a photo is damaged, too large, too small or
+            in a format that cannot be converted rightly. The message names the file and says what to do.
+
+    Warns:
+        PhotoWarning: only one photo, a photo that had to be enlarged, or two photos with the same picture.
+    """
+    if size_px < 1:
+        raise ValueError(f"size_px must be at least 1, not {size_px}")
+    photos = [load_photo(path, size_px) for path in photo_files(folder)]
+    if len(photos) == 1:
+        _warn(
+            f"{folder} holds one photo only ({photos[0].name}): the model will overfit to its pose and background; "
+            "three to six photos from different sides work better."
+        )
+    first_with: dict[bytes, str] = {}
+    for photo in photos:
+        twin = first_with.setdefault(photo.image.tobytes(), photo.name)
+        if twin != photo.name:
+            _warn(f"{photo.name} shows the same picture as {twin}: it counts twice; delete one of them.")
+    return photos
+
+
+def photo_files(folder: str | Path) -> list[Path]:
+    """List the image files of a folder in the order of their names.
+
+    Raises:
+        PhotoError: the folder is missing, is a file, or holds no image file.
+    """
+    folder = Path(folder)
+    if folder.is_file():
+        raise PhotoError(f"{folder} is a file, not a folder: give the folder that holds the photos of the subject.")
+    if not folder.is_dir():
+        raise PhotoError(f"The photo folder {folder} does not exist: check the path (it is relative to {Path.cwd()}).")
+    try:
+        files = sorted((path for path in folder.iterdir() if path.is_file()), key=lambda path: path.name)
+    except OSError as error:
+        raise PhotoError(f"The photo folder {folder} cannot be read ({error.strerror}).") from error
+    photos = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
+    if not photos:
+        others = ", ".join(path.name for path in files[:3]) + (", …" if len(files) > 3 else "")
+        found = f"only {others}" if files else "nothing"
+        raise PhotoError(f"{folder} holds no photo ({found} found): put three to six JPEG or PNG photos into it.")
+    return photos
+
+
+def load_photo(path: str | Path, size_px: int) -> Photo:
+    """Read one photo as an RGB square: EXIF turn, white behind transparency, shorter side to `size_px`, centre crop.
+
+    Args:
+        path: the image file.
+        size_px: side of the square, in px.
+
+    Raises:
+        PhotoError: the file cannot be read as a picture, or is too large or too small.
+
+    Warns:
+        PhotoWarning: the photo had to be enlarged.
+    """
+    path = Path(path)
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise PhotoError(f"The photo {path} cannot be read ({error.strerror}).") from error
+    with _open(content, path) as picture:
+        icc_profile = picture.info.get("icc_profile")
+        width, height = picture.size
+        if min(width, height) * MAX_ENLARGEMENT < size_px:
+            raise PhotoError(
+                f"The photo {path} is too small ({width} × {height} px): its shorter side must have at least "
+                f"{-(-size_px // MAX_ENLARGEMENT)} px for a model of {size_px} px; use a larger photo."
+            )
+        if min(width, height) < size_px:
+            _warn(
+                f"{path.name} has only {width} × {height} px and was enlarged to {size_px} px: the model learns blur."
+            )
+        if width * height > REDUCED_DECODING_PIXELS:
+            # A JPEG can decode at 1/2, 1/4 or 1/8 of its size; four times the target is left for the resize below.
+            picture.draft(None, (4 * size_px, 4 * size_px))
+        upright = _decode(picture, path)
+    turned = (upright.width > upright.height) != (width > height)
+    square = ImageOps.fit(_flatten(upright, path), (size_px, size_px), Image.Resampling.LANCZOS)
+    return Photo(
+        image=_to_srgb(square, icc_profile, path),
+        name=path.name,
+        sha256=hashlib.sha256(content).hexdigest(),
+        original_size=(height, width) if turned else (width, height),
+    )
+
+
+def _open(content: bytes, path: Path) -> Image.Image:
+    """Read the header of a picture; the pixels stay undecoded."""
+    Image.init()
+    known = [name for name in DECODERS if name in Image.OPEN]
+    with warnings.catch_warnings():
+        # Pillow warns above 89 megapixels and refuses above 179. A JPEG in between is decoded at reduced size.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        try:
+            picture = Image.open(io.BytesIO(content), formats=known)
+        except Image.DecompressionBombError:
+            raise _too_large(path, "more than 179 megapixels") from None
+        except UnidentifiedImageError:
+            raise PhotoError(_not_a_picture(content, path)) from None
+        except (OSError, ValueError, SyntaxError) as error:
+            raise PhotoError(f"The photo {path} cannot be read ({error}): save it again as JPEG or PNG.") from error
+    n_pixels = picture.width * picture.height
+    if picture.format not in ("JPEG", "MPO") and n_pixels > Image.MAX_IMAGE_PIXELS:
+        raise _too_large(path, f"{picture.width} × {picture.height} px")
+    return picture
+
+
+def _too_large(path: Path, size: str) -> PhotoError:
+    return PhotoError(
+        f"The photo {path} is too large to decode safely ({size}): save a smaller copy, say 2000 px wide."
+    )
+
+
+def _not_a_picture(content: bytes, path: Path) -> str:
+    """Say why a file with an image ending is none."""
+    if not content:
+        return f"The photo {path} is empty (0 bytes): copy it again or delete it."
+    if path.suffix.lower() in (".heic", ".heif"):
+        return f"The photo {path} is in Apple's HEIC format, which Pillow cannot read here: export it as JPEG."
+    return f"The file {path} is not a picture in a known format, in spite of its name: save it as JPEG or PNG."
+
+
+def _decode(picture: Image.Image, path: Path) -> Image.Image:
+    """Decode the pixels and turn the picture the way its EXIF flag says."""
+    try:
+        picture.load()
+    except (OSError, ValueError, SyntaxError, struct.error, MemoryError) as error:
+        raise PhotoError(f"The photo {path} is damaged or cut off ({error}): copy it again or delete it.") from error
+    try:
+        return ImageOps.exif_transpose(picture)
+    except (OSError, ValueError, SyntaxError, TypeError, KeyError, struct.error) as error:
+        _warn(f"{path.name} has a damaged EXIF block ({error}): it is used without turning.")
+        return picture
+
+
+def _flatten(picture: Image.Image, path: Path) -> Image.Image:
+    """Return an 8-bit opaque picture in mode L, RGB or CMYK; transparency goes on white."""
+    mode = picture.mode
+    if mode.startswith("I"):
+        return _from_16_bit(picture, path)
+    if mode == "F":
+        raise PhotoError(f"The photo {path} has floating-point pixels of unknown range: save it with 8 or 16 bits.")
+    if picture.has_transparency_data:
+        layers = picture.convert("RGBA")
+        white = Image.new("RGBA", layers.size, "white")
+        return Image.alpha_composite(white, layers).convert("RGB")
+    if mode in ("L", "RGB", "CMYK"):
+        return picture
+    try:
+        return picture.convert("RGB")
+    except ValueError as error:
+        raise PhotoError(f"The photo {path} has the colour mode {mode}: save it as an RGB JPEG or PNG.") from error
+
+
+def _from_16_bit(picture: Image.Image, path: Path) -> Image.Image:
+    """Scale 16-bit grey, 0…65535, to 8 bits; Pillow's own conversion clips everything above 255 to white."""
+    values = np.asarray(picture).astype(np.int64)
+    if values.min() < 0 or values.max() > 65535:
+        raise PhotoError(f"The photo {path} has 32-bit pixels of unknown range: save it with 8 or 16 bits.")
+    return Image.fromarray(np.rint(values / 257).astype(np.uint8))
+
+
+def _to_srgb(picture: Image.Image, icc_profile: bytes | None, path: Path) -> Image.Image:
+    """Convert to sRGB by the photo's own colour profile where it has one (CMYK, Display P3), else plainly."""
+    if icc_profile:
+        try:
+            source = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
+            space = source.profile.xcolor_space.strip()
+            if space == {"L": "GRAY"}.get(picture.mode, picture.mode):
+                return ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+        except (ImageCms.PyCMSError, OSError, ValueError) as error:
+            _warn(f"{path.name} has a damaged colour profile ({error}): its colours may be slightly off.")
+    return picture.convert("RGB")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, PhotoWarning, stacklevel=3)

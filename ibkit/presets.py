@@ -1,0 +1,86 @@
+"""The two scales as data. A preset is the only thing that differs between them: no method knows which one it runs at.
+
+`sd15` holds the paper's values (InstructBooth, appendix C) wherever the paper gives them. `pocket` says, value by value, where and why it differs.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ibkit.personalize.dreambooth import DreamBoothConfig
+from ibkit.rl.ddpo import DDPOConfig
+from ibkit.sample import Sampler
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Everything that depends on the scale.
+
+    Attributes:
+        sampler: for evaluation, class images and sample grids.
+        scorers: where the scorers' weights come from, see `ibkit.scorers.make_scorer`.
+        activities: what RL trains on when the user names none.
+        n_images: pictures for each prompt, method and seed in the evaluation.
+        sample_every: epochs between sample grids.
+        world: whether the subject can come from the pocket world, whose truth the judge knows.
+    """
+
+    dreambooth: DreamBoothConfig
+    ddpo: DDPOConfig
+    sampler: Sampler
+    scorers: str
+    activities: tuple[str, ...]
+    n_images: int
+    sample_every: int
+    world: bool
+
+
+POCKET = Preset(
+    dreambooth=DreamBoothConfig(
+        n_steps=150,  # overfits visibly, and leaves RL something to find (300 steps leave nothing)
+        batch=4,  # 64 px pictures: four cost what one would
+        learning_rate=3e-4,  # a 6 M U-Net takes larger steps than one of 860 M
+        n_class_images=64,
+        checkpoint_every=50,
+    ),
+    ddpo=DDPOConfig(
+        n_epochs=40,
+        images_per_epoch=32,  # 8 for each of 2 activities x 2 kinds of prompt
+        batch=16,  # half of them a gradient step, as in the paper
+        sampler=Sampler(20, 5.0, 1.0),  # 20 steps draw as well as 50 here
+        learning_rate=3e-3,  # minutes instead of hours
+        lora_rank=8,
+        micro_batch=64,  # fills two CPU cores
+        stats_buffer=32,  # about four epochs of a prompt, so the baseline follows the policy
+        stats_min_count=8,
+    ),
+    sampler=Sampler(20, 5.0, 1.0),
+    scorers="pocket",
+    activities=("playing soccer", "riding a bike"),
+    n_images=30,
+    sample_every=10,
+    world=True,
+)
+
+SD15 = Preset(
+    dreambooth=DreamBoothConfig(),
+    ddpo=DDPOConfig(),
+    sampler=Sampler(50, 7.5, 1.0),
+    scorers="official",
+    activities=("playing soccer", "riding a bike", "cooking a gourmet meal"),  # of the paper's own set
+    n_images=10,  # the paper's 10 pictures for each of its 40 prompts
+    sample_every=10,
+    world=False,
+)
+
+PRESETS = {"pocket": POCKET, "sd15": SD15}
+
+
+def preset_of(model: str) -> Preset:
+    """The preset of a model: its own, or `sd15`'s for a local folder in diffusers format."""
+    return PRESETS.get(model, SD15)
+
+
+def override(config, **values):
+    """A copy of a settings object with the values that are set; 0, "" and () stand for the preset's own."""
+    return replace(config, **{k: v for k, v in values.items() if v})

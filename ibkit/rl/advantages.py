@@ -1,0 +1,43 @@
+"""Per-prompt advantages (DDPO, section 5.1 "per-prompt stat tracking")."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import torch
+
+
+class PromptStats:
+    """Running mean and standard deviation of the reward for each prompt string.
+
+    A prompt with and one without the identifier are two prompts. Until a prompt has `min_count` rewards in its buffer, the statistics of the whole
+    batch serve. Equal rewards give advantage 0, not a division by zero.
+
+    Args:
+        buffer_size: rewards kept for each prompt.
+        min_count: rewards a prompt needs before its own statistics are used.
+    """
+
+    EPSILON = 1e-6
+
+    def __init__(self, buffer_size: int = 64, min_count: int = 8):
+        self.buffer_size, self.min_count = buffer_size, min_count
+        self.rewards: dict[str, deque[float]] = {}
+
+    def advantages(self, prompts: list[str], rewards: torch.Tensor) -> torch.Tensor:
+        """Add a batch of rewards (B,) and return its normalised advantages (B,)."""
+        for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
+            self.rewards.setdefault(prompt, deque(maxlen=self.buffer_size)).append(reward)
+        advantages = torch.empty_like(rewards, dtype=torch.float64)
+        for prompt in dict.fromkeys(prompts):
+            rows = [i for i, p in enumerate(prompts) if p == prompt]
+            kept = torch.tensor(self.rewards[prompt], dtype=torch.float64)
+            known = kept if len(kept) >= self.min_count else rewards.double()
+            advantages[rows] = (rewards[rows].double() - known.mean()) / (known.std(unbiased=False) + self.EPSILON)
+        return advantages.float()
+
+    def state(self) -> dict[str, list[float]]:
+        return {prompt: list(kept) for prompt, kept in self.rewards.items()}
+
+    def load(self, state: dict[str, list[float]]) -> None:
+        self.rewards = {prompt: deque(kept, maxlen=self.buffer_size) for prompt, kept in state.items()}

@@ -1,0 +1,205 @@
+"""DDPO: policy-gradient fine-tuning of a diffusion model (Black et al. 2023), as InstructBooth uses it (section 2.2).
+
+| here | paper |
+|---|---|
+| `ratio` | p_θ(x_{t-1}|x_t,c) / p_θold(x_{t-1}|x_t,c), DDPO eq. 4 (importance sampling) |
+| `advantage` | r(x_0, c) normalised per prompt, DDPO section 5.1 |
+| `policy_loss` | PPO's clipped objective (Schulman et al. 2017, eq. 7) |
+
+An epoch: sample `images_per_epoch` trajectories, score the images, then take gradient steps, each on a random `batch` of the trajectories and all
+their timesteps. Only a LoRA adapter is trained; weights, latents and log-probabilities are fp32.
+
+Shapes: B images of an epoch, T denoising steps, M (image, step) pairs of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ibkit.data.prompts import Prompt
+from ibkit.device import generator
+from ibkit.errors import TrainingError
+from ibkit.models import TextToImage
+from ibkit.rl.advantages import PromptStats
+from ibkit.rl.ddim import Schedule, log_prob, step_mean
+from ibkit.rl.rollout import Trajectories, rollout
+from ibkit.runs import Checkpoints
+from ibkit.sample import Sampler
+from ibkit.training import load_optimizer_tensors, optimizer_tensors, part
+
+# (images, prompts) -> scores (B,); any scorer makes one, see `scorer_reward`
+Reward = Callable[[list[Image.Image], list[Prompt]], torch.Tensor]
+# (images, prompts) -> numbers to watch; never part of the objective
+Monitor = Callable[[list[Image.Image], list[Prompt]], dict[str, float]]
+
+
+@dataclass(frozen=True)
+class DDPOConfig:
+    """Settings of the RL stage; the defaults are InstructBooth's (appendix C), or where it is silent the reference code's (kvablack/ddpo-pytorch).
+
+    Attributes:
+        n_epochs: InstructBooth does not give it.
+        images_per_epoch: 16 (InstructBooth).
+        batch: trajectories of a gradient step, a random 8 of the 16 (InstructBooth).
+        sampler: 50 steps, guidance 7.5 (InstructBooth); η = 1 (DDPO).
+        clip_range: 1e-4 (InstructBooth).
+        advantage_clip: 5 (DDPO's code).
+        learning_rate: 2e-5; betas: (0.9, 0.99); weight_decay: 0.01 (InstructBooth).
+        max_grad_norm: 1 (DDPO's code).
+        lora_rank: not given by InstructBooth; 4 in DDPO's code.
+        micro_batch: (image, step) pairs in a forward pass: memory and speed only, gradients are accumulated.
+        stats_buffer, stats_min_count: of `PromptStats`; 16 and 16 in DDPO's code.
+        checkpoint_every: epochs between checkpoints.
+    """
+
+    n_epochs: int = 100
+    images_per_epoch: int = 16
+    batch: int = 8
+    sampler: Sampler = Sampler(50, 7.5, 1.0)
+    clip_range: float = 1e-4
+    advantage_clip: float = 5.0
+    learning_rate: float = 2e-5
+    betas: tuple[float, float] = (0.9, 0.99)
+    weight_decay: float = 0.01
+    max_grad_norm: float = 1.0
+    lora_rank: int = 4
+    micro_batch: int = 4
+    stats_buffer: int = 16
+    stats_min_count: int = 16
+    checkpoint_every: int = 5
+
+
+def policy_loss(new_log_prob: torch.Tensor, old_log_prob: torch.Tensor, advantage: torch.Tensor, clip_range: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Clipped importance-sampling loss and the ratio, each (M,).
+
+    loss = max(-A r, -A clip(r, 1 - ε, 1 + ε)), r = exp(log p - log p_old) (PPO eq. 7 with the sign of a loss).
+    """
+    ratio = torch.exp(new_log_prob - old_log_prob)
+    clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
+    return torch.maximum(-advantage * ratio, -advantage * clipped), ratio
+
+
+def scorer_reward(scorer) -> Reward:
+    """Use a text scorer as the reward; it reads the prompt without the identifier."""
+    return lambda images, prompts: scorer(images, texts=[p.clean for p in prompts])
+
+
+def epoch_prompts(prompts: Sequence[Prompt], n: int, seed: int, epoch: int) -> list[Prompt]:
+    """`n` prompts of an epoch: every prompt equally often, the remainder drawn at random."""
+    order = torch.randperm(len(prompts), generator=generator(seed, "prompts", epoch)).tolist()
+    return [prompts[order[i % len(prompts)]] for i in range(n)]
+
+
+def train(
+    model: TextToImage,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    config: DDPOConfig,
+    folder: Path,
+    seed: int = 0,
+    monitor: Monitor | None = None,
+    on_epoch: Callable[[dict[str, float], TextToImage], None] | None = None,
+) -> list[dict[str, float]]:
+    """Fine-tune `model` in place (it gains a LoRA adapter) and return one row of numbers an epoch.
+
+    Args:
+        prompts: of both kinds for InstructBooth's trick, see `training_prompts`.
+        folder: for checkpoints; training continues from the newest one there, on the same random streams.
+        monitor: watches the epoch's images (subject fidelity, the judge); never part of the objective.
+        on_epoch: called after each epoch with its row and the model (progress, sample grids).
+
+    Returns:
+        Rows with epoch, reward, reward_identifier, reward_class, the monitor's numbers, ratio_first (largest |ratio - 1| of the first micro-batch before any
+        update), clip_fraction, log_prob, log_prob_t000 ... (mean of each step), grad_norm, loss, seconds.
+
+    Raises:
+        TrainingError: a non-finite reward, loss or gradient; the adapter of the last checkpoint stays.
+    """
+    schedule = config.sampler.schedule(model)
+    trainable = model.add_lora(config.lora_rank, generator(seed, "lora"))
+    optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
+    stats = PromptStats(config.stats_buffer, config.stats_min_count)
+    history: list[dict[str, float]] = []
+    checkpoints = Checkpoints(folder / "checkpoints")
+    if (found := checkpoints.latest()) is not None:
+        _, tensors, state = found
+        model.load_lora_state(part(tensors, "lora"))
+        load_optimizer_tensors(optimizer, tensors)
+        stats.load(state["stats"])
+        history = state["history"]
+
+    for epoch in range(len(history), config.n_epochs):
+        started = time.perf_counter()
+        chosen = epoch_prompts(prompts, config.images_per_epoch, seed, epoch)
+        streams = [generator(seed, "rollout", epoch, i) for i in range(len(chosen))]
+        trajectories = rollout(model, [p.text for p in chosen], schedule, config.sampler.guidance, streams)
+        images = model.decode(trajectories.latents[-1])
+        rewards = reward(images, chosen).float()
+        if not bool(torch.isfinite(rewards).all()):
+            bad = int((~torch.isfinite(rewards)).nonzero()[0])
+            raise TrainingError(f"epoch {epoch}: the reward of image {bad} ({chosen[bad].text!r}) is {rewards[bad].item()}; look at the image and at the reward function.")
+        advantages = stats.advantages([p.text for p in chosen], rewards).clamp(-config.advantage_clip, config.advantage_clip)
+        row = {"epoch": epoch, "reward": rewards.mean().item()}
+        for name, kind in (("reward_identifier", True), ("reward_class", False)):
+            part = rewards[[p.identifier is kind for p in chosen]]
+            row[name] = part.mean().item() if len(part) else float("nan")
+        row |= monitor(images, chosen) if monitor else {}
+        row |= {"log_prob": trajectories.log_probs.mean().item()}
+        row |= {f"log_prob_t{int(t):03d}": v for t, v in zip(schedule.timesteps, trajectories.log_probs.mean(1).tolist(), strict=True)}
+        row |= _update(model, optimizer, trainable, trajectories, advantages, schedule, config, generator(seed, "update", epoch))
+        row["seconds"] = time.perf_counter() - started
+        history.append(row)
+        if (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == config.n_epochs:
+            tensors = {f"lora.{k}": v for k, v in model.lora_state().items()} | optimizer_tensors(optimizer)
+            checkpoints.save(epoch + 1, tensors, {"stats": stats.state(), "history": history})
+        if on_epoch:
+            on_epoch(row, model)
+    model.unet.requires_grad_(False)
+    return history
+
+
+def _update(model, optimizer, trainable, trajectories: Trajectories, advantages: torch.Tensor, schedule: Schedule, config: DDPOConfig, stream: torch.Generator) -> dict[str, float]:
+    """The gradient steps of an epoch: trajectories in random order, `batch` of them (all timesteps) to a step."""
+    n_steps = len(schedule)
+    advantages = advantages.to(model.device)
+    order = torch.randperm(len(advantages), generator=stream)
+    losses, clipped, norms, ratio_first = [], [], [], None
+    for members in order.split(config.batch):
+        pairs = torch.cartesian_prod(members, torch.randperm(n_steps, generator=stream))
+        for micro in pairs.split(config.micro_batch):
+            image, step = micro[:, 0].to(model.device), micro[:, 1].to(model.device)
+            loss, ratio = pair_loss(model, trajectories, image, step, advantages[image], schedule, config)
+            if not bool(torch.isfinite(loss).all()):
+                raise TrainingError(f"the policy loss is not finite (ratio {ratio.min().item():.3g} to {ratio.max().item():.3g}): lower the learning rate.")
+            (loss.sum() / len(pairs)).backward()
+            deviation = (ratio.detach() - 1).abs()
+            ratio_first = deviation.max().item() if ratio_first is None else ratio_first
+            losses.append(loss.detach())
+            clipped.append(deviation > config.clip_range)
+        norm = torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
+        if not bool(torch.isfinite(norm)):
+            raise TrainingError("the gradient is not finite: lower the learning rate.")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        norms.append(norm.item())
+    return {
+        "ratio_first": ratio_first,
+        "clip_fraction": torch.cat(clipped).float().mean().item(),
+        "grad_norm": sum(norms) / len(norms),
+        "loss": torch.cat(losses).mean().item(),
+    }
+
+
+def pair_loss(model: TextToImage, trajectories: Trajectories, image: torch.Tensor, step: torch.Tensor, advantage: torch.Tensor, schedule: Schedule, config: DDPOConfig) -> tuple[torch.Tensor, torch.Tensor]:
+    """Loss and ratio (M,) of pairs (image, step), with the guidance that the rollout used."""
+    x_t, x_prev = trajectories.latents[step, image], trajectories.latents[step + 1, image]
+    eps_hat = model.guided_noise(x_t, schedule.timesteps[step], trajectories.text[image], config.sampler.guidance)
+    mean = step_mean(x_t, eps_hat, schedule.alpha_bar[step], schedule.alpha_bar_prev[step], schedule.std[step])
+    new = log_prob(x_prev, mean, schedule.std[step])
+    return policy_loss(new, trajectories.log_probs[step, image], advantage, config.clip_range)
