@@ -1,0 +1,386 @@
+"""The paper's claims, each tested on the scores of a run.
+
+Every claim is a difference between two models on the same prompts and the same noise, with a bootstrap interval over
+prompts, images and RL seeds. The rule that turns an interval into a verdict stands first in each test below. A run
+that lacks what a claim needs gets "not tested", with the reason.
+"""
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from json import dumps
+from pathlib import Path
+from textwrap import fill
+
+import numpy as np
+import pandas as pd
+
+from ibkit.errors import ScoreError
+from ibkit.runs import read_run, resolve
+from ibkit.stats import (
+    METRICS,
+    Interval,
+    bootstrap_difference,
+    bootstrap_statistic,
+    check_scores,
+    method_label,
+    pair_up,
+    unit_groups,
+)
+
+REPRODUCED, NOT_REPRODUCED, NOT_TESTED = "reproduced", "not reproduced", "not tested"
+
+# The first measure a run has is used: the judge knows the truth; the others stand in where there is no ground truth.
+TEXT_METRICS = ("judge_activity", "image_reward", "clip_t")
+SUBJECT_METRICS = ("judge_identity", "dino", "clip_i")
+# C3: subject fidelity counts as kept when at most this much is lost: 5 points of the judge's line-up. On the DINO and
+# CLIP-I scale 0.05 is what the paper itself loses and calls competitive (table 2: .699 to .650).
+MARGIN = 0.05
+# C2: the share of the lost text fidelity that a good run wins back.
+GOOD_SHARE = 2 / 3
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of the paper and what this run says about it.
+
+    Attributes:
+        id: C1 … C4.
+        claim: the claim in one sentence.
+        source: where the paper makes it, and the paper's own number.
+        value: our figure, None where the claim was not tested; fractions are fractions of 1.
+        low, high: its 95 % interval.
+        n: pairs of images behind it.
+        seeds: RL seeds behind it (0 where no RL-tuned model takes part).
+        verdict: "reproduced", "not reproduced" or "not tested".
+        metric: the score it was measured with.
+        unit: "fraction of images", "fraction of the loss" or "score".
+        quantity: what `value` is, in words.
+        detail: the numbers behind the figure, or why the claim was not tested.
+    """
+
+    id: str
+    claim: str
+    source: str
+    value: float | None
+    low: float | None
+    high: float | None
+    n: int
+    seeds: int
+    verdict: str
+    metric: str
+    unit: str
+    quantity: str
+    detail: str
+
+    def figure(self) -> str:
+        """Write the value with its interval: a difference of shares in points, a share of the loss in per cent."""
+        if self.value is None:
+            return "–"
+        if self.unit == "fraction of the loss":
+            return f"{100 * self.value:.0f} % [{100 * self.low:.0f}, {100 * self.high:.0f}]"
+        points = " points" if self.unit == "fraction of images" else ""
+        return _signed(self.metric, Interval(self.value, self.low, self.high, self.n)) + points
+
+
+@dataclass(frozen=True)
+class _Views:
+    """The rows of each model that the claims compare: with the identifier, or with the class prompt."""
+
+    base_class: pd.DataFrame
+    dreambooth: pd.DataFrame
+    dreambooth_class: pd.DataFrame
+    instructbooth: pd.DataFrame
+
+
+@dataclass(frozen=True)
+class _Outcome:
+    metric: str
+    interval: Interval
+    holds: bool
+    detail: str
+    seeds: int = 0
+    unit: str = ""
+
+
+class _CannotTest(Exception):
+    """The scores lack what the claim needs; the message says what."""
+
+
+def evaluate_claims(run_or_folder: str | Path) -> list[Claim]:
+    """Test every claim on a run.
+
+    Args:
+        run_or_folder: a main run (`outputs/<run>`, read from its `03_evaluate`), that stage's own folder, or a folder
+            that holds `scores.csv` directly (`outputs/reference`).
+
+    Returns:
+        One `Claim` for each of C1 to C4, in order.
+
+    Raises:
+        ScoreError: there are no scores in the folder, or they are malformed.
+        ArtifactError: the run is incomplete, or a file was altered.
+    """
+    return claims_from_scores(load_scores(run_or_folder))
+
+
+def load_scores(run_or_folder: str | Path) -> pd.DataFrame:
+    """Read and check the tidy score table of a run; see `evaluate_claims` for what a folder may be."""
+    folder = Path(run_or_folder)
+    if not folder.is_dir():
+        raise ScoreError(f"There is no run folder {folder}: finish a run first (ibkit run), or give the path of one.")
+    stage = folder / "03_evaluate" if (folder / "03_evaluate").is_dir() else folder
+    table = stage / "scores.csv"
+    if not table.is_file():
+        raise ScoreError(f"{folder} holds no scores: expected 03_evaluate/scores.csv of a finished run, or scores.csv.")
+    if (stage / "manifest.json").is_file():
+        return check_scores(read_run(stage).table("scores.csv"), str(table))
+    try:
+        return check_scores(pd.read_csv(table, keep_default_na=False, na_values=[""]), str(table))
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ScoreError(f"{table} is not a readable CSV table ({error}).") from error
+
+
+def claims_from_scores(scores: pd.DataFrame) -> list[Claim]:
+    """Test every claim on a checked score table (see `evaluate_claims`)."""
+    rows = {(method, with_id): part for (method, with_id), part in scores.groupby(["method", "identifier"])}
+    none = scores.iloc[:0]
+    views = _Views(
+        base_class=rows.get(("base", False), none),
+        dreambooth=rows.get(("dreambooth", True), none),
+        dreambooth_class=rows.get(("dreambooth", False), none),
+        instructbooth=rows.get(("instructbooth", True), none),
+    )
+    claims = []
+    for number, claim, quantity, source, test in _TESTS:
+        try:
+            outcome = test(views)
+        except _CannotTest as reason:
+            claims.append(
+                Claim(number, claim, source, None, None, None, 0, 0, NOT_TESTED, "", "", quantity, str(reason))
+            )
+            continue
+        interval = outcome.interval
+        claims.append(
+            Claim(
+                id=number,
+                claim=claim,
+                source=source,
+                value=interval.value,
+                low=interval.low,
+                high=interval.high,
+                n=interval.n,
+                seeds=outcome.seeds,
+                verdict=REPRODUCED if outcome.holds else NOT_REPRODUCED,
+                metric=outcome.metric,
+                unit=outcome.unit or ("fraction of images" if METRICS[outcome.metric].is_share else "score"),
+                quantity=quantity,
+                detail=outcome.detail,
+            )
+        )
+    return claims
+
+
+def _text_is_lost(views: _Views) -> _Outcome:
+    """C1. Reproduced when the whole interval of DreamBooth − base lies below zero."""
+    metric, pairs = _pairs({"dreambooth": views.dreambooth, "base": views.base_class}, TEXT_METRICS)
+    difference = bootstrap_difference(views.dreambooth, views.base_class, metric)
+    return _Outcome(metric, difference, difference.high < 0, _levels(metric, pairs))
+
+
+def _text_is_won_back(views: _Views) -> _Outcome:
+    """C2. Reproduced when the whole interval of InstructBooth − DreamBooth lies above zero.
+
+    The figure is the share of the loss won back; whether it reaches two thirds is stated in the detail. Where nothing
+    was lost there is nothing to win back, and the claim is not tested.
+    """
+    tables = {"instructbooth": views.instructbooth, "dreambooth": views.dreambooth, "base": views.base_class}
+    metric, pairs = _pairs(tables, TEXT_METRICS)
+    columns = {name: table.to_numpy() for name, table in pairs.items()}
+    groups = unit_groups(pairs["instructbooth"])
+    loss = bootstrap_statistic(columns, lambda instructbooth, dreambooth, base: base - dreambooth, groups)
+    if loss.low <= 0:
+        raise _CannotTest(
+            f"On these prompts it is not certain that DreamBooth lost text fidelity ({_levels(metric, pairs)}), so "
+            "there is nothing to win back: personalize for more steps or choose harder prompts."
+        )
+    gain = bootstrap_difference(views.instructbooth, views.dreambooth, metric)
+    share = bootstrap_statistic(
+        columns, lambda instructbooth, dreambooth, base: (instructbooth - dreambooth) / (base - dreambooth), groups
+    )
+    detail = (
+        f"{_levels(metric, pairs)}; InstructBooth − DreamBooth {_signed(metric, gain)}; "
+        f"two thirds won back: {'yes' if share.value >= GOOD_SHARE else 'no'}"
+    )
+    return _Outcome(metric, share, gain.low > 0, detail, _n_seeds(pairs), "fraction of the loss")
+
+
+def _subject_is_kept(views: _Views) -> _Outcome:
+    """C3. Reproduced when InstructBooth − DreamBooth is not below minus the margin.
+
+    Whether even the low bound clears the margin (non-inferiority in the strict sense) is stated in the detail.
+    """
+    tables = {"instructbooth": views.instructbooth, "dreambooth": views.dreambooth}
+    metric, pairs = _pairs(tables, SUBJECT_METRICS)
+    difference = bootstrap_difference(views.instructbooth, views.dreambooth, metric)
+    margin = f"{100 * MARGIN:.0f} points" if METRICS[metric].is_share else f"{MARGIN}"
+    # The tolerance is for rounding only: a loss of exactly 5 points is within 5 points.
+    kept, surely = (number >= -MARGIN - 1e-9 for number in (difference.value, difference.low))
+    detail = f"{_levels(metric, pairs)}; allowed loss {margin}; even the low bound is within it: "
+    if surely:
+        detail += "yes"
+    elif kept:
+        detail += "no, so more images or RL seeds are needed to be sure"
+    else:
+        detail += "no"
+    return _Outcome(metric, difference, kept, detail, _n_seeds(pairs))
+
+
+def _class_noun_drifts(views: _Views) -> _Outcome:
+    """C4. Reproduced when the whole interval of DreamBooth − base, both without identifier, lies above zero."""
+    tables = {"dreambooth": views.dreambooth_class, "base": views.base_class}
+    metric, pairs = _pairs(tables, SUBJECT_METRICS, "with the class prompt (no identifier)")
+    difference = bootstrap_difference(views.dreambooth_class, views.base_class, metric)
+    detail = _levels(metric, pairs)
+    try:
+        text_metric, _ = _pairs(tables, TEXT_METRICS)
+        text = bootstrap_difference(views.dreambooth_class, views.base_class, text_metric)
+        detail += f"; text fidelity of the class prompt changed by {_signed(text_metric, text)}"
+    except _CannotTest:
+        detail += "; text fidelity of the class prompt was not scored"
+    return _Outcome(metric, difference, difference.low > 0, detail)
+
+
+# id, claim, what the figure is, where the paper says it, and the test.
+_TESTS: tuple[tuple[str, str, str, str, Callable[[_Views], _Outcome]], ...] = (
+    (
+        "C1",
+        "DreamBooth loses text fidelity against the base model.",
+        "DreamBooth (with identifier) minus base model (class prompt), text fidelity",
+        "§1, §2.2 and figure 3 (overfitting, low text fidelity); the paper gives no number for the base model",
+        _text_is_lost,
+    ),
+    (
+        "C2",
+        "RL fine-tuning wins the lost text fidelity back.",
+        "Share of the loss won back, (InstructBooth − DreamBooth) / (base − DreamBooth)",
+        "Table 1 (people: text 81.3 % → 97.3 %), table 2 (ImageReward 0.441 → 1.196, CLIP-T 0.310 → 0.323)",
+        _text_is_won_back,
+    ),
+    (
+        "C3",
+        "RL fine-tuning keeps subject fidelity.",
+        "InstructBooth minus DreamBooth, subject fidelity",
+        "Table 1 (people: subject 97.0 % and 97.0 %), table 2 (DINO 0.699 → 0.650)",
+        _subject_is_kept,
+    ),
+    (
+        "C4",
+        "Personalization makes the plain class noun drift towards the subject.",
+        "DreamBooth minus base model, both with the class prompt: looks like the subject",
+        "§2.1, the reason for the prior-preservation loss (language drift, Ruiz et al. 2023); no number in the paper",
+        _class_noun_drifts,
+    ),
+)
+
+
+def _pairs(
+    tables: dict[str, pd.DataFrame], metrics: tuple[str, ...], how: str = "on the same prompts and image seeds"
+) -> tuple[str, dict[str, pd.DataFrame]]:
+    """Pick the first metric that all tables have on shared units, and lay them out on those."""
+    absent = [name for name, table in tables.items() if table.empty]
+    if absent:
+        raise _CannotTest(f"The scores hold no images of {' or '.join(absent)} {how}.")
+    for metric in metrics:
+        if all(metric in table.columns and table[metric].notna().any() for table in tables.values()):
+            pairs = pair_up(tables, metric)
+            if all(table.size for table in pairs.values()):
+                return metric, pairs
+    raise _CannotTest(f"None of {', '.join(metrics)} was scored for {', '.join(tables)} {how}.")
+
+
+def _levels(metric: str, pairs: dict[str, pd.DataFrame]) -> str:
+    """Name the level of each model behind a difference."""
+    names = ("base", "dreambooth", "instructbooth")
+    levels = [f"{method_label(name)} {METRICS[metric].show(_mean(pairs[name]))}" for name in names if name in pairs]
+    return f"{METRICS[metric].label}: " + ", ".join(levels)
+
+
+def _mean(table: pd.DataFrame) -> float:
+    return float(np.nanmean(table.to_numpy()))
+
+
+def _signed(metric: str, interval: Interval) -> str:
+    value, low, high = (METRICS[metric].show(x, sign=True) for x in (interval.value, interval.low, interval.high))
+    return f"{value} [{low}, {high}]"
+
+
+def _n_seeds(pairs: dict[str, pd.DataFrame]) -> int:
+    return max(len(table) for table in pairs.values())
+
+
+# --- words, and the command line -----------------------------------------------------------------------------------
+
+
+def claims_as_json(claims: list[Claim]) -> str:
+    """Write claims as a JSON list of objects; a claim that was not tested has null for its numbers."""
+    return dumps([asdict(claim) for claim in claims], indent=2, ensure_ascii=False)
+
+
+def claims_as_text(claims: list[Claim], width: int = 100) -> str:
+    """Write claims as a plain table, with the claim, its source and the numbers behind it below each line."""
+    lines = [f"{'':4}{'verdict':16}{'our figure, 95 % interval':38}{'n':>6}{'seeds':>7}"]
+    for claim in claims:
+        n, seeds = (claim.n, claim.seeds or "–") if claim.value is not None else ("–", "–")
+        lines.append(f"{claim.id:4}{claim.verdict:16}{claim.figure():38}{n:>6}{seeds:>7}")
+        for text in (claim.claim, f"{claim.quantity}.", claim.detail, f"Paper: {claim.source}."):
+            lines.append(fill(text, width, initial_indent=" " * 4, subsequent_indent=" " * 6))
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def summary(claims: list[Claim]) -> str:
+    """Say in one sentence per verdict which claims hold."""
+    sentences = []
+    for verdict in (REPRODUCED, NOT_REPRODUCED, NOT_TESTED):
+        those = [f"{claim.id} ({claim.claim.rstrip('.')})" for claim in claims if claim.verdict == verdict]
+        if those:
+            sentences.append(f"{verdict.capitalize()}, {len(those)} of {len(claims)}: {'; '.join(those)}.")
+    return " ".join(sentences)
+
+
+def claims_command(path: str | Path = "", json: bool = False) -> int:
+    """Print the claims of a run.
+
+    Args:
+        path: see `evaluate_claims`; empty = the newest evaluated run in outputs/, or outputs/reference without one.
+        json: print a JSON list instead of a table.
+
+    Returns:
+        0: the claims could be evaluated, whatever the verdicts.
+    """
+    folder = Path(path) if path else _newest_run()
+    claims = evaluate_claims(folder)
+    print(claims_as_json(claims) if json else f"Claims of the paper, tested on {folder}\n\n{claims_as_text(claims)}")
+    return 0
+
+
+def _newest_run() -> Path:
+    outputs = resolve("outputs")
+    evaluated = [table.parent for table in outputs.glob("*/03_evaluate/scores.csv")]
+    newest = max(evaluated, key=lambda stage: (stage / "scores.csv").stat().st_mtime_ns, default=None)
+    return newest.parent if newest else outputs / "reference"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of `ibkit claims`."""
+    parser.add_argument(
+        "run", nargs="?", default="", metavar="RUN",
+        help="folder of a run, or outputs/reference for the committed results (default: the newest run in outputs/)",
+    )  # fmt: skip
+    parser.add_argument("--json", action="store_true", help="print a JSON list of the claims")
+
+
+def main(arguments: Namespace) -> int:
+    """Run `ibkit claims`."""
+    return claims_command(arguments.run, arguments.json)

@@ -1,0 +1,256 @@
+"""Claims: every verdict from hand-made scores, the stand-ins where there is no judge, and the command."""
+
+import json
+from argparse import ArgumentParser
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ibkit import claims as claims_module
+from ibkit.claims import claims_as_text, claims_command, claims_from_scores, evaluate_claims, main, summary
+from ibkit.errors import ArtifactError, ScoreError
+from ibkit.published import PUBLISHED, published
+from ibkit.runs import Run
+from ibkit.stats import check_scores
+
+PROMPTS = ("soccer", "bike", "cooking")
+N_IMAGES = 20
+
+
+def images(method, identifier, activity, identity, rl_seed=0):
+    """20 images for each of three prompts, of which a given share is right: the first ones."""
+    rows = []
+    for prompt in PROMPTS:
+        for image_seed in range(N_IMAGES):
+            rows.append(
+                {
+                    "method": method,
+                    "rl_seed": rl_seed,
+                    "subject": "cat",
+                    "class_noun": "cat",
+                    "prompt_id": prompt,
+                    "prompt": f"a {'[v] ' if identifier else ''}cat {prompt}",
+                    "text": f"a cat {prompt}",
+                    "activity": prompt,
+                    "identifier": identifier,
+                    "image": f"{method}/{prompt}-{image_seed}.png",
+                    "image_seed": image_seed,
+                    "judge_activity": int(image_seed < activity * N_IMAGES),
+                    "judge_identity": int(image_seed < identity * N_IMAGES),
+                }  # fmt: skip
+            )
+    return pd.DataFrame(rows)
+
+
+def story(ib_activity=0.95, ib_identity=1.0, db_activity=0.3, base_activity=1.0, db_class_identity=0.4, n_seeds=1):
+    """Scores of a whole experiment, by default one in which the paper is right."""
+    return pd.concat(
+        [
+            images("base", False, base_activity, 0.05),
+            images("dreambooth", True, db_activity, 1.0),
+            images("dreambooth", False, 0.85, db_class_identity),
+            *(images("instructbooth", True, ib_activity, ib_identity, rl_seed=seed) for seed in range(n_seeds)),
+        ],
+        ignore_index=True,
+    )
+
+
+def verdicts(scores):
+    return {claim.id: claim.verdict for claim in claims_from_scores(check_scores(scores))}
+
+
+def by_id(scores):
+    return {claim.id: claim for claim in claims_from_scores(check_scores(scores))}
+
+
+def test_all_four_are_reproduced_when_the_paper_is_right():
+    claims = by_id(story(n_seeds=3))
+    assert {claim.verdict for claim in claims.values()} == {"reproduced"}
+    assert claims["C1"].value == pytest.approx(-0.70) and claims["C1"].high < 0
+    assert (claims["C1"].n, claims["C1"].seeds) == (60, 0)
+    assert claims["C2"].value == pytest.approx(0.65 / 0.70)
+    assert (claims["C2"].n, claims["C2"].seeds) == (180, 3)
+    assert "two thirds won back: yes" in claims["C2"].detail
+    assert claims["C3"].value == 0 and claims["C3"].low < 0 < claims["C3"].high
+    assert claims["C4"].value == pytest.approx(0.35) and claims["C4"].low > 0
+    assert "text fidelity of the class prompt changed by −15.0" in claims["C4"].detail
+
+
+def test_c1_needs_a_loss():
+    assert verdicts(story(db_activity=1.0))["C1"] == "not reproduced"
+
+
+def test_c2_needs_a_gain_and_says_whether_two_thirds_are_reached():
+    assert verdicts(story(ib_activity=0.3))["C2"] == "not reproduced"
+    assert verdicts(story(ib_activity=0.1))["C2"] == "not reproduced"
+    some = by_id(story(ib_activity=0.6))["C2"]
+    assert some.verdict == "reproduced" and some.value == pytest.approx(3 / 7)
+    assert "two thirds won back: no" in some.detail
+
+
+def test_c2_is_not_tested_when_nothing_was_lost():
+    claim = by_id(story(db_activity=1.0, ib_activity=1.0))["C2"]
+    assert claim.verdict == "not tested" and "nothing to win back" in claim.detail
+    assert claim.value is None and claim.low is None and claim.n == 0
+
+
+def test_c3_allows_a_loss_of_five_points_and_says_what_the_low_bound_allows():
+    lost = by_id(story(ib_identity=0.8))["C3"]
+    assert lost.verdict == "not reproduced" and lost.detail.endswith("within it: no")
+    at_the_margin = by_id(story(ib_identity=0.95))["C3"]
+    assert at_the_margin.value == pytest.approx(-0.05) and at_the_margin.low < -0.05
+    assert at_the_margin.verdict == "reproduced" and "more images or RL seeds" in at_the_margin.detail
+    many = pd.concat([story().assign(image_seed=lambda t, k=k: t["image_seed"] + 100 * k) for k in range(3)])
+    assert by_id(many)["C3"].detail.endswith("within it: yes")
+
+
+def test_c4_needs_drift():
+    assert verdicts(story(db_class_identity=0.05))["C4"] == "not reproduced"
+
+
+def test_what_is_missing_is_not_tested_and_says_why():
+    scores = story()
+    without_rl = by_id(scores[scores["method"] != "instructbooth"])
+    assert [without_rl[name].verdict for name in ("C2", "C3")] == ["not tested", "not tested"]
+    assert "no images of instructbooth" in without_rl["C3"].detail
+    no_class_prompt = by_id(scores[(scores["method"] != "dreambooth") | scores["identifier"]])
+    assert "class prompt (no identifier)" in no_class_prompt["C4"].detail
+    no_scores = by_id(scores.drop(columns=["judge_activity", "judge_identity"]))
+    assert "None of judge_activity, image_reward, clip_t was scored" in no_scores["C1"].detail
+    other_seeds = scores.assign(image_seed=scores["image_seed"] + 100 * (scores["method"] == "base"))
+    assert by_id(other_seeds)["C1"].verdict == "not tested"
+
+
+def test_without_a_judge_the_scorers_stand_in():
+    noise = np.random.default_rng(0).normal(0, 0.02, 240)
+    scores = story().assign(
+        image_reward=lambda t: t["judge_activity"] + noise[: len(t)],
+        dino=lambda t: 0.3 + 0.4 * t["judge_identity"] + noise[: len(t)],
+        judge_activity=np.nan,
+        judge_identity=np.nan,
+    )
+    claims = by_id(scores)
+    assert [claims[name].metric for name in ("C1", "C2", "C3", "C4")] == [
+        "image_reward",
+        "image_reward",
+        "dino",
+        "dino",
+    ]
+    assert {claim.verdict for claim in claims.values()} == {"reproduced"}
+    assert claims["C1"].unit == "score" and "points" not in claims["C1"].figure()
+
+
+def test_prompts_without_an_activity_do_not_enter_text_fidelity():
+    plain = images("base", False, 0, 0).assign(judge_activity=np.nan, prompt_id="plain", text="a cat")
+    plain["image_seed"] = range(len(plain))
+    drifted = plain.assign(method="dreambooth", judge_identity=1)
+    claims = by_id(pd.concat([story(), plain, drifted]))
+    assert claims["C1"].n == 60
+    assert claims["C4"].n == 120 and claims["C4"].value == pytest.approx((0.35 + 1) / 2)
+
+
+def test_figures_are_written_in_their_units():
+    claims = by_id(story(n_seeds=2))
+    assert claims["C1"].figure().startswith("−70.0 [") and claims["C1"].figure().endswith("points")
+    assert claims["C2"].figure().startswith("93 % [")
+    assert by_id(story(db_activity=1.0))["C2"].figure() == "–"
+
+
+def test_summary_counts_verdicts():
+    text = summary(list(by_id(story(db_activity=1.0)).values()))
+    assert (
+        "Reproduced, 2 of 4: C3" in text and "Not reproduced, 1 of 4: C1" in text and "Not tested, 1 of 4: C2" in text
+    )
+
+
+# --- where scores are read from ------------------------------------------------------------------------------------
+
+
+def evaluated(folder, scores):
+    run = Run.open(folder, kind="03_evaluate", parameters={"n_images": N_IMAGES})
+    run.write_table("scores.csv", scores)
+    run.finish()
+
+
+def test_a_main_run_its_stage_and_a_bare_folder_say_the_same(tmp_path):
+    evaluated(tmp_path / "main" / "03_evaluate", story())
+    (tmp_path / "reference").mkdir()
+    story().to_csv(tmp_path / "reference" / "scores.csv", index=False)
+    in_memory = claims_from_scores(check_scores(story()))
+    for folder in ("main", "main/03_evaluate", "reference"):
+        assert evaluate_claims(tmp_path / folder) == in_memory
+
+
+def test_folders_without_scores_are_refused(tmp_path):
+    with pytest.raises(ScoreError, match="There is no run folder"):
+        evaluate_claims(tmp_path / "nowhere")
+    with pytest.raises(ScoreError, match="holds no scores"):
+        evaluate_claims(tmp_path)
+    (tmp_path / "scores.csv").write_text("")
+    with pytest.raises(ScoreError, match="not a readable CSV"):
+        evaluate_claims(tmp_path)
+    (tmp_path / "scores.csv").write_text("method,score\nbase,1\n")
+    with pytest.raises(ScoreError, match="lacks the columns"):
+        evaluate_claims(tmp_path)
+
+
+def test_an_altered_or_unfinished_run_is_refused(tmp_path):
+    evaluated(tmp_path / "03_evaluate", story())
+    table = tmp_path / "03_evaluate" / "scores.csv"
+    table.write_text(table.read_text().replace("soccer", "tennis"))
+    with pytest.raises(ArtifactError, match="altered"):
+        evaluate_claims(tmp_path)
+    run = Run.open(tmp_path / "half" / "03_evaluate", kind="03_evaluate", parameters={})
+    run.write_table("scores.csv", story())
+    run.fail("stopped for the test")
+    with pytest.raises(ArtifactError, match="failed"):
+        evaluate_claims(tmp_path / "half")
+
+
+# --- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_command_prints_json_with_the_agreed_keys(tmp_path, capsys):
+    story(db_activity=1.0).to_csv(tmp_path / "scores.csv", index=False)
+    assert claims_command(tmp_path, json=True) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert [claim["id"] for claim in printed] == ["C1", "C2", "C3", "C4"]
+    agreed = {"id", "claim", "source", "value", "low", "high", "n", "seeds", "verdict"}
+    assert all(agreed <= set(claim) for claim in printed)
+    assert printed[1]["value"] is None and printed[1]["verdict"] == "not tested"
+    assert all(claim["low"] <= claim["value"] <= claim["high"] for claim in printed if claim["value"] is not None)
+
+
+def test_command_prints_a_plain_table(tmp_path, capsys):
+    story().to_csv(tmp_path / "scores.csv", index=False)
+    parser = ArgumentParser()
+    claims_module.add_arguments(parser)
+    assert main(parser.parse_args([str(tmp_path)])) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("reproduced") == 4 and "−70.0 [" in printed and "Table 1 (people" in printed
+    assert max(map(len, printed.splitlines()[1:])) <= 100
+
+
+def test_command_without_a_run_takes_the_newest(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(claims_module, "resolve", lambda path: tmp_path / path)
+    with pytest.raises(ScoreError, match="reference"):
+        claims_command()
+    evaluated(tmp_path / "outputs" / "mine" / "03_evaluate", story())
+    claims_command()
+    assert str(tmp_path / "outputs" / "mine") in capsys.readouterr().out
+
+
+def test_text_table_shows_claims_that_were_not_tested():
+    assert "not tested" in claims_as_text(claims_from_scores(check_scores(story(db_activity=1.0))))
+
+
+# --- the paper's numbers -------------------------------------------------------------------------------------------
+
+
+def test_published_numbers_stand_beside_ours():
+    assert [number.value for number in published("instructbooth", "image_reward")] == [1.196, 0.651]
+    assert [number.value for number in published("dreambooth", "judge_activity")] == [0.813]
+    assert published("base", "clip_t") == []
+    # 5 methods × (2 + 4) numbers in tables 1 and 2, and 3 methods × 4 in table 3.
+    assert len(PUBLISHED) == 42 and len({(n.method, n.metric, n.table) for n in PUBLISHED}) == 42

@@ -1,0 +1,344 @@
+"""The report: built from a small made-up run, read as HTML, and opened in a real browser where there is one."""
+
+import html.parser
+import json
+import re
+import shutil
+import subprocess
+import time
+import urllib.request
+
+import numpy as np
+import pandas as pd
+import pytest
+from PIL import Image, ImageDraw
+
+from ibkit import figures
+from ibkit.errors import ArtifactError
+from ibkit.report import build_report
+from ibkit.runs import Run
+from ibkit.stats import as_compared, check_scores
+
+PROMPTS = {"soccer": "a cat playing soccer", "bike": "a cat riding a bike", "forest": "a cat reading in the forest"}
+# Share of images with the right activity and with the right subject.
+RATES = {
+    ("base", False): (0.97, 0.05),
+    ("dreambooth", True): (0.4, 0.98),
+    ("dreambooth", False): (0.85, 0.3),
+    ("instructbooth", True): (0.9, 0.97),
+}
+ODD = '<script>alert("cat & mouse")</script>'
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+def scene(method, prompt_id, image_seed):
+    """A small picture that differs by method, prompt and seed."""
+    hue = {"base": "#888888", "dreambooth": "#d55e00", "instructbooth": "#0072b2"}[method]
+    picture = Image.new("RGB", (64, 64), {"soccer": "#9ccc65", "bike": "#b0bec5", "forest": "#2e7d32"}[prompt_id])
+    x = 12 + 6 * (image_seed % 4)
+    ImageDraw.Draw(picture).ellipse((x, 20, x + 26, 50), fill=hue, outline="black")
+    return picture
+
+
+def score_table(n_images=20):
+    rng = np.random.default_rng(0)
+    rows = []
+    for (method, identifier), (activity, identity) in RATES.items():
+        for prompt_id, text in PROMPTS.items():
+            for image_seed in range(n_images):
+                rows.append(
+                    {
+                        "method": method,
+                        "rl_seed": 0,
+                        "subject": "cat",
+                        "class_noun": "cat",
+                        "prompt_id": prompt_id,
+                        "prompt": text.replace("a cat", "a [v] cat") if identifier else text,
+                        "text": text,
+                        "activity": prompt_id,
+                        "identifier": identifier,
+                        "image": f"images/{method}-{prompt_id}-{image_seed}.png",
+                        "image_seed": image_seed,
+                        "clip_t": rng.normal(0.2 + 0.1 * activity, 0.02),
+                        "dino": rng.normal(0.3 + 0.4 * identity, 0.05),
+                        "image_reward": rng.normal(2 * activity - 1, 0.3),
+                        "judge_activity": int(rng.random() < activity),
+                        "judge_identity": int(rng.random() < identity),
+                    }  # fmt: skip
+                )
+    return pd.DataFrame(rows)
+
+
+def history(n_epochs=30):
+    epoch = np.arange(n_epochs)
+    rng = np.random.default_rng(1)
+    rise = 1 - np.exp(-epoch / 10)
+    return pd.DataFrame(
+        {
+            "epoch": epoch,
+            "reward": -2 + 3 * rise + rng.normal(0, 0.2, n_epochs),
+            "reward_identifier": -3 + 3.6 * rise + rng.normal(0, 0.2, n_epochs),
+            "reward_class": -1 + 2.2 * rise + rng.normal(0, 0.2, n_epochs),
+            "monitor": 0.72 - 0.03 * rise + rng.normal(0, 0.01, n_epochs),
+            "judge_activity": (0.4 + 0.5 * rise + rng.normal(0, 0.05, n_epochs)).clip(0, 1),
+            "judge_identity": (0.97 + rng.normal(0, 0.02, n_epochs)).clip(0, 1),
+        }
+    )
+
+
+def make_run(folder):
+    """Write a finished main run the way the notebooks do."""
+    first = Run.open(folder / "01_personalize", "01_personalize", {"model": "pocket", "subject": "cat", "note": ODD})
+    photos = [scene("dreambooth", prompt, seed) for seed, prompt in enumerate(PROMPTS)]
+    first.save_figure(*swap(figures.reference_strip(photos, ["a.png", "b.png", "c.png"]), "figures/references"))
+    first.finish()
+
+    second = Run.open(
+        folder / "02_rl_finetune", "02_rl_finetune", {"model": "pocket", "n_epochs": 30},
+        inputs={"personalized": first.folder},
+    )  # fmt: skip
+    second.save_figure(*swap(figures.learning_curves(history()), "figures/curves"))
+    second.finish()
+
+    third = Run.open(
+        folder / "03_evaluate", "03_evaluate", {"model": "pocket"}, inputs={"tuned": second.folder}
+    )  # fmt: skip
+    scores = score_table()
+    third.write_table("scores.csv", scores)
+    compared = as_compared(check_scores(scores))
+    for row in compared[compared["image_seed"] < 4].itertuples():
+        scene(row.method, row.prompt_id, row.image_seed).save(third.path(row.image))
+    third.note_output("images")
+    third.save_figure(*swap(figures.method_grid(compared, third.folder), "figures/grid"))
+    third.save_figure(*swap(figures.fidelity_plane(compared), "figures/plane"))
+    third.save_figure(*swap(figures.prompt_bars(compared), "figures/bars"))
+    third.save_figure(*swap(figures.prompt_bars(compared, "clip_t"), "figures/clip_by_prompt"))
+    third.record(evaluators={"judge_activity": f"pocket judge, 99 % on held-out renders {ODD}"})
+    third.finish()
+    return folder
+
+
+def swap(drawn, stem):
+    figure, data = drawn
+    return figure, stem, data
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    return build_report(make_run(tmp_path_factory.mktemp("outputs") / "my <run> & more"))
+
+
+class Page(html.parser.HTMLParser):
+    """Every tag with its attributes, and whether tags close in order."""
+
+    VOID = {"meta", "link", "img", "br"}
+
+    def __init__(self, text):
+        super().__init__()
+        self.tags, self.open, self.text = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes the wrong element"
+
+    def handle_data(self, data):
+        self.text.append(data)
+
+    def all(self, name):
+        return [attributes for tag, attributes in self.tags if tag == name]
+
+
+@pytest.fixture(scope="module")
+def page(report):
+    return Page(report.read_text(encoding="utf-8"))
+
+
+def test_page_is_well_formed_and_accessible(page):
+    assert page.open == []
+    assert page.all("html") == [{"lang": "en"}] and len(page.all("h1")) == 1 and len(page.all("title")) == 1
+    levels = [int(tag[1]) for tag, _ in page.tags if re.fullmatch("h[1-6]", tag)]
+    assert all(b - a <= 1 for a, b in zip(levels, levels[1:], strict=False))
+    assert all(len(image["alt"]) > 20 for image in page.all("img"))
+    assert all(cell.get("scope") in ("row", "col") for cell in page.all("th"))
+    ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
+    assert {link["href"][1:] for link in page.all("a")} <= ids
+
+
+def test_page_needs_nothing_from_outside(page, report):
+    assert page.all("script") == []
+    for _, attributes in page.tags:
+        for name in ("src", "href", "srcset", "data", "action", "poster"):
+            value = attributes.get(name, "")
+            assert not value or value.startswith(("data:", "#")), value[:80]
+    assert all(image["src"].startswith("data:image/png;base64,") for image in page.all("img"))
+    styles = re.findall("<style>(.*?)</style>", report.read_text(encoding="utf-8"), re.S)
+    assert len(styles) == 1 and "url(" not in styles[0] and "@import" not in styles[0]
+
+
+def test_page_holds_all_figures_once_in_the_order_of_the_story(page):
+    alts = [image["alt"] for image in page.all("img")]
+    assert len(alts) == 6  # the 36 generated images are outputs too, but no figures
+    assert [alt.split()[0] for alt in alts] == ["3", "Generated", "Plane", "Bars", "Curves", "A"]
+    assert "Base model, DreamBooth, InstructBooth" in alts[1] and "riding a bike" in alts[1]
+    assert "judge activity from" in alts[4] and "epochs 0 to 29" in alts[4]
+
+
+def test_page_says_what_stands_in_the_run(page):
+    text = " ".join(" ".join(page.text).split())
+    for expected in (
+        "C1. DreamBooth loses text fidelity", "4 reproduced",
+        "not comparable in absolute value", "97.3 % (table 1, people)", "1.196 (table 2), 0.651 (table 3)",
+        "n_epochs", "Custom Diffusion", "figures/curves.csv", "Evaluator of this run: not recorded", "torch",
+    ):  # fmt: skip
+        assert expected in text, expected
+
+
+def test_text_from_the_run_is_escaped(page, report):
+    text = "".join(page.text)
+    assert text.count(ODD) == 2 and "my <run> & more" in text
+    assert "<script" not in report.read_text(encoding="utf-8")
+
+
+def test_same_run_same_report(report):
+    before = report.read_bytes()
+    assert build_report(report.parent).read_bytes() == before
+    assert [path.name for path in report.parent.iterdir() if path.is_file()] == ["report.html"]
+
+
+def test_a_run_without_scores_or_figures_still_reports(tmp_path):
+    Run.open(tmp_path / "01_personalize", "01_personalize", {"subject": "pot"}).finish()
+    text = build_report(tmp_path).read_text(encoding="utf-8")
+    assert "no claim was tested" in text and "saved no figures" in text and "subject pot" in text
+
+
+def test_nothing_or_unfinished_is_refused(tmp_path):
+    with pytest.raises(ArtifactError, match="nothing to report"):
+        build_report(tmp_path)
+    Run.open(tmp_path / "01_personalize", "01_personalize", {}).fail("stopped for the test")
+    with pytest.raises(ArtifactError, match="stopped for the test"):
+        build_report(tmp_path)
+    assert not (tmp_path / "report.html").exists()
+
+
+# --- the figures' own data -----------------------------------------------------------------------------------------
+
+
+def test_grid_pairs_the_smallest_shared_seeds():
+    table = as_compared(check_scores(score_table(6)))
+    table = table[~((table["method"] == "base") & (table["image_seed"] == 1))]
+    pictures = table.assign(image=[scene(r.method, r.prompt_id, r.image_seed) for r in table.itertuples()])
+    _, data = figures.method_grid(pictures, n_seeds=3)
+    assert len(data) == 3 * 3 * 3
+    assert data.groupby(["method", "prompt_id"])["image_seed"].agg(list).map(tuple).unique().tolist() == [(0, 2, 3)]
+    assert data["method"].drop_duplicates().tolist() == ["base", "dreambooth", "instructbooth"]
+
+
+def test_curves_keep_every_point_and_average_seeds():
+    runs = pd.concat([history(5).assign(rl_seed=seed) for seed in (1, 2)]).drop(columns="judge_identity")
+    figure, data = figures.learning_curves(runs)
+    assert set(data["series"]) == {"reward", "reward_identifier", "reward_class", "monitor", "judge_activity"}
+    assert len(data) == 5 * 2 * 5
+    drawn = figure.axes[0].lines[0].get_ydata()
+    assert drawn == pytest.approx(runs.groupby("epoch")["reward"].mean().to_numpy())
+
+
+def test_plane_and_bars_draw_the_intervals_of_the_table():
+    compared = as_compared(check_scores(score_table()))
+    _, plane = figures.fidelity_plane(compared)
+    assert plane["method"].tolist() == ["base", "dreambooth", "instructbooth"]
+    assert (plane["text_low"] <= plane["text_value"]).all() and (plane["subject_value"] <= plane["subject_high"]).all()
+    _, bars = figures.prompt_bars(compared)
+    assert len(bars) == 9 and bars["n"].eq(20).all() and set(bars["text"]) == set(PROMPTS.values())
+
+
+def test_a_figure_shows_itself_in_a_notebook():
+    figure, _ = figures.reference_strip([scene("base", "bike", 0)])
+    assert figure._repr_png_().startswith(b"\x89PNG")
+
+
+# --- a real browser ------------------------------------------------------------------------------------------------
+
+
+class Browser:
+    """A small DevTools client: enough to open a file and to see what it asks for and complains about."""
+
+    def __init__(self, profile):
+        import websocket
+
+        flags = (
+            "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
+            "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-port=0"
+        )
+        self.process = subprocess.Popen(
+            [CHROMIUM, *flags.split(), f"--user-data-dir={profile}", "about:blank"],
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            port_file = profile / "DevToolsActivePort"
+            port = self._wait(lambda: port_file.exists() and port_file.read_text().splitlines()[:1])[0]
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/json/list", timeout=30) as answer:
+                target = next(target for target in json.load(answer) if target["type"] == "page")
+            self.socket = websocket.create_connection(target["webSocketDebuggerUrl"], timeout=60, suppress_origin=True)
+        except BaseException:
+            self.process.kill()
+            raise
+        self.n_calls, self.events = 0, []
+
+    def _wait(self, ready, limit_s=60):
+        end = time.monotonic() + limit_s
+        while not (value := ready()):
+            assert self.process.poll() is None and time.monotonic() < end, "the browser did not start"
+            time.sleep(0.05)
+        return value
+
+    def call(self, method, **parameters):
+        self.n_calls += 1
+        self.socket.send(json.dumps({"id": self.n_calls, "method": method, "params": parameters}))
+        while (message := json.loads(self.socket.recv())).get("id") != self.n_calls:
+            self.events.append(message)
+        assert "error" not in message, message
+        return message["result"]
+
+    def wait_for(self, event):
+        while not any(message["method"] == event for message in self.events):
+            self.events.append(json.loads(self.socket.recv()))
+
+    def evaluate(self, expression):
+        return self.call("Runtime.evaluate", expression=expression, returnByValue=True)["result"]["value"]
+
+    def close(self):
+        self.socket.close()
+        self.process.terminate()
+        self.process.wait(timeout=30)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+def test_report_in_a_browser(report, tmp_path):
+    pytest.importorskip("websocket", reason="websocket-client (part of Jupyter) is not installed")
+    browser = Browser(tmp_path / "profile")
+    try:
+        for domain in ("Network", "Log", "Runtime", "Page"):
+            browser.call(f"{domain}.enable")
+        browser.call("Page.navigate", url=report.as_uri())
+        browser.wait_for("Page.loadEventFired")
+        widths = browser.evaluate("[...document.images].map(image => image.complete ? image.naturalWidth : 0)")
+        assert len(widths) == 6 and min(widths) > 100
+        assert browser.evaluate("document.images[0].getBoundingClientRect().width") > 100
+        for width in (360, 1280):  # a phone and a desktop: the page itself never scrolls sideways
+            browser.call(
+                "Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 500
+            )
+            assert browser.evaluate("document.documentElement.scrollWidth") <= width
+        requested = [
+            e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"
+        ]
+        assert [url for url in requested if not url.startswith("data:")] == [report.as_uri()]
+        complaints = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Network.loadingFailed")
+        assert [event for event in browser.events if event["method"] in complaints] == []
+    finally:
+        browser.close()
