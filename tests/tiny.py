@@ -1,4 +1,4 @@
-"""A text-to-image model small enough to train inside a test: the pocket's parts and tokenizer, 54 thousand weights of U-Net, 16 px pictures."""
+"""A text-to-image model small enough to train inside a test: the pocket model's parts, 54 thousand weights of U-Net, 16 px pictures."""
 
 from pathlib import Path
 

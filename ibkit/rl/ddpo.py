@@ -147,8 +147,8 @@ def train(
         advantages = stats.advantages([p.text for p in chosen], rewards).clamp(-config.advantage_clip, config.advantage_clip)
         row = {"epoch": epoch, "reward": rewards.mean().item()}
         for name, kind in (("reward_identifier", True), ("reward_class", False)):
-            part = rewards[[p.identifier is kind for p in chosen]]
-            row[name] = part.mean().item() if len(part) else float("nan")
+            of_kind = rewards[[p.identifier is kind for p in chosen]]
+            row[name] = of_kind.mean().item() if len(of_kind) else float("nan")
         row |= monitor(images, chosen) if monitor else {}
         row |= {"log_prob": trajectories.log_probs.mean().item()}
         row |= {f"log_prob_t{int(t):03d}": v for t, v in zip(schedule.timesteps, trajectories.log_probs.mean(1).tolist(), strict=True)}

@@ -1,0 +1,34 @@
+"""Shared fixtures, and the reasons why marked tests are skipped."""
+
+import os
+
+import pytest
+
+from tests.tiny import tiny_model
+
+
+def pytest_collection_modifyitems(items):
+    import torch
+
+    reasons = {
+        "gpu": None if torch.cuda.is_available() else "needs a CUDA GPU, and PyTorch sees none here",
+        "hub": None if os.environ.get("IBKIT_TEST_HUB") else "needs the network: set IBKIT_TEST_HUB=1 to run it",
+        "slow": None if os.environ.get("IBKIT_TEST_SLOW") else "takes minutes: set IBKIT_TEST_SLOW=1 to run it",
+    }
+    for item in items:
+        for marker, reason in reasons.items():
+            if reason and item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tmp_path_factory):
+    from ibkit.pocket.build.tokenizer import save_tokenizer
+
+    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+
+
+@pytest.fixture
+def tiny(tokenizer):
+    """A fresh tiny model with the same random weights each time."""
+    return tiny_model(tokenizer)

@@ -1,0 +1,207 @@
+"""DDPO: hand-worked losses, exact ratios, advantages, learning, and checkpoints."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+from PIL import Image
+
+from ibkit.data.prompts import training_prompts
+from ibkit.device import generator
+from ibkit.errors import ModelError, TrainingError
+from ibkit.rl import ddpo
+from ibkit.rl.advantages import PromptStats
+from ibkit.rl.ddpo import DDPOConfig, epoch_prompts, pair_loss, policy_loss, train
+from ibkit.rl.rollout import rollout
+from ibkit.runs import Checkpoints
+from ibkit.sample import Sampler
+from tests.tiny import tiny_model
+
+PROMPTS = training_prompts(["playing soccer", "dancing"], "cat", "sks")
+CONFIG = DDPOConfig(
+    n_epochs=2, images_per_epoch=8, batch=4, sampler=Sampler(4, 3.0, 1.0), learning_rate=1e-2, clip_range=0.1, micro_batch=8, stats_min_count=2, checkpoint_every=1
+)
+
+
+def brightness(images, prompts):
+    return torch.tensor([sum(i.convert("L").tobytes()) / (i.width * i.height * 255) for i in images])
+
+
+# --- the loss ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "advantage, ratio, expected",
+    [
+        (2.0, 1.0, -2.0),
+        (2.0, 1.05, -2.1),  # inside the clip range
+        (2.0, 1.30, -2.2),  # a good action already made likelier: clipped at 1.1
+        (2.0, 0.70, -1.4),  # a good action made less likely: not clipped
+        (-2.0, 1.30, 2.6),  # a bad action made likelier: not clipped
+        (-2.0, 0.70, 1.8),  # a bad action already made less likely: clipped at 0.9
+    ],
+)
+def test_policy_loss_by_hand(advantage, ratio, expected):
+    loss, r = policy_loss(torch.tensor([math.log(ratio)]), torch.tensor([0.0]), torch.tensor([advantage]), 0.1)
+    torch.testing.assert_close(loss, torch.tensor([expected]))
+    torch.testing.assert_close(r, torch.tensor([ratio]))
+
+
+@pytest.mark.parametrize("advantage, gradient", [(2.0, -2.0), (-2.0, 2.0)])
+def test_gradient_raises_the_log_prob_of_good_actions_and_lowers_that_of_bad_ones(advantage, gradient):
+    new = torch.zeros(1, requires_grad=True)
+    policy_loss(new, torch.zeros(1), torch.tensor([advantage]), 1e-4)[0].sum().backward()
+    assert new.grad.item() == pytest.approx(gradient)
+
+
+def test_clipped_pairs_have_no_gradient():
+    new = torch.tensor([0.5], requires_grad=True)
+    policy_loss(new, torch.zeros(1), torch.tensor([1.0]), 1e-4)[0].sum().backward()
+    assert new.grad.item() == 0
+
+
+# --- advantages -------------------------------------------------------------------------------------------------
+
+
+def test_prompts_with_and_without_the_identifier_have_their_own_baselines():
+    stats = PromptStats(min_count=2)
+    advantages = stats.advantages(["a sks cat", "a sks cat", "a cat", "a cat"], torch.tensor([0.0, 2.0, 10.0, 14.0]))
+    torch.testing.assert_close(advantages, torch.tensor([-1.0, 1.0, -1.0, 1.0]), rtol=1e-4, atol=1e-4)
+
+
+def test_equal_rewards_give_zero_and_a_prompt_seen_once_uses_the_batch():
+    stats = PromptStats(min_count=2)
+    advantages = stats.advantages(["a", "a", "b"], torch.tensor([3.0, 3.0, 6.0]))
+    assert advantages[:2].tolist() == [0.0, 0.0]
+    assert advantages[2].item() == pytest.approx((6 - 4) / 2**0.5, rel=1e-4)
+
+
+def test_the_baseline_remembers_earlier_epochs_and_survives_a_checkpoint():
+    stats = PromptStats(min_count=2)
+    stats.advantages(["a", "a"], torch.tensor([0.0, 2.0]))
+    copy = PromptStats(min_count=2)
+    copy.load(stats.state())
+    for s in (stats, copy):
+        assert s.advantages(["a"], torch.tensor([4.0])).item() == pytest.approx(2 / (8 / 3) ** 0.5, rel=1e-4)  # of 0, 2, 4
+
+
+def test_an_epoch_uses_every_prompt_equally_often():
+    chosen = epoch_prompts(PROMPTS, 8, seed=0, epoch=3)
+    assert all(chosen.count(p) == 2 for p in PROMPTS)
+
+
+# --- exactness of the loop --------------------------------------------------------------------------------------
+
+
+def rolled(model, n=4, guidance=3.0):
+    schedule = CONFIG.sampler.schedule(model)
+    streams = [generator(0, "test", i) for i in range(n)]
+    texts = [PROMPTS[i % len(PROMPTS)].text for i in range(n)]
+    return schedule, rollout(model, texts, schedule, guidance, streams)
+
+
+def with_adapter(model):
+    trainable = model.add_lora(4, generator(0, "lora"))
+    with torch.no_grad():
+        for p in trainable:
+            p.add_(0.05 * torch.randn(p.shape, generator=generator(1, str(p.shape))))
+    return trainable
+
+
+def all_pairs(n_steps, n):
+    return torch.cartesian_prod(torch.arange(n), torch.arange(n_steps)).unbind(1)
+
+
+def test_the_stored_trajectory_re_scores_to_ratio_one(tiny):
+    with_adapter(tiny)
+    schedule, trajectories = rolled(tiny)
+    image, step = all_pairs(len(schedule), 4)
+    _, ratio = pair_loss(tiny, trajectories, image, step, torch.ones(len(image)), schedule, CONFIG)
+    assert (ratio - 1).abs().max() < 1e-5
+
+
+def test_another_guidance_in_training_than_in_sampling_breaks_the_ratio(tiny):
+    with_adapter(tiny)
+    schedule, trajectories = rolled(tiny, guidance=1.0)
+    image, step = all_pairs(len(schedule), 4)
+    _, ratio = pair_loss(tiny, trajectories, image, step, torch.ones(len(image)), schedule, CONFIG)
+    assert (ratio - 1).abs().max() > 1e-4
+
+
+def test_an_image_depends_on_its_own_stream_not_on_its_batch(tiny):
+    schedule = CONFIG.sampler.schedule(tiny)
+    texts = [p.text for p in PROMPTS]
+
+    def latents(batch_size):
+        return rollout(tiny, texts, schedule, 3.0, [generator(0, i) for i in range(4)], batch_size).latents
+
+    torch.testing.assert_close(latents(4), latents(1), rtol=1e-4, atol=1e-5)
+
+
+def test_accumulated_gradients_equal_those_of_the_whole_batch(tokenizer):
+    gradients = []
+    for micro_batch in (3, 16):
+        model = tiny_model(tokenizer)
+        trainable = with_adapter(model)
+        schedule, trajectories = rolled(model)
+        advantages = torch.tensor([1.0, -1.0, 0.5, 2.0])
+        optimizer = torch.optim.SGD(trainable, lr=1.0)
+        before = [p.detach().clone() for p in trainable]
+        config = dataclasses.replace(CONFIG, micro_batch=micro_batch, batch=4, max_grad_norm=1e9)
+        ddpo._update(model, optimizer, trainable, trajectories, advantages, schedule, config, generator(0))
+        gradients.append([b - p.detach() for b, p in zip(before, trainable, strict=True)])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
+
+
+def test_ratio_is_one_before_the_first_update_of_each_epoch(tiny, tmp_path):
+    history = train(tiny, PROMPTS, brightness, CONFIG, tmp_path)
+    assert all(row["ratio_first"] < 1e-5 for row in history)
+    assert history[0]["clip_fraction"] >= 0 and math.isfinite(history[0]["log_prob"])
+    assert {"reward_identifier", "reward_class", "grad_norm", "loss", "seconds"} <= history[0].keys()
+
+
+def test_the_reward_rises(tiny, tmp_path, monkeypatch):
+    # The tiny autoencoder is random, so the first latent channel is shown as it is; all else is the real path.
+    monkeypatch.setattr(tiny, "decode", lambda z: [Image.fromarray((128 + 60 * x[0].clamp(-2, 2)).round().byte().numpy()) for x in z])
+    config = dataclasses.replace(
+        CONFIG, n_epochs=16, images_per_epoch=32, batch=16, sampler=Sampler(4, 1.0, 1.0), clip_range=1e-2, micro_batch=64, stats_buffer=32, lora_rank=8, checkpoint_every=100
+    )
+    rewards = torch.tensor([row["reward"] for row in train(tiny, PROMPTS[:2], brightness, config, tmp_path)])
+    assert rewards[-4:].mean() > rewards[:4].mean() + 5 * rewards[:4].std()
+
+
+# --- faults -----------------------------------------------------------------------------------------------------
+
+
+def test_a_resumed_training_ends_bit_identical(tokenizer, tmp_path):
+    straight, stopped, resumed = (tiny_model(tokenizer) for _ in range(3))
+    config = dataclasses.replace(CONFIG, n_epochs=3)
+    whole = train(straight, PROMPTS, brightness, config, tmp_path / "a")
+    train(stopped, PROMPTS, brightness, dataclasses.replace(config, n_epochs=2), tmp_path / "b")
+    parts = train(resumed, PROMPTS, brightness, config, tmp_path / "b")
+    for name, weight in straight.lora_state().items():
+        assert torch.equal(weight, resumed.lora_state()[name]), name
+    assert [row["reward"] for row in whole] == [row["reward"] for row in parts]
+
+
+def test_a_reward_that_is_not_finite_names_the_image_and_keeps_the_checkpoint(tiny, tmp_path):
+    calls = []
+
+    def reward(images, prompts):
+        calls.append(1)
+        scores = brightness(images, prompts)
+        if len(calls) == 2:
+            scores[5] = float("nan")
+        return scores
+
+    with pytest.raises(TrainingError, match=r"epoch 1: the reward of image 5 \('a .*'\) is nan"):
+        train(tiny, PROMPTS, reward, CONFIG, tmp_path)
+    assert Checkpoints(tmp_path / "checkpoints").latest()[0] == 1
+
+
+def test_an_adapter_of_another_rank_is_refused(tokenizer, tmp_path):
+    train(tiny_model(tokenizer), PROMPTS, brightness, dataclasses.replace(CONFIG, n_epochs=1), tmp_path)
+    with pytest.raises(ModelError, match="another rank"):
+        train(tiny_model(tokenizer), PROMPTS, brightness, dataclasses.replace(CONFIG, lora_rank=2), tmp_path)

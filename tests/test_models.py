@@ -1,0 +1,126 @@
+"""The model bundle: prompts are never cut silently, adapters travel, damaged folders are refused in one sentence."""
+
+import json
+
+import pytest
+import torch
+
+from ibkit.data.prompts import check_identifier, make_prompt, training_prompts
+from ibkit.device import generator
+from ibkit.errors import ModelError, ParameterError
+from ibkit.models import load_model
+from ibkit.sample import Sampler, sample
+from tests.tiny import tiny_model
+
+
+@pytest.fixture
+def folder(tiny, tmp_path):
+    tiny.save_pipeline(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def noise_of(model):
+    g = generator(0, "probe")
+    return model.guided_noise(torch.randn(2, 4, 8, 8, generator=g), torch.tensor([1, 500]), model.encode_text(["a cat", "a sks cat dancing"]), 3.0)
+
+
+def test_a_saved_model_loads_here_and_in_diffusers(tiny, folder):
+    from diffusers import StableDiffusionPipeline
+
+    loaded = load_model(str(folder))
+    assert torch.equal(noise_of(tiny), noise_of(loaded))
+    assert (loaded.latent_shape, loaded.image_px) == ((4, 8, 8), 16)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    assert pipeline("a cat", num_inference_steps=2, height=16, width=16, output_type="np").images.shape == (1, 16, 16, 3)
+
+
+def test_an_adapter_starts_as_the_identity_and_travels(tiny, folder, tmp_path):
+    from diffusers import StableDiffusionPipeline
+
+    before = noise_of(tiny)
+    trainable = tiny.add_lora(4, generator(0))
+    assert torch.equal(before, noise_of(tiny))
+    with torch.no_grad():
+        for p in trainable:
+            p.normal_(0, 0.3, generator=generator(1))
+    tuned = noise_of(tiny)
+    assert not torch.allclose(before, tuned, atol=1e-3)
+    tiny.save_lora(tmp_path / "lora")
+    ours = load_model(str(folder))
+    ours.load_lora(tmp_path / "lora")
+    torch.testing.assert_close(noise_of(ours), tuned, rtol=1e-5, atol=1e-6)
+    pipeline = StableDiffusionPipeline.from_pretrained(folder)
+    pipeline.load_lora_weights(tmp_path / "lora")
+    theirs = load_model(str(folder))
+    theirs.unet = pipeline.unet
+    torch.testing.assert_close(noise_of(theirs), tuned, rtol=1e-5, atol=1e-6)
+
+
+def test_only_the_adapter_is_trainable(tiny):
+    trainable = tiny.add_lora(4, generator(0))
+    assert {id(p) for p in tiny.unet.parameters() if p.requires_grad} == {id(p) for p in trainable}
+
+
+def test_prompts_that_do_not_fit_are_refused(tiny):
+    with pytest.raises(ParameterError, match=r"has 30 tokens and tiny reads 22: shorten it by 8"):
+        tiny.check_prompt("cat " * 30)
+    with pytest.raises(ParameterError, match="empty"):
+        tiny.check_prompt("  ")
+
+
+def test_the_same_seed_gives_the_same_picture_whatever_the_batch(tiny):
+    prompts, seeds, sampler = ["a cat", "a dog", "a cup"], [5, 6, 7], Sampler(3, 2.0)
+    together = sample(tiny, prompts, seeds, sampler)
+    alone = [sample(tiny, [p], [s], sampler)[0] for p, s in zip(prompts, seeds, strict=True)]
+    differences = [max(abs(a - b) for a, b in zip(x.tobytes(), y.tobytes(), strict=True)) for x, y in zip(together, alone, strict=True)]
+    assert max(differences) <= 1  # rounding of another batch shape
+
+
+def test_missing_and_damaged_folders_are_refused(folder, tmp_path):
+    with pytest.raises(ModelError, match="no model_index.json"):
+        load_model(str(tmp_path / "nowhere"))
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.unlink()
+    with pytest.raises(ModelError, match="cannot be read"):
+        load_model(str(folder))
+
+
+def test_models_that_do_not_predict_noise_are_refused(folder):
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"prediction_type": "v_prediction"}))
+    with pytest.raises(ModelError, match="v_prediction"):
+        load_model(str(folder))
+
+
+def test_the_hub_offline_says_what_to_do(monkeypatch, tmp_path):
+    import huggingface_hub.constants
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match="go online once, or give a local diffusers-format folder"):
+        load_model("sd15", revision="no-such-revision")
+
+
+# --- prompts ----------------------------------------------------------------------------------------------------
+
+
+def test_both_kinds_of_prompts_and_what_the_reward_reads():
+    prompts = training_prompts(["playing soccer"], "cat", "sks", "striped")
+    assert [(p.text, p.clean, p.identifier) for p in prompts] == [
+        ("a sks striped cat playing soccer", "a striped cat playing soccer", True),
+        ("a cat playing soccer", "a cat playing soccer", False),
+    ]
+    assert make_prompt("", "orange cat").text == "an orange cat"
+    assert len(training_prompts(["dancing", "dancing"], "cat", "sks", use_class_prompts=False)) == 1
+    with pytest.raises(ParameterError, match="no activities"):
+        training_prompts([], "cat", "sks")
+
+
+def test_identifiers(tokenizer):
+    model = tiny_model(tokenizer)
+    assert len(check_identifier(model, "sks", "cat")) == 1
+    for poor in ("cat", "the", "two words", ""):
+        with pytest.raises(ParameterError, match="rare"):
+            check_identifier(model, poor, "cat")
+    with pytest.warns(UserWarning, match=r"is 6 tokens \(ids \["):
+        check_identifier(model, "qvjwxq", "cat")
