@@ -1,4 +1,5 @@
-"""A text-to-image model as the methods see it: predict noise, encode text and pictures, decode latents; and its LoRA adapter.
+"""A text-to-image model as the methods see it: predict noise, encode text and pictures, decode latents; and its LoRA
+adapter.
 
 One class serves the pocket model and Stable Diffusion: both are folders in diffusers format.
 
@@ -30,7 +31,8 @@ class TextToImage:
 
     Attributes:
         name: "pocket", "sd15" or the folder, for messages and manifests.
-        autocast: dtype of the U-Net's forward pass on a GPU (bf16); None computes in fp32. Weights and latents are fp32 either way.
+        autocast: dtype of the U-Net's forward pass on a GPU (bf16); None computes in fp32. Weights and latents are
+            fp32 either way.
     """
 
     name: str
@@ -71,7 +73,9 @@ class TextToImage:
             raise ParameterError("a prompt is empty: write what the picture should show.")
         room, n = self.tokenizer.model_max_length - 2, len(self.token_ids(prompt))
         if n > room:
-            raise ParameterError(f"the prompt {prompt!r} has {n} tokens and {self.name} reads {room}: shorten it by {n - room}.")
+            raise ParameterError(
+                f"the prompt {prompt!r} has {n} tokens and {self.name} reads {room}: shorten it by {n - room}."
+            )
         return prompt
 
     @torch.no_grad()
@@ -80,7 +84,9 @@ class TextToImage:
         for prompt in dict.fromkeys(p for p in prompts if p not in self._embeddings):
             if prompt:
                 self.check_prompt(prompt)
-            ids = self.tokenizer(prompt, padding="max_length", max_length=self.tokenizer.model_max_length, return_tensors="pt")["input_ids"]
+            ids = self.tokenizer(
+                prompt, padding="max_length", max_length=self.tokenizer.model_max_length, return_tensors="pt"
+            )["input_ids"]
             self._embeddings[prompt] = self.text_encoder(ids.to(self.device)).last_hidden_state[0].float()
         return torch.stack([self._embeddings[p] for p in prompts])
 
@@ -91,11 +97,13 @@ class TextToImage:
         return eps_hat.float()
 
     def guided_noise(self, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor, guidance: float) -> torch.Tensor:
-        """Classifier-free guidance (Ho & Salimans 2022, eq. 6): ε̂(∅) + w (ε̂(c) - ε̂(∅)), both halves in one forward pass."""
+        """Classifier-free guidance, both halves in one forward pass (Ho & Salimans 2022, eq. 6)."""
         if guidance == 1.0:
             return self.predict_noise(x_t, t, text)
         empty = self.encode_text([""]).expand(len(x_t), -1, -1)
-        without, with_text = self.predict_noise(torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([empty, text])).chunk(2)
+        without, with_text = self.predict_noise(
+            torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([empty, text])
+        ).chunk(2)
         return without + guidance * (with_text - without)
 
     @torch.no_grad()
@@ -136,14 +144,17 @@ class TextToImage:
     # --- LoRA --------------------------------------------------------------------------------------------------
 
     def add_lora(self, rank: int, generator: torch.Generator) -> list[torch.nn.Parameter]:
-        """Freeze the model and put a LoRA adapter (Hu et al. 2021) on the U-Net's attention projections; returns the trainable parameters, fp32.
+        """Freeze the model and put a LoRA adapter (Hu et al. 2021) on the U-Net's attention projections; returns the
+        trainable parameters, fp32.
 
         The adapter starts as the identity: A is drawn from `generator`, B is zero.
         """
         from peft import LoraConfig
 
         self.unet.requires_grad_(False)
-        self.unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS), init_lora_weights="gaussian"))
+        self.unet.add_adapter(
+            LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS), init_lora_weights="gaussian")
+        )
         trainable = []
         for name, parameter in self.unet.named_parameters():
             if parameter.requires_grad:
@@ -159,11 +170,17 @@ class TextToImage:
     def load_lora_state(self, state: dict[str, torch.Tensor]) -> None:
         parameters = {n: p for n, p in self.unet.named_parameters() if "lora_" in n}
         if parameters.keys() != state.keys():
-            raise ModelError(f"the adapter has {len(state)} weights and the model {len(parameters)}, or other names: it belongs to another model or rank.")
+            raise ModelError(
+                f"the adapter has {len(state)} weights and the model {len(parameters)}, "
+                f"or other names: it belongs to another model or rank."
+            )
         with torch.no_grad():
             for name, parameter in parameters.items():
                 if parameter.shape != state[name].shape:
-                    raise ModelError(f"the adapter's {name} is {tuple(state[name].shape)} and the model's {tuple(parameter.shape)}: another rank or model.")
+                    raise ModelError(
+                        f"the adapter's {name} is {tuple(state[name].shape)} and the "
+                        f"model's {tuple(parameter.shape)}: another rank or model."
+                    )
                 parameter.copy_(state[name])
 
     def save_lora(self, folder: str | Path) -> None:
@@ -185,7 +202,16 @@ class TextToImage:
 
     def copy(self) -> TextToImage:
         """A model with a U-Net of its own; frozen parts are shared."""
-        return TextToImage(self.name, copy.deepcopy(self.unet), self.vae, self.text_encoder, self.tokenizer, self.scheduler, self.device, self.autocast)
+        return TextToImage(
+            self.name,
+            copy.deepcopy(self.unet),
+            self.vae,
+            self.text_encoder,
+            self.tokenizer,
+            self.scheduler,
+            self.device,
+            self.autocast,
+        )
 
 
 def load_model(model: str = "pocket", revision: str = "", device: torch.device | str = "cpu") -> TextToImage:
@@ -209,7 +235,10 @@ def load_model(model: str = "pocket", revision: str = "", device: torch.device |
     else:
         source, local = str(Path(model).expanduser()), True
     if local and not (Path(source) / "model_index.json").is_file():
-        raise ModelError(f"model {model!r}: {source} is not a folder in diffusers format (it has no model_index.json); give 'pocket', 'sd15' or such a folder.")
+        raise ModelError(
+            f"model {model!r}: {source} is not a folder in diffusers format (it "
+            f"has no model_index.json); give 'pocket', 'sd15' or such a folder."
+        )
     options = {"revision": revision or None} if not local else {}
     try:
         unet = UNet2DConditionModel.from_pretrained(source, subfolder="unet", torch_dtype=torch.float32, **options)
@@ -222,12 +251,19 @@ def load_model(model: str = "pocket", revision: str = "", device: torch.device |
         if local:
             raise ModelError(f"model {model!r}: a part of {source} cannot be read: {first}") from error
         raise ModelError(
-            f"model {model!r}: {source} is neither in the hub's cache nor can it be downloaded now ({first}); go online once, or give a local diffusers-format folder as the model."
+            f"model {model!r}: {source} is neither in the hub's cache nor can it be downloaded now "
+            f"({first}); go online once, or give a local diffusers-format folder as the model."
         ) from error
     if len(tokenizer) != text_encoder.config.vocab_size:
-        raise ModelError(f"model {model!r}: the tokenizer has {len(tokenizer)} tokens and the text encoder {text_encoder.config.vocab_size}: its files are incomplete.")
+        raise ModelError(
+            f"model {model!r}: the tokenizer has {len(tokenizer)} tokens and the text "
+            f"encoder {text_encoder.config.vocab_size}: its files are incomplete."
+        )
     if scheduler.config.prediction_type != "epsilon":
-        raise ModelError(f"model {model!r} predicts {scheduler.config.prediction_type}; ibkit's methods are written for noise prediction (epsilon), as in SD 1.x.")
+        raise ModelError(
+            f"model {model!r} predicts {scheduler.config.prediction_type}; ibkit's "
+            f"methods are written for noise prediction (epsilon), as in SD 1.x."
+        )
     for part in (unet, vae, text_encoder):
         part.to(device).eval().requires_grad_(False)
     autocast = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None

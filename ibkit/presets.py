@@ -1,6 +1,7 @@
 """The two scales as data. A preset is the only thing that differs between them: no method knows which one it runs at.
 
-`sd15` holds the paper's values (InstructBooth, appendix C) wherever the paper gives them. `pocket` says, value by value, where and why it differs.
+`sd15` holds the paper's values (InstructBooth, appendix C) wherever the paper gives them. `pocket` says, value by
+value, where and why it differs.
 """
 
 from __future__ import annotations

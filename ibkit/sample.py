@@ -15,7 +15,9 @@ from ibkit.rl.ddim import Schedule, make_schedule, step_mean
 
 @dataclass(frozen=True)
 class Sampler:
-    """How pictures are made: `n_steps` denoising steps, guidance scale w, DDIM's η (0 deterministic, 1 as RL samples)."""
+    """How pictures are made: `n_steps` denoising steps, guidance scale w, DDIM's η (0 deterministic, 1 as RL
+    samples).
+    """
 
     n_steps: int
     guidance: float
@@ -30,7 +32,14 @@ class Sampler:
 
 
 @torch.no_grad()
-def sample_latents(model: TextToImage, prompts: Sequence[str], seeds: Sequence[int], sampler: Sampler, batch_size: int = 32, on_batch: Callable[[int], None] | None = None) -> torch.Tensor:
+def sample_latents(
+    model: TextToImage,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampler: Sampler,
+    batch_size: int = 32,
+    on_batch: Callable[[int], None] | None = None,
+) -> torch.Tensor:
     """Latents (B, C, H, W) of one picture for each prompt.
 
     Args:
@@ -59,6 +68,13 @@ def sample_latents(model: TextToImage, prompts: Sequence[str], seeds: Sequence[i
     return torch.cat(parts)
 
 
-def sample(model: TextToImage, prompts: Sequence[str], seeds: Sequence[int], sampler: Sampler, batch_size: int = 32, on_batch: Callable[[int], None] | None = None) -> list[Image.Image]:
+def sample(
+    model: TextToImage,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampler: Sampler,
+    batch_size: int = 32,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Image.Image]:
     """Pictures, one for each prompt and seed; see `sample_latents`."""
     return model.decode(sample_latents(model, prompts, seeds, sampler, batch_size, on_batch))

@@ -7,10 +7,16 @@ import torch
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer") -> dict[str, torch.Tensor]:
     """The state of every parameter as `prefix.<index>.<name>`, on the CPU."""
-    return {f"{prefix}.{i}.{name}": torch.as_tensor(v).cpu() for i, slot in optimizer.state_dict()["state"].items() for name, v in slot.items()}
+    return {
+        f"{prefix}.{i}.{name}": torch.as_tensor(v).cpu()
+        for i, slot in optimizer.state_dict()["state"].items()
+        for name, v in slot.items()
+    }
 
 
-def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], prefix: str = "optimizer") -> None:
+def load_optimizer_tensors(
+    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], prefix: str = "optimizer"
+) -> None:
     """Put back what `optimizer_tensors` took out; learning rates and other settings stay the optimizer's own."""
     slots: dict[int, dict[str, torch.Tensor]] = {}
     for key, value in part(tensors, prefix).items():

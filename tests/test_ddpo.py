@@ -20,7 +20,15 @@ from tests.tiny import tiny_model
 
 PROMPTS = training_prompts(["playing soccer", "dancing"], "cat", "sks")
 CONFIG = DDPOConfig(
-    n_epochs=2, images_per_epoch=8, batch=4, sampler=Sampler(4, 3.0, 1.0), learning_rate=1e-2, clip_range=0.1, micro_batch=8, stats_min_count=2, checkpoint_every=1
+    n_epochs=2,
+    images_per_epoch=8,
+    batch=4,
+    sampler=Sampler(4, 3.0, 1.0),
+    learning_rate=1e-2,
+    clip_range=0.1,
+    micro_batch=8,
+    stats_min_count=2,
+    checkpoint_every=1,
 )
 
 
@@ -83,7 +91,9 @@ def test_the_baseline_remembers_earlier_epochs_and_survives_a_checkpoint():
     copy = PromptStats(min_count=2)
     copy.load(stats.state())
     for s in (stats, copy):
-        assert s.advantages(["a"], torch.tensor([4.0])).item() == pytest.approx(2 / (8 / 3) ** 0.5, rel=1e-4)  # of 0, 2, 4
+        assert s.advantages(["a"], torch.tensor([4.0])).item() == pytest.approx(
+            2 / (8 / 3) ** 0.5, rel=1e-4
+        )  # of 0, 2, 4
 
 
 def test_an_epoch_uses_every_prompt_equally_often():
@@ -164,9 +174,20 @@ def test_ratio_is_one_before_the_first_update_of_each_epoch(tiny, tmp_path):
 
 def test_the_reward_rises(tiny, tmp_path, monkeypatch):
     # The tiny autoencoder is random, so the first latent channel is shown as it is; all else is the real path.
-    monkeypatch.setattr(tiny, "decode", lambda z: [Image.fromarray((128 + 60 * x[0].clamp(-2, 2)).round().byte().numpy()) for x in z])
+    monkeypatch.setattr(
+        tiny, "decode", lambda z: [Image.fromarray((128 + 60 * x[0].clamp(-2, 2)).round().byte().numpy()) for x in z]
+    )
     config = dataclasses.replace(
-        CONFIG, n_epochs=16, images_per_epoch=32, batch=16, sampler=Sampler(4, 1.0, 1.0), clip_range=1e-2, micro_batch=64, stats_buffer=32, lora_rank=8, checkpoint_every=100
+        CONFIG,
+        n_epochs=16,
+        images_per_epoch=32,
+        batch=16,
+        sampler=Sampler(4, 1.0, 1.0),
+        clip_range=1e-2,
+        micro_batch=64,
+        stats_buffer=32,
+        lora_rank=8,
+        checkpoint_every=100,
     )
     rewards = torch.tensor([row["reward"] for row in train(tiny, PROMPTS[:2], brightness, config, tmp_path)])
     assert rewards[-4:].mean() > rewards[:4].mean() + 5 * rewards[:4].std()

@@ -50,7 +50,10 @@ def test_the_text_encoder_and_autoencoder_stay_frozen(tiny, tmp_path):
     frozen = [p.clone() for part in (tiny.text_encoder, tiny.vae) for p in part.parameters()]
     moving = [p.clone() for p in tiny.unet.parameters()]
     run(tiny, tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(frozen, [p for part in (tiny.text_encoder, tiny.vae) for p in part.parameters()], strict=True))
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(frozen, [p for part in (tiny.text_encoder, tiny.vae) for p in part.parameters()], strict=True)
+    )
     assert not any(torch.equal(a, b) for a, b in zip(moving, tiny.unet.parameters(), strict=True))
 
 
@@ -58,7 +61,9 @@ def test_a_resumed_training_ends_bit_identical(tokenizer, tmp_path):
     straight, stopped, resumed = (tiny_model(tokenizer) for _ in range(3))
     run(straight, tmp_path / "a")
     with pytest.raises(KeyboardInterrupt):
-        train(stopped, pictures(2), "a sks cat", "a cat", pictures(3, 1), CONFIG, tmp_path / "b", on_step=interrupt_at(4))
+        train(
+            stopped, pictures(2), "a sks cat", "a cat", pictures(3, 1), CONFIG, tmp_path / "b", on_step=interrupt_at(4)
+        )
     rows = run(resumed, tmp_path / "b")
     assert [row["step"] for row in rows] == list(range(6))
     assert all(torch.equal(a, b) for a, b in zip(straight.unet.parameters(), resumed.unet.parameters(), strict=True))
@@ -90,7 +95,11 @@ def test_class_images_are_made_once_and_keyed_by_all_that_made_them(tokenizer, t
     first, counted = made(model, tmp_path)
     assert counted == [3]
     assert made(model, tmp_path) == (first, [])
-    assert made(model, tmp_path, prompt="a dog")[1] and made(model, tmp_path, seed=1)[1] and made(model, tmp_path, sampler=Sampler(3, 2.0))[1]
+    assert (
+        made(model, tmp_path, prompt="a dog")[1]
+        and made(model, tmp_path, seed=1)[1]
+        and made(model, tmp_path, sampler=Sampler(3, 2.0))[1]
+    )
     assert made(tiny_model(tokenizer, seed=1), tmp_path)[1] == [3]
 
 

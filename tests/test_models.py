@@ -21,7 +21,12 @@ def folder(tiny, tmp_path):
 
 def noise_of(model):
     g = generator(0, "probe")
-    return model.guided_noise(torch.randn(2, 4, 8, 8, generator=g), torch.tensor([1, 500]), model.encode_text(["a cat", "a sks cat dancing"]), 3.0)
+    return model.guided_noise(
+        torch.randn(2, 4, 8, 8, generator=g),
+        torch.tensor([1, 500]),
+        model.encode_text(["a cat", "a sks cat dancing"]),
+        3.0,
+    )
 
 
 def test_a_saved_model_loads_here_and_in_diffusers(tiny, folder):
@@ -31,7 +36,12 @@ def test_a_saved_model_loads_here_and_in_diffusers(tiny, folder):
     assert torch.equal(noise_of(tiny), noise_of(loaded))
     assert (loaded.latent_shape, loaded.image_px) == ((4, 8, 8), 16)
     pipeline = StableDiffusionPipeline.from_pretrained(folder)
-    assert pipeline("a cat", num_inference_steps=2, height=16, width=16, output_type="np").images.shape == (1, 16, 16, 3)
+    assert pipeline("a cat", num_inference_steps=2, height=16, width=16, output_type="np").images.shape == (
+        1,
+        16,
+        16,
+        3,
+    )
 
 
 def test_an_adapter_starts_as_the_identity_and_travels(tiny, folder, tmp_path):
@@ -72,7 +82,10 @@ def test_the_same_seed_gives_the_same_picture_whatever_the_batch(tiny):
     prompts, seeds, sampler = ["a cat", "a dog", "a cup"], [5, 6, 7], Sampler(3, 2.0)
     together = sample(tiny, prompts, seeds, sampler)
     alone = [sample(tiny, [p], [s], sampler)[0] for p, s in zip(prompts, seeds, strict=True)]
-    differences = [max(abs(a - b) for a, b in zip(x.tobytes(), y.tobytes(), strict=True)) for x, y in zip(together, alone, strict=True)]
+    differences = [
+        max(abs(a - b) for a, b in zip(x.tobytes(), y.tobytes(), strict=True))
+        for x, y in zip(together, alone, strict=True)
+    ]
     assert max(differences) <= 1  # rounding of another batch shape
 
 

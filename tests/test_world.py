@@ -47,7 +47,9 @@ print(hashlib.sha256(b"".join(render(sample_scene(rng)).tobytes() for _ in range
 def test_same_seed_same_pixels_in_another_process():
     rng = random.Random(7)
     here = hashlib.sha256(b"".join(render(sample_scene(rng)).tobytes() for _ in range(40))).hexdigest()
-    there = subprocess.run([sys.executable, "-c", DIGEST], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "123"}).stdout.strip()
+    there = subprocess.run(
+        [sys.executable, "-c", DIGEST], capture_output=True, text=True, check=True, env={"PYTHONHASHSEED": "123"}
+    ).stdout.strip()
     assert here == there
 
 
@@ -59,10 +61,15 @@ def test_the_world_is_as_large_as_it_says():
 
 def test_every_thing_that_can_be_drawn_is_drawn_differently():
     for class_noun in CLASSES:
-        pictures = [render(Scene(DEMO_SUBJECTS[class_noun], a)).tobytes() for a in activities_of(class_noun, with_none=True)]
+        pictures = [
+            render(Scene(DEMO_SUBJECTS[class_noun], a)).tobytes() for a in activities_of(class_noun, with_none=True)
+        ]
         assert len(set(pictures)) == len(pictures)
     assert len({render(Scene(DEMO_SUBJECTS["cat"], place=p)).tobytes() for p in PLACES}) == len(PLACES)
-    assert len({render(Scene(DEMO_SUBJECTS["cat"], accessory=a)).tobytes() for a in ("none", *ACCESSORIES)}) == len(ACCESSORIES) + 1
+    assert (
+        len({render(Scene(DEMO_SUBJECTS["cat"], accessory=a)).tobytes() for a in ("none", *ACCESSORIES)})
+        == len(ACCESSORIES) + 1
+    )
 
 
 def test_captions_use_the_vocabulary_and_never_an_identifier():
@@ -113,13 +120,20 @@ def test_reference_photos_show_the_subject_at_rest_in_two_places():
 
 
 def test_the_mask_is_where_another_subject_would_change_the_picture():
-    scene = Scene(Subject("cat", "red", "blue", "plain"), "cooking a gourmet meal", "kitchen", view=View(0.02, 0.0, 1.0, True, 0.3))
+    scene = Scene(
+        Subject("cat", "red", "blue", "plain"),
+        "cooking a gourmet meal",
+        "kitchen",
+        view=View(0.02, 0.0, 1.0, True, 0.3),
+    )
     other = Scene(Subject("cat", "green", "yellow", "plain"), "cooking a gourmet meal", "kitchen", view=scene.view)
     changed = np.abs(np.asarray(render(scene), int) - np.asarray(render(other), int)).max(2) > 0
     mask = np.asarray(subject_mask(scene))
     assert not changed[mask == 0].any()
     stove = np.asarray(render(Scene(scene.subject, NO_ACTIVITY, "kitchen", view=scene.view)))
-    assert (mask > 0).sum() < (np.asarray(subject_mask(Scene(scene.subject, NO_ACTIVITY, "kitchen", view=scene.view))) > 0).sum()  # the stove hides the legs
+    assert (mask > 0).sum() < (
+        np.asarray(subject_mask(Scene(scene.subject, NO_ACTIVITY, "kitchen", view=scene.view))) > 0
+    ).sum()  # the stove hides the legs
     assert stove.shape == (64, 64, 3)
 
 
@@ -127,7 +141,10 @@ def test_groups_hold_one_difference_each_and_captions_that_contradict_it():
     for index in range(50):
         base, activity, setting, one = scene_group(5, index)
         assert activity.activity != base.activity and activity.subject == base.subject and activity.place == base.place
-        assert setting.activity == base.activity and (setting.place != base.place) + (setting.accessory != base.accessory) == 1
+        assert (
+            setting.activity == base.activity
+            and (setting.place != base.place) + (setting.accessory != base.accessory) == 1
+        )
         assert one.subject.body != base.subject.body and one.activity == base.activity and one.place == base.place
     assert GROUP == 4
     scene = Scene(DEMO_SUBJECTS["cat"], "dancing", "park")

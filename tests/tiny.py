@@ -1,4 +1,6 @@
-"""A text-to-image model small enough to train inside a test: the pocket model's parts, 54 thousand weights of U-Net, 16 px pictures."""
+"""A text-to-image model small enough to train inside a test: the pocket model's parts, 54 thousand weights of
+U-Net, 16 px pictures.
+"""
 
 from pathlib import Path
 
@@ -59,7 +61,14 @@ def tiny_model(tokenizer, seed: int = 0) -> TextToImage:
 
 def scheduler(**changes) -> DDIMScheduler:
     """Stable Diffusion's DDIM scheduler."""
-    settings = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False, "set_alpha_to_one": False, "steps_offset": 1}
+    settings = {
+        "beta_start": 0.00085,
+        "beta_end": 0.012,
+        "beta_schedule": "scaled_linear",
+        "clip_sample": False,
+        "set_alpha_to_one": False,
+        "steps_offset": 1,
+    }
     return DDIMScheduler(**settings | changes)
 
 

@@ -35,7 +35,7 @@ def article(words: str) -> str:
 
 
 def subject_phrase(class_noun: str, identifier: str = "", description: str = "") -> str:
-    """"a [identifier] [description] [class noun]" (InstructBooth, section 2.1), parts left out where empty."""
+    """ "a [identifier] [description] [class noun]" (InstructBooth, section 2.1), parts left out where empty."""
     words = " ".join(w for w in (identifier, description, class_noun) if w)
     return f"{article(words)} {words}"
 
@@ -47,7 +47,9 @@ def make_prompt(activity: str, class_noun: str, identifier: str = "", descriptio
     return Prompt(phrase + tail, clean + tail, activity, bool(identifier))
 
 
-def training_prompts(activities: Sequence[str], class_noun: str, identifier: str, description: str = "", use_class_prompts: bool = True) -> list[Prompt]:
+def training_prompts(
+    activities: Sequence[str], class_noun: str, identifier: str, description: str = "", use_class_prompts: bool = True
+) -> list[Prompt]:
     """The RL prompts: each activity with the identifier and, by default, without it too."""
     if not activities:
         raise ParameterError("no activities to train on: give prompts such as ['playing soccer'].")
@@ -71,18 +73,29 @@ def check_identifier(model: TextToImage, identifier: str, class_noun: str) -> li
     if not identifier or len(identifier.split()) != 1:
         raise ParameterError(f"identifier {identifier!r} must be one word: a rare one such as 'sks'.")
     if identifier.lower() in class_noun.lower().split() or identifier.lower() in COMMON_WORDS:
-        raise ParameterError(f"identifier {identifier!r} is a common word, whose meaning would be overwritten: choose a rare one such as 'sks'.")
+        raise ParameterError(
+            f"identifier {identifier!r} is a common word, whose meaning "
+            f"would be overwritten: choose a rare one such as 'sks'."
+        )
     ids = model.token_ids(identifier)
     if len(ids) > 1:
-        warnings.warn(f"identifier {identifier!r} is {len(ids)} tokens (ids {ids}) in {model.name}: a single rare token such as 'sks' binds to the subject faster.", stacklevel=2)
+        warnings.warn(
+            f"identifier {identifier!r} is {len(ids)} tokens (ids {ids}) in {model.name}: "
+            f"a single rare token such as 'sks' binds to the subject faster.",
+            stacklevel=2,
+        )
     return ids
 
 
 # Words that an identifier must not be: the grammar of prompts, colours, and what pictures are usually of.
 COMMON_WORDS = frozenset(
-    """a an the of in on at with and or is are to from by for my your this that it its photo picture image painting drawing
-    red orange yellow green blue purple pink brown white black gray grey cat dog bear teddy toy monster pot cup bike motorbike car
-    person man woman boy girl child baby people house tree flower food water sky sun moon street city park beach forest kitchen
-    playing riding reading cooking sleeping dancing wearing holding sitting standing running round square striped spotted plain
+    """a an the of in on at with and or is are to from by for my your this that it its photo picture image painting
+    drawing
+    red orange yellow green blue purple pink brown white black gray grey cat dog bear teddy toy monster pot cup bike
+    motorbike car
+    person man woman boy girl child baby people house tree flower food water sky sun moon street city park beach
+    forest kitchen
+    playing riding reading cooking sleeping dancing wearing holding sitting standing running round square striped
+    spotted plain
     new old big small good best beautiful dragon robot castle bird horse fish book chair table""".split()
 )

@@ -1,1 +1,4 @@
-"""Personalization methods: bind a subject's photos to an identifier. A method is one file with `train`; see `dreambooth`."""
+"""Personalization methods: bind a subject's photos to an identifier.
+
+A method is one file with `train`; see `dreambooth`.
+"""

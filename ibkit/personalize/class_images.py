@@ -1,4 +1,6 @@
-"""Class images for prior preservation, made by the base model itself and cached by a key of everything that made them."""
+"""Class images for prior preservation, made by the base model itself and cached by a key of everything that
+made them.
+"""
 
 from __future__ import annotations
 
@@ -28,17 +30,35 @@ def model_fingerprint(model: TextToImage) -> str:
 
 
 def class_images(
-    model: TextToImage, prompt: str, n: int, sampler: Sampler, cache: Path, seed: int = 0, on_image: Callable[[int, int], None] | None = None
+    model: TextToImage,
+    prompt: str,
+    n: int,
+    sampler: Sampler,
+    cache: Path,
+    seed: int = 0,
+    on_image: Callable[[int, int], None] | None = None,
 ) -> list[Image.Image]:
     """`n` pictures of the class prompt by the base model (DreamBooth, section 3.3: 200).
 
-    They are cached in a folder named by the hash of model weights, prompt, sampler and seed, so a changed prompt or model never meets old
+    They are cached in a folder named by the hash of model weights, prompt, sampler and seed, so a changed prompt or
+    model never meets old
     pictures. An interrupted run leaves whole pictures only and goes on after them.
 
     Args:
         on_image: called with (pictures there are, pictures wanted).
     """
-    folder = cache / hash_json({"model": model_fingerprint(model), "prompt": prompt, "sampler": str(sampler), "seed": seed, "px": model.image_px})[:16]
+    folder = (
+        cache
+        / hash_json(
+            {
+                "model": model_fingerprint(model),
+                "prompt": prompt,
+                "sampler": str(sampler),
+                "seed": seed,
+                "px": model.image_px,
+            }
+        )[:16]
+    )
     folder.mkdir(parents=True, exist_ok=True)
     missing = [i for i in range(n) if not (folder / f"{i:04d}.png").exists()]
     batch = 32 if model.image_px <= 128 else 4

@@ -2,7 +2,8 @@
 
     L_P = E ‖ε - ε_θ(z_t, t, c)‖² + λ E ‖ε' - ε_θ(z^pr_t', t', c_pr)‖²
 
-The whole U-Net is trained, the text encoder is frozen. Each step runs the instance and the class half through the network as one batch.
+The whole U-Net is trained, the text encoder is frozen. Each step runs the instance and the class half through the
+network as one batch.
 
 Shapes: B pictures of each half, C/H/W latent channels, height, width.
 """
@@ -54,7 +55,9 @@ def add_noise(z0: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) ->
     return a.sqrt() * z0 + (1 - a).sqrt() * noise
 
 
-def prior_preservation_loss(eps_hat: torch.Tensor, noise: torch.Tensor, prior_weight: float) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def prior_preservation_loss(
+    eps_hat: torch.Tensor, noise: torch.Tensor, prior_weight: float
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """L_P of a batch whose first half is the subject and whose second half is the class.
 
     Args:
@@ -100,7 +103,9 @@ def train(
     text = model.encode_text([prompt, class_prompt] if with_prior else [prompt]).repeat_interleave(config.batch, 0)
     model.unet.requires_grad_(True)
     parameters = list(model.unet.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+    )
     history: list[dict[str, float]] = []
     checkpoints = Checkpoints(folder / "checkpoints")
     if (found := checkpoints.latest()) is not None:
@@ -120,12 +125,20 @@ def train(
         eps_hat = model.predict_noise(add_noise(z0, noise, alphas[t]), t, text)
         loss, instance, prior = prior_preservation_loss(eps_hat, noise, config.prior_weight)
         if not bool(torch.isfinite(loss)):
-            raise TrainingError(f"step {step}: the loss is {loss.item()}; lower the learning rate ({config.learning_rate:g}).")
+            raise TrainingError(
+                f"step {step}: the loss is {loss.item()}; lower the learning rate ({config.learning_rate:g})."
+            )
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        row = {"step": step, "loss": loss.item(), "loss_instance": instance.item(), "loss_prior": prior.item(), "seconds": time.perf_counter() - started}
+        row = {
+            "step": step,
+            "loss": loss.item(),
+            "loss_instance": instance.item(),
+            "loss_prior": prior.item(),
+            "seconds": time.perf_counter() - started,
+        }
         history.append(row)
         if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.n_steps:
             tensors = {f"unet.{k}": v.cpu() for k, v in model.unet.state_dict().items()} | optimizer_tensors(optimizer)

@@ -1,7 +1,9 @@
 """Draw a scene of the pocket world: 64x64 pixels, rendered four times larger and averaged down.
 
-All shapes go through a `Pen`, which carries an affine map from a figure's own coordinates to canvas pixels, so a pose is a handful of numbers and a
-rotated figure costs nothing extra. The same drawing code gives the subject's true mask: a pen in mask mode paints the subject white and all else black,
+All shapes go through a `Pen`, which carries an affine map from a figure's own coordinates to canvas pixels, so a pose
+is a handful of numbers and a
+rotated figure costs nothing extra. The same drawing code gives the subject's true mask: a pen in mask mode paints the
+subject white and all else black,
 in the same order, so what hides the subject hides it in the mask too.
 
 Coordinates of a figure: feet at y = 0, up is negative, a standing character is 1 high.
@@ -16,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ibkit.pocket.world import COLOURS, IMAGE_PX, NO_ACCESSORY, NO_ACTIVITY, Scene, Subject
+from ibkit.pocket.world import COLOURS, IMAGE_PX, NO_ACTIVITY, Scene, Subject
 
 SUPERSAMPLE = 4
 OUTLINE = (36, 32, 40)
@@ -190,7 +192,9 @@ def _head(pen: Pen, subject: Subject, accessory: str, asleep: bool):
     if kind == "dog":
         drop = 0.2 if tall else 0.08
         for side in (-1, 1):
-            pen.polygon([(side * 0.13, -0.2), (side * 0.27, -0.12), (side * 0.29, drop), (side * 0.19, drop - 0.02)], second)
+            pen.polygon(
+                [(side * 0.13, -0.2), (side * 0.27, -0.12), (side * 0.29, drop), (side * 0.19, drop - 0.02)], second
+            )
         pen.ellipse(0, 0.09, 0.1, 0.085, (250, 240, 225))
         pen.ellipse(0, 0.05, 0.045, 0.035, OUTLINE, None)
     elif kind == "teddy bear":
@@ -223,7 +227,10 @@ def _head(pen: Pen, subject: Subject, accessory: str, asleep: bool):
         pen.box(-0.13, -0.26, 0.13, -0.2, (214, 40, 48), None)
         pen.box(-0.22, -0.2, 0.22, -0.155, (24, 24, 30), (235, 235, 235), 0.014)
     elif accessory == "crown":
-        pen.polygon([(-0.17, -0.15), (-0.19, -0.37), (-0.09, -0.26), (0, -0.39), (0.09, -0.26), (0.19, -0.37), (0.17, -0.15)], (255, 206, 30))
+        pen.polygon(
+            [(-0.17, -0.15), (-0.19, -0.37), (-0.09, -0.26), (0, -0.39), (0.09, -0.26), (0.19, -0.37), (0.17, -0.15)],
+            (255, 206, 30),
+        )
         pen.ellipse(0, -0.21, 0.032, 0.032, (220, 30, 60), None)
     elif accessory == "party hat":
         pen.polygon([(-0.14, -0.15), (0.14, -0.15), (0, -0.5)], (64, 208, 208))
@@ -241,7 +248,12 @@ def _rest(pen: Pen, figure: Figure):
 def _soccer(pen: Pen, figure: Figure):
     figure(
         pen.at(-0.1, -0.02, angle=-10),
-        Pose(left_hand=((-0.36, -0.58),), right_hand=((0.36, -0.56),), left_foot=((-0.2, 0.02),), right_foot=((0.24, -0.1), (0.36, -0.12))),
+        Pose(
+            left_hand=((-0.36, -0.58),),
+            right_hand=((0.36, -0.56),),
+            left_foot=((-0.2, 0.02),),
+            right_foot=((0.24, -0.1), (0.36, -0.12)),
+        ),
     )
     ball = pen.at(0.48, -0.15)
     ball.ellipse(0, 0, 0.155, 0.155, (255, 255, 255), width=0.03)
@@ -251,7 +263,15 @@ def _soccer(pen: Pen, figure: Figure):
         ball.ellipse(x, y, 0.03, 0.03, (20, 20, 24), None)
 
 
-def _wheel(pen: Pen, x: float, y: float, r: float, tyre: Colour = (30, 30, 34), hub: Colour = (205, 208, 214), thick: float = 0.05):
+def _wheel(
+    pen: Pen,
+    x: float,
+    y: float,
+    r: float,
+    tyre: Colour = (30, 30, 34),
+    hub: Colour = (205, 208, 214),
+    thick: float = 0.05,
+):
     pen.ellipse(x, y, r, r, tyre)
     pen.ellipse(x, y, r - thick, r - thick, hub, None)
     for a in range(0, 10, 3):
@@ -266,7 +286,16 @@ def _ride(pen: Pen, figure: Figure):
         _wheel(pen, x, -0.19, 0.2)
     pen.limb([(-0.34, -0.19), (-0.12, -0.42), (0.2, -0.42), (0.34, -0.19)], frame, 0.045)
     pen.limb([(-0.12, -0.42), (0.0, -0.19), (0.2, -0.42)], frame, 0.045)
-    figure(pen.at(-0.08, -0.24, 0.82, angle=8), Pose(left_hand=((0.2, -0.36),), right_hand=((0.4, -0.38),), left_foot=((-0.04, 0.1),), right_foot=((0.22, -0.06), (0.16, 0.12))), True)
+    figure(
+        pen.at(-0.08, -0.24, 0.82, angle=8),
+        Pose(
+            left_hand=((0.2, -0.36),),
+            right_hand=((0.4, -0.38),),
+            left_foot=((-0.04, 0.1),),
+            right_foot=((0.22, -0.06), (0.16, 0.12)),
+        ),
+        True,
+    )
     pen.limb([(0.34, -0.19), (0.27, -0.56), (0.36, -0.6)], frame, 0.045)
 
 
@@ -285,11 +314,22 @@ def _cook(pen: Pen, figure: Figure):
 
 
 def _read(pen: Pen, figure: Figure):
-    figure(pen, Pose(left_hand=((-0.32, -0.32), (-0.24, -0.24)), right_hand=((0.32, -0.32), (0.24, -0.24)), left_foot=((-0.36, -0.04),), right_foot=((0.36, -0.04),), head=(0, -0.76)))
+    figure(
+        pen,
+        Pose(
+            left_hand=((-0.32, -0.32), (-0.24, -0.24)),
+            right_hand=((0.32, -0.32), (0.24, -0.24)),
+            left_foot=((-0.36, -0.04),),
+            right_foot=((0.36, -0.04),),
+            head=(0, -0.76),
+        ),
+    )
     book = pen.at(0, -0.25)
     book.polygon([(-0.36, -0.16), (0, -0.09), (0.36, -0.16), (0.36, 0.17), (0, 0.23), (-0.36, 0.17)], (176, 40, 60))
     for side in (-1, 1):
-        book.polygon([(0, -0.07), (side * 0.32, -0.13), (side * 0.32, 0.13), (0, 0.19)], (252, 250, 240), (150, 140, 130), 0.014)
+        book.polygon(
+            [(0, -0.07), (side * 0.32, -0.13), (side * 0.32, 0.13), (0, 0.19)], (252, 250, 240), (150, 140, 130), 0.014
+        )
         for y in (-0.04, 0.03, 0.1):
             book.line([(side * 0.06, y), (side * 0.26, y - 0.03)], (120, 116, 120), 0.018)
 
@@ -297,7 +337,12 @@ def _read(pen: Pen, figure: Figure):
 def _tennis(pen: Pen, figure: Figure):
     figure(
         pen.at(-0.12, 0, angle=6),
-        Pose(left_hand=((-0.36, -0.2),), right_hand=((0.32, -0.62), (0.36, -0.78)), left_foot=((-0.26, -0.02),), right_foot=((0.26, -0.02),)),
+        Pose(
+            left_hand=((-0.36, -0.2),),
+            right_hand=((0.32, -0.62), (0.36, -0.78)),
+            left_foot=((-0.26, -0.02),),
+            right_foot=((0.26, -0.02),),
+        ),
     )
     racket = pen.at(0.33, -0.72, angle=28)
     racket.limb([(0, 0.06), (0, -0.16)], (90, 60, 40), 0.045)
@@ -311,14 +356,31 @@ def _tennis(pen: Pen, figure: Figure):
 def _sleep(pen: Pen, figure: Figure):
     pen.polygon(_hull("square", 0, -0.05, 0.68, 0.14), (120, 150, 220))
     pen.polygon(_hull("square", -0.5, -0.24, 0.16, 0.13), (250, 250, 255))
-    figure(pen.at(0.47, -0.3, 0.98, angle=-90), Pose(left_hand=((-0.2, -0.3),), right_hand=((0.18, -0.26),), left_foot=((-0.08, -0.02),), right_foot=((0.1, -0.02),), asleep=True))
+    figure(
+        pen.at(0.47, -0.3, 0.98, angle=-90),
+        Pose(
+            left_hand=((-0.2, -0.3),),
+            right_hand=((0.18, -0.26),),
+            left_foot=((-0.08, -0.02),),
+            right_foot=((0.1, -0.02),),
+            asleep=True,
+        ),
+    )
     for x, y, s in ((-0.24, -0.74, 0.07), (0.02, -0.9, 0.085), (0.32, -1.06, 0.1)):
         pen.line([(x - s, y - s), (x + s, y - s), (x - s, y + s), (x + s, y + s)], (24, 24, 70), 0.062)
         pen.line([(x - s, y - s), (x + s, y - s), (x - s, y + s), (x + s, y + s)], (250, 250, 255), 0.034)
 
 
 def _guitar(pen: Pen, figure: Figure):
-    figure(pen, Pose(left_hand=((-0.34, -0.34), (-0.16, -0.26)), right_hand=((0.36, -0.48), (0.42, -0.58)), left_foot=((-0.22, -0.02),), right_foot=((0.2, -0.02),)))
+    figure(
+        pen,
+        Pose(
+            left_hand=((-0.34, -0.34), (-0.16, -0.26)),
+            right_hand=((0.36, -0.48), (0.42, -0.58)),
+            left_foot=((-0.22, -0.02),),
+            right_foot=((0.2, -0.02),),
+        ),
+    )
     guitar = pen.at(-0.06, -0.28, angle=-32)
     guitar.limb([(0.1, 0), (0.62, 0)], (96, 60, 34), 0.055)
     guitar.box(0.6, -0.055, 0.74, 0.055, (60, 36, 22))
@@ -331,17 +393,58 @@ def _guitar(pen: Pen, figure: Figure):
 
 def _surf(pen: Pen, figure: Figure):
     deep, foam = (20, 104, 190), (236, 250, 255)
-    curl = [(0.72, 0.1), (0.8, -0.7), (0.56, -0.98), (0.3, -0.92), (0.26, -0.72), (0.46, -0.74), (0.5, -0.4), (0.2, 0.1)]
+    curl = [
+        (0.72, 0.1),
+        (0.8, -0.7),
+        (0.56, -0.98),
+        (0.3, -0.92),
+        (0.26, -0.72),
+        (0.46, -0.74),
+        (0.5, -0.4),
+        (0.2, 0.1),
+    ]
     pen.polygon(curl, (60, 160, 226), foam, 0.04)
-    figure(pen.at(-0.14, -0.17, 0.88, angle=-12), Pose(left_hand=((-0.42, -0.5),), right_hand=((0.42, -0.54),), left_foot=((-0.28, -0.02),), right_foot=((0.28, -0.02),)))
+    figure(
+        pen.at(-0.14, -0.17, 0.88, angle=-12),
+        Pose(
+            left_hand=((-0.42, -0.5),),
+            right_hand=((0.42, -0.54),),
+            left_foot=((-0.28, -0.02),),
+            right_foot=((0.28, -0.02),),
+        ),
+    )
     board = pen.at(-0.1, -0.13, angle=-10)
     board.polygon(_CIRCLE * (0.56, 0.075), (255, 232, 90))
     board.line([(-0.44, 0), (0.44, 0)], (226, 60, 60), 0.03)
-    pen.polygon([(-1.2, -0.03), (-0.8, 0.02), (-0.5, -0.04), (-0.2, 0.02), (0.1, -0.04), (0.4, 0.02), (0.8, -0.04), (1.2, 0.0), (1.2, 0.3), (-1.2, 0.3)], deep, foam, 0.035)
+    pen.polygon(
+        [
+            (-1.2, -0.03),
+            (-0.8, 0.02),
+            (-0.5, -0.04),
+            (-0.2, 0.02),
+            (0.1, -0.04),
+            (0.4, 0.02),
+            (0.8, -0.04),
+            (1.2, 0.0),
+            (1.2, 0.3),
+            (-1.2, 0.3),
+        ],
+        deep,
+        foam,
+        0.035,
+    )
 
 
 def _dance(pen: Pen, figure: Figure):
-    figure(pen.at(0.02, -0.03, angle=9), Pose(left_hand=((-0.34, -0.66), (-0.28, -0.92)), right_hand=((0.34, -0.66), (0.3, -0.94)), left_foot=((-0.3, -0.2), (-0.16, -0.3)), right_foot=((0.12, 0.04),)))
+    figure(
+        pen.at(0.02, -0.03, angle=9),
+        Pose(
+            left_hand=((-0.34, -0.66), (-0.28, -0.92)),
+            right_hand=((0.34, -0.66), (0.3, -0.94)),
+            left_foot=((-0.3, -0.2), (-0.16, -0.3)),
+            right_foot=((0.12, 0.04),),
+        ),
+    )
     for x, y, c in ((-0.55, -0.72, (240, 60, 160)), (0.56, -0.8, (70, 80, 240)), (0.52, -0.3, (250, 160, 20))):
         pen.ellipse(x, y, 0.07, 0.055, c)
         pen.line([(x + 0.06, y), (x + 0.06, y - 0.22), (x + 0.16, y - 0.17)], c, 0.04)
@@ -358,7 +461,16 @@ def _container(pen: Pen, subject: Subject, contents: Callable[[Pen], None] | Non
     top = -2 * ry
     hull = _hull(subject.shape, 0, -ry, rx, ry)
     if subject.shape == "triangular":
-        hull = np.array([(-0.45 * rx, top), (0.45 * rx, top), (1.25 * rx, -0.04), (1.1 * rx, 0), (-1.1 * rx, 0), (-1.25 * rx, -0.04)])
+        hull = np.array(
+            [
+                (-0.45 * rx, top),
+                (0.45 * rx, top),
+                (1.25 * rx, -0.04),
+                (1.1 * rx, 0),
+                (-1.1 * rx, 0),
+                (-1.25 * rx, -0.04),
+            ]
+        )
         rim = 0.5 * rx
     else:
         hull = _band(hull, top + 0.1, 0.0)
@@ -366,10 +478,28 @@ def _container(pen: Pen, subject: Subject, contents: Callable[[Pen], None] | Non
     if pot:
         reach = 0.17 if subject.long_ears else 0.1
         for side in (-1, 1):
-            pen.limb([(side * rx * 0.8, -0.42), (side * (rx + reach), -0.42), (side * (rx + reach), -0.28), (side * rx * 0.8, -0.28)], second, 0.055)
+            pen.limb(
+                [
+                    (side * rx * 0.8, -0.42),
+                    (side * (rx + reach), -0.42),
+                    (side * (rx + reach), -0.28),
+                    (side * rx * 0.8, -0.28),
+                ],
+                second,
+                0.055,
+            )
     else:
         drop = 0.42 if subject.long_ears else 0.28
-        pen.limb([(rx * 0.6, top + 0.14), (rx + 0.19, top + 0.14), (rx + 0.19, top + 0.14 + drop), (rx * 0.6, top + 0.14 + drop)], second, 0.06)
+        pen.limb(
+            [
+                (rx * 0.6, top + 0.14),
+                (rx + 0.19, top + 0.14),
+                (rx + 0.19, top + 0.14 + drop),
+                (rx * 0.6, top + 0.14 + drop),
+            ],
+            second,
+            0.06,
+        )
     if contents is not None:
         contents(Pen(pen.canvas, pen.at(0, top).matrix, pen.mask, subject=False))
     _body(pen, hull, subject)
@@ -377,13 +507,29 @@ def _container(pen: Pen, subject: Subject, contents: Callable[[Pen], None] | Non
 
 
 def _popcorn(pen: Pen):
-    for x, y in ((-0.2, -0.02), (0.2, -0.02), (-0.1, -0.08), (0.1, -0.08), (0, -0.04), (-0.16, -0.17), (0.15, -0.17), (0.0, -0.2), (-0.07, -0.29), (0.08, -0.29)):
+    for x, y in (
+        (-0.2, -0.02),
+        (0.2, -0.02),
+        (-0.1, -0.08),
+        (0.1, -0.08),
+        (0, -0.04),
+        (-0.16, -0.17),
+        (0.15, -0.17),
+        (0.0, -0.2),
+        (-0.07, -0.29),
+        (0.08, -0.29),
+    ):
         pen.ellipse(x, y, 0.09, 0.08, (255, 246, 206), (196, 150, 60), 0.02)
         pen.ellipse(x + 0.02, y, 0.03, 0.03, (250, 206, 80), None)
 
 
 def _pens(pen: Pen):
-    for x, lean, c in ((-0.15, -14, (230, 50, 50)), (-0.05, -4, (40, 90, 220)), (0.06, 6, (40, 160, 80)), (0.16, 16, (250, 190, 30))):
+    for x, lean, c in (
+        (-0.15, -14, (230, 50, 50)),
+        (-0.05, -4, (40, 90, 220)),
+        (0.06, 6, (40, 160, 80)),
+        (0.16, 16, (250, 190, 30)),
+    ):
         stick = pen.at(x, 0.05, angle=lean)
         stick.box(-0.038, -0.44, 0.038, 0, c)
         stick.polygon([(-0.038, -0.44), (0.038, -0.44), (0, -0.54)], (250, 224, 180))
@@ -417,7 +563,9 @@ def _draw_container(pen: Pen, scene: Scene):
         pen.ellipse(0.46, -0.02, 0.3, 0.08, (120, 190, 235), (220, 244, 255), 0.02)
         _container(pen.at(-0.42, -0.38, 0.95, angle=82), subject)
     else:
-        contents = {"with popcorn in it": _popcorn, "with pens in it": _pens, "with flowers in it": _flowers}.get(activity)
+        contents = {"with popcorn in it": _popcorn, "with pens in it": _pens, "with flowers in it": _flowers}.get(
+            activity
+        )
         _container(pen, subject, contents)
 
 
@@ -441,7 +589,11 @@ def _vehicle(pen: Pen, subject: Subject):
         pen.limb([(0.42, -0.22), (0.26, -0.6), (0.16, bar), (0.04, bar - 0.02)], (150, 154, 162), 0.065)
         pen.box(-0.2, -0.34, 0.16, -0.12, (110, 114, 122))
         pen.limb([(-0.16, -0.14), (-0.56, -0.1)], (170, 174, 180), 0.06)
-        _body(pen, np.array([(-0.46, -0.46), (-0.12, -0.6), (0.24, -0.66), (0.36, -0.48), (0.2, -0.26), (-0.3, -0.26)]), subject)
+        _body(
+            pen,
+            np.array([(-0.46, -0.46), (-0.12, -0.6), (0.24, -0.66), (0.36, -0.48), (0.2, -0.26), (-0.3, -0.26)]),
+            subject,
+        )
         pen.limb([(-0.5, -0.56), (-0.14, -0.6)], second, 0.1)
         pen.ellipse(0.36, -0.6, 0.08, 0.08, (255, 244, 170))
 
@@ -468,7 +620,18 @@ def _draw_vehicle(pen: Pen, scene: Scene):
             pen.line([(x0 + s / 2, y0 + 0.03), (x0 + s / 2, y0 + s - 0.03)], (240, 214, 150), 0.04)
     elif activity == "covered in soap bubbles":
         _vehicle(pen, subject)
-        for x, y, r in ((-0.5, -0.66, 0.13), (-0.22, -0.84, 0.1), (0.1, -0.8, 0.14), (0.46, -0.86, 0.11), (0.56, -0.5, 0.12), (-0.62, -0.36, 0.1), (-0.1, -0.12, 0.12), (0.24, -0.06, 0.1), (-0.4, -0.02, 0.11), (0.58, -0.06, 0.1)):
+        for x, y, r in (
+            (-0.5, -0.66, 0.13),
+            (-0.22, -0.84, 0.1),
+            (0.1, -0.8, 0.14),
+            (0.46, -0.86, 0.11),
+            (0.56, -0.5, 0.12),
+            (-0.62, -0.36, 0.1),
+            (-0.1, -0.12, 0.12),
+            (0.24, -0.06, 0.1),
+            (-0.4, -0.02, 0.11),
+            (0.58, -0.06, 0.1),
+        ):
             pen.ellipse(x, y, r, r, (222, 240, 252), (120, 180, 226), 0.02)
             pen.ellipse(x - r * 0.3, y - r * 0.35, r * 0.25, r * 0.22, (255, 255, 255), None)
     else:
@@ -535,7 +698,11 @@ def _kitchen(pen: Pen, shift: float):
         pen.line([(0, y), (1, y)], (232, 206, 170), 0.01)
     for i in range(8):
         if i % 2:
-            pen.polygon([(i / 8, 0.7), ((i + 1) / 8, 0.7), ((i + 1) / 8 + (i - 3) * 0.05, 1), (i / 8 + (i - 4) * 0.05, 1)], (236, 214, 190), None)
+            pen.polygon(
+                [(i / 8, 0.7), ((i + 1) / 8, 0.7), ((i + 1) / 8 + (i - 3) * 0.05, 1), (i / 8 + (i - 4) * 0.05, 1)],
+                (236, 214, 190),
+                None,
+            )
     x = 0.14 + 0.05 * shift
     pen.box(x - 0.13, 0.08, x + 0.13, 0.32, (150, 100, 70), None)
     pen.box(x - 0.1, 0.1, x + 0.1, 0.3, (176, 126, 90), None)
@@ -557,20 +724,38 @@ def _mountains(pen: Pen, shift: float):
     for x, w, top in ((0.2, 0.32, 0.2), (0.62, 0.4, 0.1), (0.95, 0.28, 0.26)):
         x = x + 0.05 * shift
         pen.polygon([(x - w, 0.64), (x + w, 0.64), (x, top)], (120, 136, 168), None)
-        pen.polygon([(x - w * 0.35, top + (0.64 - top) * 0.35), (x + w * 0.35, top + (0.64 - top) * 0.35), (x, top)], (250, 252, 255), None)
+        pen.polygon(
+            [(x - w * 0.35, top + (0.64 - top) * 0.35), (x + w * 0.35, top + (0.64 - top) * 0.35), (x, top)],
+            (250, 252, 255),
+            None,
+        )
     for x, y in ((0.1, 0.1), (0.35, 0.3), (0.8, 0.06), (0.9, 0.4), (0.5, 0.05), (0.08, 0.5)):
         pen.ellipse(x, y, 0.012, 0.012, (255, 255, 255), None)
 
 
 def _city(pen: Pen, shift: float):
     _sky(pen, (196, 200, 214), (104, 106, 114), 0.72)
-    for i, (x, w, top, c) in enumerate(((0.1, 0.11, 0.16, (150, 108, 104)), (0.34, 0.1, 0.3, (112, 124, 150)), (0.58, 0.12, 0.1, (138, 130, 120)), (0.84, 0.13, 0.24, (96, 110, 132)))):
+    for i, (x, w, top, c) in enumerate(
+        (
+            (0.1, 0.11, 0.16, (150, 108, 104)),
+            (0.34, 0.1, 0.3, (112, 124, 150)),
+            (0.58, 0.12, 0.1, (138, 130, 120)),
+            (0.84, 0.13, 0.24, (96, 110, 132)),
+        )
+    ):
         x = x + 0.04 * shift
         pen.box(x - w, top, x + w, 0.72, c, None)
         for row in range(4):
             for col in (-0.6, 0.0, 0.6):
                 y = top + 0.05 + row * 0.11
-                pen.box(x + col * w - 0.018, y, x + col * w + 0.018, y + 0.05, (255, 236, 150) if (row + i) % 2 else (70, 80, 100), None)
+                pen.box(
+                    x + col * w - 0.018,
+                    y,
+                    x + col * w + 0.018,
+                    y + 0.05,
+                    (255, 236, 150) if (row + i) % 2 else (70, 80, 100),
+                    None,
+                )
     for x in (0.05, 0.4, 0.75):
         pen.box(x, 0.9, x + 0.2, 0.925, (250, 240, 200), None)
 
@@ -587,7 +772,17 @@ def _desert(pen: Pen, shift: float):
 
 def _moon(pen: Pen, shift: float):
     _sky(pen, (16, 14, 40), (150, 150, 160), 0.68)
-    for x, y in ((0.08, 0.3), (0.22, 0.08), (0.4, 0.2), (0.52, 0.06), (0.62, 0.3), (0.95, 0.42), (0.1, 0.52), (0.88, 0.56), (0.33, 0.42)):
+    for x, y in (
+        (0.08, 0.3),
+        (0.22, 0.08),
+        (0.4, 0.2),
+        (0.52, 0.06),
+        (0.62, 0.3),
+        (0.95, 0.42),
+        (0.1, 0.52),
+        (0.88, 0.56),
+        (0.33, 0.42),
+    ):
         pen.ellipse(x, y, 0.012, 0.012, (255, 255, 230), None)
     x = 0.82 + 0.07 * shift
     pen.ellipse(x, 0.18, 0.11, 0.11, (70, 130, 220), None)
@@ -606,7 +801,11 @@ _PLACES: dict[str, Callable[[Pen, float], None]] = {
     "desert": _desert,
     "moon": _moon,
 }
-_GROUPS: dict[str, Callable[[Pen, Scene], None]] = {"character": _draw_character, "container": _draw_container, "vehicle": _draw_vehicle}
+_GROUPS: dict[str, Callable[[Pen, Scene], None]] = {
+    "character": _draw_character,
+    "container": _draw_container,
+    "vehicle": _draw_vehicle,
+}
 # figure height as a fraction of the picture, chosen so that every activity with its props stays inside the frame
 _FIGURE_HEIGHT = {"character": 0.64, "container": 0.62, "vehicle": 0.62}
 
@@ -629,5 +828,7 @@ def render(scene: Scene) -> Image.Image:
 
 
 def subject_mask(scene: Scene) -> Image.Image:
-    """The true mask of the subject (accessories included): 64x64, 8-bit grey, 255 where the subject covers the pixel."""
+    """The true mask of the subject (accessories included): 64x64, 8-bit grey, 255 where the subject covers the
+    pixel.
+    """
     return _paint(scene, mask=True)

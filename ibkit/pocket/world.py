@@ -31,7 +31,9 @@ CHARACTERS = ("cat", "dog", "teddy bear", "monster toy")
 CONTAINERS = ("pot", "cup")
 VEHICLES = ("motorbike", "bike")
 CLASSES = CHARACTERS + CONTAINERS + VEHICLES
-GROUP_OF = {c: "character" for c in CHARACTERS} | {c: "container" for c in CONTAINERS} | {c: "vehicle" for c in VEHICLES}
+GROUP_OF = (
+    {c: "character" for c in CHARACTERS} | {c: "container" for c in CONTAINERS} | {c: "vehicle" for c in VEHICLES}
+)
 
 # Body shapes by group. Characters are never triangular: the word is taught by pots and cups alone, so a triangular
 # character is the rare subject (the paper's Phryge, section 2.1).
@@ -113,7 +115,10 @@ class Subject:
         if self.class_noun not in CLASSES:
             raise ValueError(f"unknown class {self.class_noun!r}: choose one of {', '.join(CLASSES)}")
         if self.body not in COLOURS or self.second not in COLOURS or self.body == self.second:
-            raise ValueError(f"body {self.body!r} and second colour {self.second!r} must be two different colours of {', '.join(COLOURS)}")
+            raise ValueError(
+                f"body {self.body!r} and second colour {self.second!r} "
+                f"must be two different colours of {', '.join(COLOURS)}"
+            )
         if self.pattern not in PATTERNS:
             raise ValueError(f"unknown pattern {self.pattern!r}: choose one of {', '.join(PATTERNS)}")
 
@@ -143,7 +148,10 @@ class Scene:
 
     def __post_init__(self):
         if self.activity not in activities_of(self.subject.class_noun, with_none=True):
-            raise ValueError(f"a {self.subject.class_noun} cannot be {self.activity!r}: choose one of {', '.join(activities_of(self.subject.class_noun))}")
+            raise ValueError(
+                f"a {self.subject.class_noun} cannot be {self.activity!r}: choose "
+                f"one of {', '.join(activities_of(self.subject.class_noun))}"
+            )
         if self.place not in PLACES:
             raise ValueError(f"unknown place {self.place!r}: choose one of {', '.join(PLACES)}")
         if self.accessory not in accessories_of(self.subject.class_noun):
@@ -165,11 +173,24 @@ def accessories_of(class_noun: str) -> tuple[str, ...]:
 def sample_subject(rng: random.Random, class_noun: str | None = None) -> Subject:
     class_noun = class_noun or rng.choice(CLASSES)
     body, second = rng.sample(list(COLOURS), 2)
-    return Subject(class_noun, body, second, rng.choice(list(PATTERNS)), rng.choice(SHAPES[GROUP_OF[class_noun]]), rng.random() < 0.5)
+    return Subject(
+        class_noun,
+        body,
+        second,
+        rng.choice(list(PATTERNS)),
+        rng.choice(SHAPES[GROUP_OF[class_noun]]),
+        rng.random() < 0.5,
+    )
 
 
 def sample_view(rng: random.Random) -> View:
-    return View(rng.uniform(-0.07, 0.07), rng.uniform(-0.03, 0.02), rng.uniform(0.9, 1.06), rng.random() < 0.5, rng.uniform(-1, 1))
+    return View(
+        rng.uniform(-0.07, 0.07),
+        rng.uniform(-0.03, 0.02),
+        rng.uniform(0.9, 1.06),
+        rng.random() < 0.5,
+        rng.uniform(-1, 1),
+    )
 
 
 def sample_scene(
@@ -183,7 +204,8 @@ def sample_scene(
     """Draw a scene; what is given is kept, the rest is random.
 
     Args:
-        held_out: whether the held-out (class, activity) pairs may appear (False for the diffusion model's pre-training).
+        held_out: whether the held-out (class, activity) pairs may appear (False for the diffusion model's pre-
+            training).
     """
     subject = subject or sample_subject(rng)
     if activity is None:
@@ -199,8 +221,10 @@ def sample_scene(
 def line_up(subject: Subject, n: int = 8) -> list[Subject]:
     """The subject and `n - 1` others of its class for an identity parade; the subject comes first.
 
-    Any two of them differ in at least two of body colour, second colour, pattern and shape, one of the two being a colour (a book can hide a pattern);
-    two of the others share the subject's body colour, so that this colour alone does not settle the question. Deterministic in the subject.
+    Any two of them differ in at least two of body colour, second colour, pattern and shape, one of the two being a
+    colour (a book can hide a pattern);
+    two of the others share the subject's body colour, so that this colour alone does not settle the question.
+    Deterministic in the subject.
     """
     rng = random.Random(f"line-up {subject}")
     chosen = [subject]

@@ -10,7 +10,8 @@ import torch
 class PromptStats:
     """Running mean and standard deviation of the reward for each prompt string.
 
-    A prompt with and one without the identifier are two prompts. Until a prompt has `min_count` rewards in its buffer, the statistics of the whole
+    A prompt with and one without the identifier are two prompts. Until a prompt has `min_count` rewards in its
+    buffer, the statistics of the whole
     batch serve. Equal rewards give advantage 0, not a division by zero.
 
     Args:

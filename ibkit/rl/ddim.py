@@ -39,7 +39,9 @@ class Schedule:
         return len(self.timesteps)
 
 
-def make_schedule(alphas_cumprod: torch.Tensor, n_steps: int, eta: float, steps_offset: int = 1, device: torch.device | str = "cpu") -> Schedule:
+def make_schedule(
+    alphas_cumprod: torch.Tensor, n_steps: int, eta: float, steps_offset: int = 1, device: torch.device | str = "cpu"
+) -> Schedule:
     """Evenly spaced timesteps as in Stable Diffusion ("leading" spacing plus an offset of 1).
 
     Args:
@@ -48,7 +50,8 @@ def make_schedule(alphas_cumprod: torch.Tensor, n_steps: int, eta: float, steps_
         eta: η; 0 is the deterministic DDIM sampler, 1 has the variance of DDPM.
 
     Raises:
-        ParameterError: N out of range, or a step whose standard deviation is 0 although η > 0 (its log-probability is not defined).
+        ParameterError: N out of range, or a step whose standard deviation is 0 although η > 0 (its log-probability is
+            not defined).
     """
     n_train = len(alphas_cumprod)
     if not 1 <= n_steps <= n_train:
@@ -62,11 +65,16 @@ def make_schedule(alphas_cumprod: torch.Tensor, n_steps: int, eta: float, steps_
     std = eta * ((1 - a_prev) / (1 - a) * (1 - a / a_prev)).clamp(min=0).sqrt()
     if eta > 0 and not bool((std > 0).all()):
         step = int((std <= 0).nonzero()[0])
-        raise ParameterError(f"denoising step {step} (t = {int(t[step])}) has standard deviation 0: its log-probability is not defined; use a scheduler with steps_offset = 1.")
+        raise ParameterError(
+            f"denoising step {step} (t = {int(t[step])}) has standard deviation 0: its "
+            f"log-probability is not defined; use a scheduler with steps_offset = 1."
+        )
     return Schedule(t.to(device), a.float().to(device), a_prev.float().to(device), std.float().to(device))
 
 
-def step_mean(x_t: torch.Tensor, eps_hat: torch.Tensor, alpha_bar: torch.Tensor, alpha_bar_prev: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+def step_mean(
+    x_t: torch.Tensor, eps_hat: torch.Tensor, alpha_bar: torch.Tensor, alpha_bar_prev: torch.Tensor, std: torch.Tensor
+) -> torch.Tensor:
     """μ = √ᾱ' x̂0 + √(1 - ᾱ' - s²) ε̂ with x̂0 = (x - √(1 - ᾱ) ε̂) / √ᾱ (DDIM eq. 12).
 
     Args:
@@ -85,7 +93,8 @@ def predict_x0(x_t: torch.Tensor, eps_hat: torch.Tensor, alpha_bar: torch.Tensor
 
 
 def log_prob(x_prev: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Gaussian log-density of the step taken, averaged over C, H, W (DDPO's code; a clip range of 1e-4 needs the mean, not the sum).
+    """Gaussian log-density of the step taken, averaged over C, H, W (DDPO's code; a clip range of 1e-4 needs the
+    mean, not the sum).
 
     Args:
         x_prev, mean: (B, C, H, W) fp32.

@@ -6,7 +6,8 @@
 | `advantage` | r(x_0, c) normalised per prompt, DDPO section 5.1 |
 | `policy_loss` | PPO's clipped objective (Schulman et al. 2017, eq. 7) |
 
-An epoch: sample `images_per_epoch` trajectories, score the images, then take gradient steps, each on a random `batch` of the trajectories and all
+An epoch: sample `images_per_epoch` trajectories, score the images, then take gradient steps, each on a random `batch`
+    of the trajectories and all
 their timesteps. Only a LoRA adapter is trained; weights, latents and log-probabilities are fp32.
 
 Shapes: B images of an epoch, T denoising steps, M (image, step) pairs of a micro-batch.
@@ -41,7 +42,8 @@ Monitor = Callable[[list[Image.Image], list[Prompt]], dict[str, float]]
 
 @dataclass(frozen=True)
 class DDPOConfig:
-    """Settings of the RL stage; the defaults are InstructBooth's (appendix C), or where it is silent the reference code's (kvablack/ddpo-pytorch).
+    """Settings of the RL stage; the defaults are InstructBooth's (appendix C), or where it is silent the reference
+    code's (kvablack/ddpo-pytorch).
 
     Attributes:
         n_epochs: InstructBooth does not give it.
@@ -75,7 +77,9 @@ class DDPOConfig:
     checkpoint_every: int = 5
 
 
-def policy_loss(new_log_prob: torch.Tensor, old_log_prob: torch.Tensor, advantage: torch.Tensor, clip_range: float) -> tuple[torch.Tensor, torch.Tensor]:
+def policy_loss(
+    new_log_prob: torch.Tensor, old_log_prob: torch.Tensor, advantage: torch.Tensor, clip_range: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Clipped importance-sampling loss and the ratio, each (M,).
 
     loss = max(-A r, -A clip(r, 1 - ε, 1 + ε)), r = exp(log p - log p_old) (PPO eq. 7 with the sign of a loss).
@@ -115,7 +119,8 @@ def train(
         on_epoch: called after each epoch with its row and the model (progress, sample grids).
 
     Returns:
-        Rows with epoch, reward, reward_identifier, reward_class, the monitor's numbers, ratio_first (largest |ratio - 1| of the first micro-batch before any
+        Rows with epoch, reward, reward_identifier, reward_class, the monitor's numbers, ratio_first (largest |ratio -
+        1| of the first micro-batch before any
         update), clip_fraction, log_prob, log_prob_t000 ... (mean of each step), grad_norm, loss, seconds.
 
     Raises:
@@ -123,7 +128,9 @@ def train(
     """
     schedule = config.sampler.schedule(model)
     trainable = model.add_lora(config.lora_rank, generator(seed, "lora"))
-    optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay)
+    optimizer = torch.optim.AdamW(
+        trainable, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+    )
     stats = PromptStats(config.stats_buffer, config.stats_min_count)
     history: list[dict[str, float]] = []
     checkpoints = Checkpoints(folder / "checkpoints")
@@ -143,16 +150,26 @@ def train(
         rewards = reward(images, chosen).float()
         if not bool(torch.isfinite(rewards).all()):
             bad = int((~torch.isfinite(rewards)).nonzero()[0])
-            raise TrainingError(f"epoch {epoch}: the reward of image {bad} ({chosen[bad].text!r}) is {rewards[bad].item()}; look at the image and at the reward function.")
-        advantages = stats.advantages([p.text for p in chosen], rewards).clamp(-config.advantage_clip, config.advantage_clip)
+            raise TrainingError(
+                f"epoch {epoch}: the reward of image {bad} ({chosen[bad].text!r}) is "
+                f"{rewards[bad].item()}; look at the image and at the reward function."
+            )
+        advantages = stats.advantages([p.text for p in chosen], rewards).clamp(
+            -config.advantage_clip, config.advantage_clip
+        )
         row = {"epoch": epoch, "reward": rewards.mean().item()}
         for name, kind in (("reward_identifier", True), ("reward_class", False)):
             of_kind = rewards[[p.identifier is kind for p in chosen]]
             row[name] = of_kind.mean().item() if len(of_kind) else float("nan")
         row |= monitor(images, chosen) if monitor else {}
         row |= {"log_prob": trajectories.log_probs.mean().item()}
-        row |= {f"log_prob_t{int(t):03d}": v for t, v in zip(schedule.timesteps, trajectories.log_probs.mean(1).tolist(), strict=True)}
-        row |= _update(model, optimizer, trainable, trajectories, advantages, schedule, config, generator(seed, "update", epoch))
+        row |= {
+            f"log_prob_t{int(t):03d}": v
+            for t, v in zip(schedule.timesteps, trajectories.log_probs.mean(1).tolist(), strict=True)
+        }
+        row |= _update(
+            model, optimizer, trainable, trajectories, advantages, schedule, config, generator(seed, "update", epoch)
+        )
         row["seconds"] = time.perf_counter() - started
         history.append(row)
         if (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == config.n_epochs:
@@ -164,7 +181,16 @@ def train(
     return history
 
 
-def _update(model, optimizer, trainable, trajectories: Trajectories, advantages: torch.Tensor, schedule: Schedule, config: DDPOConfig, stream: torch.Generator) -> dict[str, float]:
+def _update(
+    model,
+    optimizer,
+    trainable,
+    trajectories: Trajectories,
+    advantages: torch.Tensor,
+    schedule: Schedule,
+    config: DDPOConfig,
+    stream: torch.Generator,
+) -> dict[str, float]:
     """The gradient steps of an epoch: trajectories in random order, `batch` of them (all timesteps) to a step."""
     n_steps = len(schedule)
     advantages = advantages.to(model.device)
@@ -176,7 +202,10 @@ def _update(model, optimizer, trainable, trajectories: Trajectories, advantages:
             image, step = micro[:, 0].to(model.device), micro[:, 1].to(model.device)
             loss, ratio = pair_loss(model, trajectories, image, step, advantages[image], schedule, config)
             if not bool(torch.isfinite(loss).all()):
-                raise TrainingError(f"the policy loss is not finite (ratio {ratio.min().item():.3g} to {ratio.max().item():.3g}): lower the learning rate.")
+                raise TrainingError(
+                    f"the policy loss is not finite (ratio {ratio.min().item():.3g} "
+                    f"to {ratio.max().item():.3g}): lower the learning rate."
+                )
             (loss.sum() / len(pairs)).backward()
             deviation = (ratio.detach() - 1).abs()
             ratio_first = deviation.max().item() if ratio_first is None else ratio_first
@@ -196,7 +225,15 @@ def _update(model, optimizer, trainable, trajectories: Trajectories, advantages:
     }
 
 
-def pair_loss(model: TextToImage, trajectories: Trajectories, image: torch.Tensor, step: torch.Tensor, advantage: torch.Tensor, schedule: Schedule, config: DDPOConfig) -> tuple[torch.Tensor, torch.Tensor]:
+def pair_loss(
+    model: TextToImage,
+    trajectories: Trajectories,
+    image: torch.Tensor,
+    step: torch.Tensor,
+    advantage: torch.Tensor,
+    schedule: Schedule,
+    config: DDPOConfig,
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Loss and ratio (M,) of pairs (image, step), with the guidance that the rollout used."""
     x_t, x_prev = trajectories.latents[step, image], trajectories.latents[step + 1, image]
     eps_hat = model.guided_noise(x_t, schedule.timesteps[step], trajectories.text[image], config.sampler.guidance)

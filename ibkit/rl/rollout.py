@@ -15,7 +15,9 @@ from ibkit.rl.ddim import Schedule, log_prob, step_mean
 
 @dataclass
 class Trajectories:
-    """What a policy did: `latents` (T + 1, B, C, H, W) fp32 from noise to image, `log_probs` (T, B), `text` (B, L, D)."""
+    """What a policy did: `latents` (T + 1, B, C, H, W) fp32 from noise to image, `log_probs` (T, B), `text` (B,
+    L, D).
+    """
 
     latents: torch.Tensor
     log_probs: torch.Tensor
@@ -23,7 +25,14 @@ class Trajectories:
 
 
 @torch.no_grad()
-def rollout(model: TextToImage, prompts: list[str], schedule: Schedule, guidance: float, generators: list[torch.Generator], batch_size: int = 32) -> Trajectories:
+def rollout(
+    model: TextToImage,
+    prompts: list[str],
+    schedule: Schedule,
+    guidance: float,
+    generators: list[torch.Generator],
+    batch_size: int = 32,
+) -> Trajectories:
     """Sample one image for each prompt and record the trajectory.
 
     Args:
@@ -33,7 +42,8 @@ def rollout(model: TextToImage, prompts: list[str], schedule: Schedule, guidance
     """
     text = model.encode_text(prompts)
     parts = [
-        _rollout(model, text[i : i + batch_size], schedule, guidance, generators[i : i + batch_size]) for i in range(0, len(prompts), batch_size)
+        _rollout(model, text[i : i + batch_size], schedule, guidance, generators[i : i + batch_size])
+        for i in range(0, len(prompts), batch_size)
     ]
     return Trajectories(torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1), text)
 

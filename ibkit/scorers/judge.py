@@ -1,6 +1,7 @@
 """The judge of the pocket world: which class, activity, place, accessory, and which individual of a line-up.
 
-It answers from the picture alone, was trained apart from every scorer (`ibkit.pocket.build.judge`) and is never a reward. Where seven of them vote they
+It answers from the picture alone, was trained apart from every scorer (`ibkit.pocket.build.judge`) and is never a
+reward. Where seven of them vote they
 stand in for the paper's human raters, and are called simulated.
 
 Shapes: N pictures, D = 64 identity dimensions.
@@ -80,7 +81,10 @@ def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
     from ibkit.pocket.world import IMAGE_PX
 
     size = (IMAGE_PX, IMAGE_PX)
-    arrays = [np.asarray(i.convert("RGB") if i.size == size else i.convert("RGB").resize(size, Image.Resampling.BICUBIC)) for i in images]
+    arrays = [
+        np.asarray(i.convert("RGB") if i.size == size else i.convert("RGB").resize(size, Image.Resampling.BICUBIC))
+        for i in images
+    ]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -90,7 +94,8 @@ class Judge:
 
     Attributes:
         net: the trained network.
-        card: its accuracy by question on held-out renders and on reconstructions, with n; printed beside every number it gives.
+        card: its accuracy by question on held-out renders and on reconstructions, with n; printed beside every number
+            it gives.
     """
 
     net: JudgeNet
@@ -139,7 +144,9 @@ class Judge:
         return torch.tensor([float(a == b) for a, b in zip(self.answers(images, question), expected, strict=True)])
 
     def pick(self, images: Sequence[Image.Image], parade: Sequence[Subject], n_references: int = 8) -> list[int]:
-        """Which individual of a line-up each picture shows: the index of the nearest one by mean identity vector of its own photos."""
+        """Which individual of a line-up each picture shows: the index of the nearest one by mean identity
+        vector of its own photos.
+        """
         centres = []
         for subject in parade:
             _, vectors = self.look([render(scene) for scene in reference_scenes(subject, n_references, seed=1)])

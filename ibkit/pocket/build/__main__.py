@@ -15,10 +15,21 @@ STAGES = ("autoencoder", "unet", "decoder", "judge", "image_reward", "weak_rewar
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ibkit.pocket.build", description=__doc__)
-    parser.add_argument("--folder", type=Path, default=project_root() / "outputs" / "pocket-build", help="pictures, checkpoints and the built weights go here")
-    parser.add_argument("--stages", default=",".join(STAGES), help=f"comma-separated, of: {', '.join(STAGES)}; each needs those before it to be built")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=project_root() / "outputs" / "pocket-build",
+        help="pictures, checkpoints and the built weights go here",
+    )
+    parser.add_argument(
+        "--stages",
+        default=",".join(STAGES),
+        help=f"comma-separated, of: {', '.join(STAGES)}; each needs those before it to be built",
+    )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = all. Stages can run side by side in two processes")
+    parser.add_argument(
+        "--threads", type=int, default=0, help="CPU threads; 0 = all. Stages can run side by side in two processes"
+    )
     arguments = parser.parse_args(argv)
     stages = arguments.stages.split(",")
     if unknown := [s for s in stages if s not in STAGES]:

@@ -1,7 +1,8 @@
 """Stage 1: the autoencoder, 64x64x3 pixels to 8x8x16 latents (diffusers `AutoencoderKL`).
 
 It decides what subject fidelity can mean: colours and patterns that it loses, no method can keep.
-The encoder is frozen part-way so that the diffusion model can start; the decoder goes on alone, on slightly noisy latents,
+The encoder is frozen part-way so that the diffusion model can start; the decoder goes on alone, on slightly noisy
+latents,
 because those of a sampler are never as clean as the encoder's.
 """
 
@@ -18,7 +19,8 @@ from ibkit.pocket.build.data import Pictures
 
 JOINT = Budget(steps=2000, batch=16, weight_decay=0.0, ema=0.99)
 DECODER = Budget(steps=1200, batch=16, lr=1e-3, muon_lr=0.01, weight_decay=0.0, ema=0.995)
-# The posterior is a fixed, narrow Gaussian around the mean: a learnt width starts at 1 and drowns the latents for hundreds of steps.
+# The posterior is a fixed, narrow Gaussian around the mean: a learnt width starts at 1 and drowns the latents for
+# hundreds of steps.
 POSTERIOR_STD = 0.05
 MEAN_WEIGHT = 1e-4  # KL's pull of the mean towards 0, so that the fixed width means something
 LATENT_NOISE = 0.05  # of the decoder stage, in units of the latents' own standard deviation
@@ -52,7 +54,9 @@ def psnr(image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def train_joint(folder: Path, pictures: Pictures, device, dtype) -> AutoencoderKL:
-    """Encoder and decoder together; sets the latents' scaling factor (1 / their standard deviation, as in latent diffusion, section 4.3.2)."""
+    """Encoder and decoder together; sets the latents' scaling factor (1 / their standard deviation, as in
+    latent diffusion, section 4.3.2).
+    """
     torch.manual_seed(hash_seed("autoencoder weights"))
     vae = new_autoencoder()
     with torch.no_grad():  # the width of the posterior, as the encoder reports it
@@ -69,7 +73,9 @@ def train_joint(folder: Path, pictures: Pictures, device, dtype) -> AutoencoderK
 
     fit("autoencoder", folder, vae, loss_fn, JOINT, device, dtype)
     with torch.inference_mode():
-        z = torch.cat([vae.encode(pictures.batch(range(i, i + 64), device)).latent_dist.mode() for i in range(0, 1024, 64)])
+        z = torch.cat(
+            [vae.encode(pictures.batch(range(i, i + 64), device)).latent_dist.mode() for i in range(0, 1024, 64)]
+        )
     vae.register_to_config(scaling_factor=float(1.0 / z.std()))
     return vae
 
@@ -86,7 +92,12 @@ def train_decoder(folder: Path, pictures: Pictures, vae: AutoencoderKL, device, 
         x = pictures.batch(indices, device)
         with torch.no_grad():
             z = work.encode(x.to(dtype).to(memory_format=torch.channels_last)).latent_dist.mode()
-            z = z + (LATENT_NOISE * spread * torch.rand((len(z), 1, 1, 1), generator=generator) * torch.randn(z.shape, generator=generator)).to(z)
+            z = z + (
+                LATENT_NOISE
+                * spread
+                * torch.rand((len(z), 1, 1, 1), generator=generator)
+                * torch.randn(z.shape, generator=generator)
+            ).to(z)
         image = work.decode(z).sample
         return reconstruction_loss(image, x), {"psnr": psnr(image.detach().float(), x).mean().item()}
 

@@ -1,4 +1,6 @@
-"""The model card: the quality of what was built, measured on pictures that no stage trained on, with n and the target beside it."""
+"""The model card: the quality of what was built, measured on pictures that no stage trained on, with n and the
+target beside it.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ N_PICTURES, N_PARADES, N_SAMPLES = 2000, 400, 360
 
 
 def write_card(build: Build) -> None:
-    """Measure everything, write `MODEL_CARD.md`, `card.json` (numbers, recipe, hashes) and the judge's own accuracy file."""
+    """Measure everything, write `MODEL_CARD.md`, `card.json` (numbers, recipe, hashes) and the judge's own
+    accuracy file.
+    """
     from ibkit.models import load_model
     from ibkit.scorers.judge import ANSWERS, Judge, JudgeNet
 
@@ -62,7 +66,10 @@ def _pictures(build: Build):
     with torch.inference_mode():
         for i in range(0, N_PICTURES, 100):
             x = vae.decode(vae.encode(pictures.batch(range(i, i + 100), build.device)).latent_dist.mode()).sample
-            decoded += [Image.fromarray(p) for p in ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()]
+            decoded += [
+                Image.fromarray(p)
+                for p in ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            ]
     return renders, decoded
 
 
@@ -132,15 +139,29 @@ def _write(build: Build, numbers: list[tuple[str, float, float, int]]) -> None:
     seconds = json.loads((build.folder / "seconds.json").read_text())
     card = {
         "numbers": [{"name": n, "value": v, "target": t, "n": k, "reached": v >= t} for n, v, t, k in numbers],
-        "files": {str(p.relative_to(build.weights)): {"sha256": hash_file(p), "bytes": p.stat().st_size} for p in files},
+        "files": {
+            str(p.relative_to(build.weights)): {"sha256": hash_file(p), "bytes": p.stat().st_size} for p in files
+        },
         "stages": seconds,
     }
     (build.weights / "card.json").write_text(json.dumps(card, indent=2) + "\n")
-    lines = ["# Pocket weights", "", "Built by `python -m ibkit.pocket.build`; numbers of this very build, on pictures that no stage trained on.", ""]
+    lines = [
+        "# Pocket weights",
+        "",
+        "Built by `python -m ibkit.pocket.build`; numbers of this very build, on pictures that no stage trained on.",
+        "",
+    ]
     lines += ["| quantity | value | target | n | |", "|---|---|---|---|---|"]
-    lines += [f"| {n} | {v:.3f} | {t:g} | {k} | {'reached' if v >= t else '**short of the target**'} |" for n, v, t, k in numbers]
-    lines += ["", f"{sum(p.stat().st_size for p in files) / 1e6:.1f} MB in all, fp16.", "", "| stage | seconds | device |", "|---|---|---|"]
+    lines += [
+        f"| {n} | {v:.3f} | {t:g} | {k} | {'reached' if v >= t else '**short of the target**'} |"
+        for n, v, t, k in numbers
+    ]
+    lines += [
+        "",
+        f"{sum(p.stat().st_size for p in files) / 1e6:.1f} MB in all, fp16.",
+        "",
+        "| stage | seconds | device |",
+        "|---|---|---|",
+    ]
     lines += [f"| {stage} | {s['seconds']} | {s['device']} |" for stage, s in seconds.items()]
     (build.weights / "MODEL_CARD.md").write_text("\n".join(lines) + "\n")
-
-

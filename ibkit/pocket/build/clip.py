@@ -1,6 +1,7 @@
 """Pocket CLIP (open_clip, contrastive): text fidelity (CLIP-T) and CLIP-I.
 
-Batches are made of groups of four scenes that differ in one thing each, so telling the activity apart from the place is not optional.
+Batches are made of groups of four scenes that differ in one thing each, so telling the activity apart from the place
+is not optional.
 """
 
 from __future__ import annotations
@@ -27,8 +28,20 @@ def model_config(vocab_size: int) -> dict:
     """open_clip's `model_cfg` of the pocket CLIP."""
     return {
         "embed_dim": WIDTH,
-        "vision_cfg": {"image_size": 64, "layers": LAYERS, "width": WIDTH, "head_width": WIDTH // HEADS, "patch_size": PATCH_PX},
-        "text_cfg": {"context_length": CONTEXT_TOKENS, "vocab_size": vocab_size, "width": WIDTH, "heads": HEADS, "layers": LAYERS},
+        "vision_cfg": {
+            "image_size": 64,
+            "layers": LAYERS,
+            "width": WIDTH,
+            "head_width": WIDTH // HEADS,
+            "patch_size": PATCH_PX,
+        },
+        "text_cfg": {
+            "context_length": CONTEXT_TOKENS,
+            "vocab_size": vocab_size,
+            "width": WIDTH,
+            "heads": HEADS,
+            "layers": LAYERS,
+        },
     }
 
 
@@ -40,7 +53,9 @@ def normalise(images: torch.Tensor) -> torch.Tensor:
 
 
 def degrade(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Noise and blur of random strength, so that what is learnt on renders holds on decoded pictures too; (B, 3, H, W) in [-1, 1]."""
+    """Noise and blur of random strength, so that what is learnt on renders holds on decoded pictures too; (B,
+    3, H, W) in [-1, 1].
+    """
     b = len(images)
     soft = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
     mix = torch.rand((b, 1, 1, 1), generator=generator).to(images.device) * 0.8
@@ -57,7 +72,9 @@ def train(folder: Path, pictures: Pictures, tokenizer, device, dtype) -> CLIP:
         indices = (groups[:, None] * GROUP + torch.arange(GROUP)).flatten()
         rng = random.Random(hash_seed("clip captions", step))
         texts = [caption(pictures.scenes[i], rng) for i in indices]
-        ids = tokenizer(texts, padding="max_length", truncation=True, max_length=CONTEXT_TOKENS, return_tensors="pt")["input_ids"].to(device)
+        ids = tokenizer(texts, padding="max_length", truncation=True, max_length=CONTEXT_TOKENS, return_tensors="pt")[
+            "input_ids"
+        ].to(device)
         x = normalise(degrade(pictures.batch(indices, device), generator)).to(dtype)
         image = F.normalize(work.encode_image(x).float(), dim=-1)
         text = F.normalize(work.encode_text(ids).float(), dim=-1)
@@ -74,14 +91,21 @@ def train(folder: Path, pictures: Pictures, tokenizer, device, dtype) -> CLIP:
 
 @torch.inference_mode()
 def zero_shot_activity(model: CLIP, tokenizer, pictures: Pictures, indices, device) -> tuple[int, int]:
-    """(right, asked): activity named by the closest of `a {class} {phrase}` over the activities of the picture's class."""
+    """(right, asked): activity named by the closest of `a {class} {phrase}` over the activities of the
+    picture's class.
+    """
     from ibkit.pocket.world import activities_of
 
     right = 0
     for i in indices:
         scene = pictures.scenes[i]
         names = activities_of(scene.subject.class_noun)
-        ids = tokenizer([f"a {scene.subject.class_noun} {ACTIVITIES[a][1][0]}" for a in names], padding="max_length", max_length=CONTEXT_TOKENS, return_tensors="pt")["input_ids"]
+        ids = tokenizer(
+            [f"a {scene.subject.class_noun} {ACTIVITIES[a][1][0]}" for a in names],
+            padding="max_length",
+            max_length=CONTEXT_TOKENS,
+            return_tensors="pt",
+        )["input_ids"]
         text = F.normalize(model.encode_text(ids.to(device)), dim=-1)
         image = F.normalize(model.encode_image(normalise(pictures.batch([i], device))), dim=-1)
         right += names[int((image @ text.T).argmax())] == scene.activity
@@ -97,7 +121,12 @@ def save(model: CLIP, tokenizer, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "model_cfg": model_config(len(tokenizer)),
-        "preprocess_cfg": {"mean": list(OPENAI_DATASET_MEAN), "std": list(OPENAI_DATASET_STD), "interpolation": "bicubic", "resize_mode": "shortest"},
+        "preprocess_cfg": {
+            "mean": list(OPENAI_DATASET_MEAN),
+            "std": list(OPENAI_DATASET_STD),
+            "interpolation": "bicubic",
+            "resize_mode": "shortest",
+        },
     }
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_half(model.state_dict(), folder / "model.safetensors")

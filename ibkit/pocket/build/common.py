@@ -1,6 +1,8 @@
-"""The training loop that all build stages share: fp32 master weights, resumable, and the same batches whether or not it was ever stopped.
+"""The training loop that all build stages share: fp32 master weights, resumable, and the same batches whether or not
+it was ever stopped.
 
-Matrices are trained by Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers"), the rest by AdamW: on two CPU cores the autoencoder reaches
+Matrices are trained by Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers"), the rest by AdamW: on two
+CPU cores the autoencoder reaches
 18.5 dB in 200 steps of 16 that way and 14.5 dB with AdamW alone at the best of three rates.
 """
 
@@ -48,10 +50,16 @@ def hash_seed(*names) -> int:
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the machine multiplies it natively (twice as fast here), else fp32; master weights are fp32 either way."""
+    """bf16 where the machine multiplies it natively (twice as fast here), else fp32; master weights are fp32
+    either way.
+    """
     if device.type == "cuda":
         return torch.bfloat16
-    return torch.bfloat16 if torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported() else torch.float32
+    return (
+        torch.bfloat16
+        if torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+        else torch.float32
+    )
 
 
 def fit(
@@ -67,7 +75,8 @@ def fit(
     """Train `model` and return it with the averaged (EMA) weights, in evaluation mode.
 
     Args:
-        loss_fn: (working copy of the model in `dtype`, its fp32 running average, step, generator of the step) -> (scalar loss, numbers to show).
+        loss_fn: (working copy of the model in `dtype`, its fp32 running average, step, generator of the step) ->
+            (scalar loss, numbers to show).
         save_s: seconds between checkpoints; a stopped build loses at most this much and continues on the same batches.
     """
     master = model.to(device=device, dtype=torch.float32)
@@ -98,7 +107,9 @@ def fit(
             torch._foreach_copy_([w for _, w in trained], [m for m, _ in trained])
         loss, shown = loss_fn(work, ema, step, step_generator(stage, step))
         if not torch.isfinite(loss):
-            raise FloatingPointError(f"build stage {stage}: the loss is {loss.item()} at step {step}; lower its learning rate")
+            raise FloatingPointError(
+                f"build stage {stage}: the loss is {loss.item()} at step {step}; lower its learning rate"
+            )
         loss.backward()
         for m, w in trained:
             gradient = w.grad.float() if w.grad is not None else None
@@ -133,13 +144,17 @@ def fit(
 
 
 def _state(master: nn.Module, ema: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
-    tensors = {f"master.{k}": v for k, v in master.state_dict().items()} | {f"ema.{k}": v for k, v in ema.state_dict().items()}
+    tensors = {f"master.{k}": v for k, v in master.state_dict().items()} | {
+        f"ema.{k}": v for k, v in ema.state_dict().items()
+    }
     for n, optimizer in enumerate(optimizers):
         tensors |= optimizer_tensors(optimizer, f"optimizer{n}")
     return tensors
 
 
-def _restore(tensors: dict[str, torch.Tensor], master: nn.Module, ema: nn.Module, optimizers: list[torch.optim.Optimizer]) -> None:
+def _restore(
+    tensors: dict[str, torch.Tensor], master: nn.Module, ema: nn.Module, optimizers: list[torch.optim.Optimizer]
+) -> None:
     master.load_state_dict(part(tensors, "master"))
     ema.load_state_dict(part(tensors, "ema"))
     for n, optimizer in enumerate(optimizers):
@@ -147,9 +162,15 @@ def _restore(tensors: dict[str, torch.Tensor], master: nn.Module, ema: nn.Module
 
 
 def save_half(state: dict[str, torch.Tensor], path: Path, **extra: torch.Tensor) -> None:
-    """Store float weights as fp16: half the size; loading to fp32 is exact and the same on every machine. `extra` tensors keep their type."""
+    """Store float weights as fp16: half the size; loading to fp32 is exact and the same on every machine.
+
+    `extra` tensors keep their type.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {k: v.detach().cpu().half().contiguous() if v.is_floating_point() else v.cpu().contiguous() for k, v in state.items()}
+    tensors = {
+        k: v.detach().cpu().half().contiguous() if v.is_floating_point() else v.cpu().contiguous()
+        for k, v in state.items()
+    }
     temporary = path.with_suffix(".tmp")
     save_file(tensors | extra, temporary, metadata={"format": "pt"})
     temporary.replace(path)

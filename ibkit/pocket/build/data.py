@@ -1,4 +1,6 @@
-"""Pictures for the build: groups of four scenes that differ in one thing each, so that every batch holds its own hard negatives."""
+"""Pictures for the build: groups of four scenes that differ in one thing each, so that every batch holds its
+own hard negatives.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def scene_group(seed: int, index: int) -> list[Scene]:
     rng = random.Random(f"{seed}/{index}")
     base = sample_scene(rng)
     subject = base.subject
-    other_activity = replace(base, activity=rng.choice([a for a in activities_of(subject.class_noun, with_none=True) if a != base.activity]))
+    other_activity = replace(
+        base, activity=rng.choice([a for a in activities_of(subject.class_noun, with_none=True) if a != base.activity])
+    )
     worn = [a for a in accessories_of(subject.class_noun) if a != base.accessory]
     if worn and rng.random() < 0.4:
         other_setting = replace(base, accessory=rng.choice(worn))
@@ -77,9 +81,17 @@ class Pictures:
         return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
     def seen(self) -> np.ndarray:
-        """Indices that the diffusion model may train on: no held-out pair, none of the subjects that users personalize."""
+        """Indices that the diffusion model may train on: no held-out pair, none of the subjects that users
+        personalize.
+        """
         reserved = {*DEMO_SUBJECTS.values(), RARE_SUBJECT}
-        return np.array([i for i, s in enumerate(self.scenes) if (s.subject.class_noun, s.activity) not in HELD_OUT and s.subject not in reserved])
+        return np.array(
+            [
+                i
+                for i, s in enumerate(self.scenes)
+                if (s.subject.class_noun, s.activity) not in HELD_OUT and s.subject not in reserved
+            ]
+        )
 
 
 def contradicts(text: str, scene: Scene, other: Scene) -> bool:
@@ -91,12 +103,20 @@ def contradicts(text: str, scene: Scene, other: Scene) -> bool:
     return (
         (other.activity != scene.activity and scene.activity != NO_ACTIVITY and says(ACTIVITIES[scene.activity][1]))
         or (other.place != scene.place and says(PLACES[scene.place]))
-        or (other.accessory != scene.accessory and scene.accessory != NO_ACCESSORY and says(ACCESSORIES[scene.accessory]))
+        or (
+            other.accessory != scene.accessory
+            and scene.accessory != NO_ACCESSORY
+            and says(ACCESSORIES[scene.accessory])
+        )
         or (other.subject.body != scene.subject.body and f"{scene.subject.body} {scene.subject.class_noun}" in text)
     )
 
 
 def facts(scene: Scene) -> dict[str, str]:
     """The answers to the judge's questions about a scene."""
-    return {"class": scene.subject.class_noun, "activity": scene.activity, "place": scene.place, "accessory": scene.accessory}
-
+    return {
+        "class": scene.subject.class_noun,
+        "activity": scene.activity,
+        "place": scene.place,
+        "accessory": scene.accessory,
+    }

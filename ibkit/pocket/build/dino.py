@@ -1,6 +1,8 @@
-"""Pocket DINO: a small ViT by self-distillation without labels (Caron et al. 2021), on pictures alone; no caption or fact is used.
+"""Pocket DINO: a small ViT by self-distillation without labels (Caron et al. 2021), on pictures alone; no caption or
+fact is used.
 
-A student sees two large and two small crops, an averaged teacher the large ones; the student predicts the teacher's centred, sharpened assignment
+A student sees two large and two small crops, an averaged teacher the large ones; the student predicts the teacher's
+centred, sharpened assignment
 of one crop from another. Evaluation uses the teacher's final normalised CLS token, as the paper's DINO score does.
 """
 
@@ -26,7 +28,14 @@ class DinoNet(nn.Module):
 
     def __init__(self):
         super().__init__()
-        config = ViTConfig(hidden_size=96, num_hidden_layers=4, num_attention_heads=3, intermediate_size=384, image_size=64, patch_size=8)
+        config = ViTConfig(
+            hidden_size=96,
+            num_hidden_layers=4,
+            num_attention_heads=3,
+            intermediate_size=384,
+            image_size=64,
+            patch_size=8,
+        )
         self.vit = ViTModel(config, add_pooling_layer=False)
         self.head = nn.Sequential(nn.Linear(96, 256), nn.GELU(), nn.Linear(256, 64))
         self.prototypes = nn.Parameter(torch.randn(PROTOTYPES, 64))
@@ -39,7 +48,9 @@ class DinoNet(nn.Module):
 
 
 def views(images: torch.Tensor, generator: torch.Generator, size: int, low: float, high: float) -> torch.Tensor:
-    """A random crop of area share [low, high] with mirror and mild colour jitter for each picture (B, 3, 64, 64) in [-1, 1] -> (B, 3, size, size)."""
+    """A random crop of area share [low, high] with mirror and mild colour jitter for each picture (B, 3, 64,
+    64) in [-1, 1] -> (B, 3, size, size).
+    """
     b = len(images)
 
     def uniform(a: float, z: float) -> torch.Tensor:
@@ -50,7 +61,12 @@ def views(images: torch.Tensor, generator: torch.Generator, size: int, low: floa
     theta[:, 0, 0] = side * torch.where(torch.rand(b, generator=generator) < 0.5, -1.0, 1.0)
     theta[:, 1, 1] = side
     theta[:, 0, 2], theta[:, 1, 2] = (1 - side) * uniform(-1, 1), (1 - side) * uniform(-1, 1)
-    crop = F.grid_sample(images, F.affine_grid(theta, (b, 3, size, size), align_corners=False).to(images), padding_mode="reflection", align_corners=False)
+    crop = F.grid_sample(
+        images,
+        F.affine_grid(theta, (b, 3, size, size), align_corners=False).to(images),
+        padding_mode="reflection",
+        align_corners=False,
+    )
     contrast, light = uniform(0.8, 1.2).view(b, 1, 1, 1).to(crop), uniform(-0.15, 0.15).view(b, 1, 1, 1).to(crop)
     x = ((crop * contrast + light).clamp(-1, 1) + 1) / 2
     return (x - torch.tensor(MEAN, device=x.device).view(3, 1, 1)) / torch.tensor(STD, device=x.device).view(3, 1, 1)

@@ -1,7 +1,10 @@
-"""Stage 3: the judge, trained apart from every scorer and never used as a reward. See `ibkit.scorers.judge` for what it answers.
+"""Stage 3: the judge, trained apart from every scorer and never used as a reward. See `ibkit.scorers.judge` for what
+it answers.
 
-A small convolutional network on renders with noise, blur and the autoencoder's own reconstructions. Identity is an embedding trained by
-classification of the visible attributes and a supervised contrastive loss, so that individuals it never saw can stand in a line-up.
+A small convolutional network on renders with noise, blur and the autoencoder's own reconstructions. Identity is an
+embedding trained by
+classification of the visible attributes and a supervised contrastive loss, so that individuals it never saw can stand
+in a line-up.
 """
 
 from __future__ import annotations
@@ -18,7 +21,12 @@ from ibkit.pocket.world import COLOURS, PATTERNS
 from ibkit.scorers.judge import ANSWERS, JudgeNet
 
 BUDGET = Budget(steps=900, batch=128, ema=0.99)
-ATTRIBUTES = {"body": list(COLOURS), "second": list(COLOURS), "pattern": list(PATTERNS), "shape": ["round", "square", "triangular"]}
+ATTRIBUTES = {
+    "body": list(COLOURS),
+    "second": list(COLOURS),
+    "pattern": list(PATTERNS),
+    "shape": ["round", "square", "triangular"],
+}
 
 
 def train(folder: Path, pictures: Pictures, vae, device, dtype, name: str = "judge") -> JudgeNet:
@@ -38,11 +46,17 @@ def train(folder: Path, pictures: Pictures, vae, device, dtype, name: str = "jud
             x[part] = vae.decode(vae.encode(x[part].to(dtype)).latent_dist.mode()).sample.float().clamp(-1, 1)
         x = degrade(x, generator).to(dtype)
         answers, embedding = work["net"](x)
-        losses = {q: F.cross_entropy(answers[q].float(), labels[q][indices].to(device), label_smoothing=0.02) for q in ANSWERS}
+        losses = {
+            q: F.cross_entropy(answers[q].float(), labels[q][indices].to(device), label_smoothing=0.02) for q in ANSWERS
+        }
         for k, head in work["heads"].items():
             losses[k] = 0.5 * F.cross_entropy(head(embedding).float(), looks[k][indices].to(device))
         accuracy = (answers["activity"].argmax(1).cpu() == labels["activity"][indices]).float().mean().item()
-        return sum(losses.values()), {"activity": accuracy, "second": losses["second"].item(), "pattern": losses["pattern"].item()}
+        return sum(losses.values()), {
+            "activity": accuracy,
+            "second": losses["second"].item(),
+            "pattern": losses["pattern"].item(),
+        }
 
     fit(name, folder, whole, loss_fn, BUDGET, device, dtype)
     return net

@@ -1,7 +1,10 @@
-"""The pocket reward model: ImageReward's architecture, trained on preferences as ImageReward was (Xu et al. 2023, eq. 1), with hard negatives.
+"""The pocket reward model: ImageReward's architecture, trained on preferences as ImageReward was (Xu et al. 2023, eq.
+1), with hard negatives.
 
-A preference is: for this text, this picture rather than that one. The pair differs in one thing that the text says: the activity with subject and
-place kept, the place, the accessory or the colour; or the worse picture is of another scene altogether. Some pictures come out of the autoencoder
+A preference is: for this text, this picture rather than that one. The pair differs in one thing that the text says:
+    the activity with subject and
+place kept, the place, the accessory or the colour; or the worse picture is of another scene altogether. Some pictures
+come out of the autoencoder
 with noisy latents, because that is what a policy under training shows to its reward.
 """
 
@@ -50,13 +53,27 @@ def new_reward_model(tokenizer) -> ImageRewardModel:
 
 
 def score_pairs(model: ImageRewardModel, patches: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Raw rewards (P,) of P pairs from encoded pictures (P, tokens, V): many texts can share one pass through the vision tower."""
+    """Raw rewards (P,) of P pairs from encoded pictures (P, tokens, V): many texts can share one pass through
+    the vision tower.
+    """
     tokens = model.text(ids, attention_mask=mask, encoder_hidden_states=patches).last_hidden_state
     return model.head(tokens[:, 0]).squeeze(-1)
 
 
-def train(folder: Path, pictures: Pictures, tokenizer, vae, device, dtype, budget: Budget = BUDGET, name: str = "image_reward", hard_negatives: bool = True) -> ImageRewardModel:
-    """Train on groups of four scenes; without `hard_negatives` the worse picture is always of another scene, which makes the weak reward of the hacking lesson."""
+def train(
+    folder: Path,
+    pictures: Pictures,
+    tokenizer,
+    vae,
+    device,
+    dtype,
+    budget: Budget = BUDGET,
+    name: str = "image_reward",
+    hard_negatives: bool = True,
+) -> ImageRewardModel:
+    """Train on groups of four scenes; without `hard_negatives` the worse picture is always of another scene,
+    which makes the weak reward of the hacking lesson.
+    """
     torch.manual_seed(hash_seed("reward weights"))
     model = new_reward_model(tokenizer)
     vae = vae.to(device=device, dtype=dtype).requires_grad_(False)
@@ -71,18 +88,28 @@ def train(folder: Path, pictures: Pictures, tokenizer, vae, device, dtype, budge
         with torch.no_grad():
             z = vae.encode(x[part].to(dtype)).latent_dist.mode()
             level = 0.3 / vae.config.scaling_factor * torch.rand((len(z), 1, 1, 1), generator=generator)
-            x[part] = vae.decode(z + (level * torch.randn(z.shape, generator=generator)).to(z)).sample.float().clamp(-1, 1)
+            x[part] = (
+                vae.decode(z + (level * torch.randn(z.shape, generator=generator)).to(z)).sample.float().clamp(-1, 1)
+            )
         pairs = []  # (text, worse picture)
         for i, text in enumerate(texts):
             first = i - i % GROUP
             if hard_negatives:
-                pairs += [(i, j) for j in range(first, first + GROUP) if contradicts(text, pictures.scenes[indices[i]], pictures.scenes[indices[j]])]
+                pairs += [
+                    (i, j)
+                    for j in range(first, first + GROUP)
+                    if contradicts(text, pictures.scenes[indices[i]], pictures.scenes[indices[j]])
+                ]
             pairs.append((i, (first + GROUP * rng.randrange(1, len(groups)) + rng.randrange(GROUP)) % len(texts)))
         text_of = torch.tensor([*range(len(texts)), *(i for i, _ in pairs)], device=device)
         image_of = torch.tensor([*range(len(texts)), *(j for _, j in pairs)], device=device)
-        tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=CONTEXT_TOKENS, return_tensors="pt").to(device)
+        tokens = tokenizer(
+            texts, padding="max_length", truncation=True, max_length=CONTEXT_TOKENS, return_tensors="pt"
+        ).to(device)
         patches = work.vision(normalise(degrade(x, generator)).to(dtype)).last_hidden_state
-        scores = score_pairs(work, patches[image_of], tokens["input_ids"][text_of], tokens["attention_mask"][text_of]).float()
+        scores = score_pairs(
+            work, patches[image_of], tokens["input_ids"][text_of], tokens["attention_mask"][text_of]
+        ).float()
         better = scores[text_of[len(texts) :]]
         worse = scores[len(texts) :]
         loss = -F.logsigmoid(better - worse).mean() + 1e-3 * scores.square().mean()
@@ -94,18 +121,33 @@ def train(folder: Path, pictures: Pictures, tokenizer, vae, device, dtype, budge
 
 @torch.inference_mode()
 def standardise(model: ImageRewardModel, tokenizer, pictures: Pictures, device) -> ImageRewardModel:
-    """Set mean and std so that right captions of 512 renders score 0 ± 1, as ImageReward is standardised on its own data."""
+    """Set mean and std so that right captions of 512 renders score 0 ± 1, as ImageReward is standardised on its
+    own data.
+    """
     rng = random.Random(hash_seed("reward standardisation"))
     texts = [caption(s, rng) for s in pictures.scenes[:512]]
-    tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=CONTEXT_TOKENS, return_tensors="pt").to(device)
-    raw = torch.cat([model(normalise(pictures.batch(range(i, i + 64), device)), tokens["input_ids"][i : i + 64], tokens["attention_mask"][i : i + 64]) for i in range(0, 512, 64)])
+    tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=CONTEXT_TOKENS, return_tensors="pt").to(
+        device
+    )
+    raw = torch.cat(
+        [
+            model(
+                normalise(pictures.batch(range(i, i + 64), device)),
+                tokens["input_ids"][i : i + 64],
+                tokens["attention_mask"][i : i + 64],
+            )
+            for i in range(0, 512, 64)
+        ]
+    )
     model.config = replace(model.config, mean=float(raw.mean()), std=float(raw.std()))
     return model
 
 
 @torch.inference_mode()
 def ranks_activity(model: ImageRewardModel, tokenizer, pictures: Pictures, device, limit: int) -> tuple[int, int]:
-    """(right, asked): the picture of the named activity over the same subject in the same place doing something else, text `a {class} {activity}`."""
+    """(right, asked): the picture of the named activity over the same subject in the same place doing something
+    else, text `a {class} {activity}`.
+    """
     right = asked = 0
     for first in range(0, len(pictures), GROUP):
         scene = pictures.scenes[first]
@@ -113,7 +155,9 @@ def ranks_activity(model: ImageRewardModel, tokenizer, pictures: Pictures, devic
             continue
         text = f"a {scene.subject.class_noun} {ACTIVITIES[scene.activity][1][0]}"
         tokens = tokenizer([text] * 2, padding="max_length", max_length=CONTEXT_TOKENS, return_tensors="pt").to(device)
-        scores = model(normalise(pictures.batch([first, first + 1], device)), tokens["input_ids"], tokens["attention_mask"])
+        scores = model(
+            normalise(pictures.batch([first, first + 1], device)), tokens["input_ids"], tokens["attention_mask"]
+        )
         right += bool(scores[0] > scores[1])
         asked += 1
     return right, asked

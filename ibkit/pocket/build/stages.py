@@ -1,4 +1,7 @@
-"""What each build stage reads and writes. Finished stages are files below `weights/`; a stage that is there is not built again."""
+"""What each build stage reads and writes.
+
+Finished stages are files below `weights/`; a stage that is there is not built again.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,10 @@ class Build:
         getattr(self, stage)()
         path = self.folder / "seconds.json"
         seconds = json.loads(path.read_text()) if path.exists() else {}
-        seconds[stage] = {"seconds": round(seconds.get(stage, {}).get("seconds", 0) + time.monotonic() - started), "device": describe_device(self.device)}
+        seconds[stage] = {
+            "seconds": round(seconds.get(stage, {}).get("seconds", 0) + time.monotonic() - started),
+            "device": describe_device(self.device),
+        }
         path.write_text(json.dumps(seconds, indent=2) + "\n")
 
     @cached_property
@@ -52,7 +58,9 @@ class Build:
         """The autoencoder: after joint training, or with the finished decoder."""
         path = self.folder / ("vae.safetensors" if finished else "vae-joint.safetensors")
         if not path.exists():
-            raise ArtifactError(f"{path} is not built yet: run the stage {'decoder' if finished else 'autoencoder'} first.")
+            raise ArtifactError(
+                f"{path} is not built yet: run the stage {'decoder' if finished else 'autoencoder'} first."
+            )
         vae = autoencoder.new_autoencoder()
         state = load_float(path)
         vae.register_to_config(scaling_factor=float(state.pop("scaling_factor")))
@@ -60,15 +68,25 @@ class Build:
         return vae.to(self.device).eval()
 
     def _save_vae(self, vae, name: str) -> None:
-        save_half(vae.state_dict(), self.folder / name, scaling_factor=torch.tensor(vae.config.scaling_factor, dtype=torch.float64))
+        save_half(
+            vae.state_dict(),
+            self.folder / name,
+            scaling_factor=torch.tensor(vae.config.scaling_factor, dtype=torch.float64),
+        )
 
     def autoencoder(self) -> None:
         if not (self.folder / "vae-joint.safetensors").exists():
-            self._save_vae(autoencoder.train_joint(self.folder, self.train_pictures, self.device, self.dtype), "vae-joint.safetensors")
+            self._save_vae(
+                autoencoder.train_joint(self.folder, self.train_pictures, self.device, self.dtype),
+                "vae-joint.safetensors",
+            )
 
     def decoder(self) -> None:
         if not (self.folder / "vae.safetensors").exists():
-            self._save_vae(autoencoder.train_decoder(self.folder, self.train_pictures, self.vae(False), self.device, self.dtype), "vae.safetensors")
+            self._save_vae(
+                autoencoder.train_decoder(self.folder, self.train_pictures, self.vae(False), self.device, self.dtype),
+                "vae.safetensors",
+            )
 
     def unet(self) -> None:
         path = self.folder / "text-to-latent.safetensors"
@@ -96,18 +114,34 @@ class Build:
 
     def _reward(self, name: str, budget: Budget, hard_negatives: bool) -> None:
         if not (self.weights / name / "config.json").exists():
-            model = reward.train(self.folder, self.train_pictures, self.tokenizer, self.vae(False), self.device, self.dtype, budget, name, hard_negatives)
+            model = reward.train(
+                self.folder,
+                self.train_pictures,
+                self.tokenizer,
+                self.vae(False),
+                self.device,
+                self.dtype,
+                budget,
+                name,
+                hard_negatives,
+            )
             model.half().save_pretrained(self.weights / name)
             self.tokenizer.save_pretrained(self.weights / name)
 
     def clip(self) -> None:
         if not (self.weights / "clip" / "model.safetensors").exists():
-            clip.save(clip.train(self.folder, self.train_pictures, self.tokenizer, self.device, self.dtype), self.tokenizer, self.weights / "clip")
+            clip.save(
+                clip.train(self.folder, self.train_pictures, self.tokenizer, self.device, self.dtype),
+                self.tokenizer,
+                self.weights / "clip",
+            )
 
     def dino(self) -> None:
         if not (self.weights / "dino" / "config.json").exists():
             # fp32: a bf16 student loses the small differences that self-distillation lives on
-            dino.train(self.folder, self.train_pictures, self.device, torch.float32).half().save_pretrained(self.weights / "dino")
+            dino.train(self.folder, self.train_pictures, self.device, torch.float32).half().save_pretrained(
+                self.weights / "dino"
+            )
 
     def card(self) -> None:
         from ibkit.pocket.build.card import write_card

@@ -18,15 +18,26 @@ def save_tokenizer(folder: Path):
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
     from transformers import AutoTokenizer, CLIPTokenizer
 
-    trainer = trainers.BpeTrainer(vocab_size=100_000, end_of_word_suffix="</w>", initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=100_000,
+        end_of_word_suffix="</w>",
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     bpe.train_from_iterator(vocabulary(), trainer)
     merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters), *dict.fromkeys("".join(pair) for pair in merges)]
-    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]  # CLIP pools at the highest id: the end of text comes last
-    tokenizer = CLIPTokenizer(vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=CONTEXT_TOKENS)
+    tokens = [
+        *dict.fromkeys(tokens),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]  # CLIP pools at the highest id: the end of text comes last
+    tokenizer = CLIPTokenizer(
+        vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=CONTEXT_TOKENS
+    )
     tokenizer.save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     broken = [w for w in vocabulary() if len(tokenizer(w)["input_ids"]) != 3]

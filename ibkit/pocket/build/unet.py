@@ -1,7 +1,10 @@
-"""Stage 4: the diffusion model, a `UNet2DConditionModel` on 8x8x16 latents, trained together with its CLIP-architecture text encoder.
+"""Stage 4: the diffusion model, a `UNet2DConditionModel` on 8x8x16 latents, trained together with its CLIP-
+architecture text encoder.
 
-Noise prediction on Stable Diffusion's own schedule (Rombach et al. 2022; Ho et al. 2020, eq. 14), captions dropped now and then for classifier-free
-guidance. It never sees the held-out (class, activity) pairs, the individuals that notebooks personalize, or the identifiers.
+Noise prediction on Stable Diffusion's own schedule (Rombach et al. 2022; Ho et al. 2020, eq. 14), captions dropped
+now and then for classifier-free
+guidance. It never sees the held-out (class, activity) pairs, the individuals that notebooks personalize, or the
+identifiers.
 """
 
 from __future__ import annotations
@@ -65,7 +68,13 @@ class TextToLatent(nn.Module):
 def new_scheduler() -> DDIMScheduler:
     """Stable Diffusion's schedule; no clipping of x0 (latents are not pixels) and an end at t = 0."""
     return DDIMScheduler(
-        num_train_timesteps=1000, beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False, steps_offset=1
+        num_train_timesteps=1000,
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
     )
 
 
@@ -78,7 +87,13 @@ def encode_all(folder: Path, pictures: Pictures, vae: AutoencoderKL, device, dty
     path = folder / f"latents-{len(pictures)}-{key}.npy"
     if not path.exists():
         encoder = vae.to(device=device, dtype=dtype)
-        parts = [encoder.encode(pictures.batch(range(i, min(i + 128, len(pictures))), device).to(dtype)).latent_dist.mode().float().cpu() for i in range(0, len(pictures), 128)]
+        parts = [
+            encoder.encode(pictures.batch(range(i, min(i + 128, len(pictures))), device).to(dtype))
+            .latent_dist.mode()
+            .float()
+            .cpu()
+            for i in range(0, len(pictures), 128)
+        ]
         temporary = path.with_suffix(".tmp.npy")
         np.save(temporary, torch.cat(parts).numpy() * vae.config.scaling_factor)
         temporary.replace(path)
@@ -96,7 +111,9 @@ def train(folder: Path, pictures: Pictures, latents: torch.Tensor, tokenizer, de
         indices = seen[torch.randint(len(seen), (BUDGET.batch,), generator=generator).numpy()]
         rng = random.Random(hash_seed("unet captions", step))
         texts = ["" if rng.random() < CAPTION_DROP else caption(pictures.scenes[i], rng) for i in indices]
-        ids = tokenizer(texts, padding="max_length", truncation=True, max_length=CONTEXT_TOKENS, return_tensors="pt")["input_ids"].to(device)
+        ids = tokenizer(texts, padding="max_length", truncation=True, max_length=CONTEXT_TOKENS, return_tensors="pt")[
+            "input_ids"
+        ].to(device)
         x0 = latents[indices]
         t = torch.randint(1000, (len(x0),), generator=generator).to(device)
         noise = torch.randn(x0.shape, generator=generator).to(device)
@@ -111,6 +128,13 @@ def train(folder: Path, pictures: Pictures, latents: torch.Tensor, tokenizer, de
 def save_pipeline(model: TextToLatent, vae: AutoencoderKL, tokenizer, folder: Path) -> None:
     """Write a diffusers `StableDiffusionPipeline` folder in fp16."""
     pipeline = StableDiffusionPipeline(
-        vae=vae, text_encoder=model.text_encoder, tokenizer=tokenizer, unet=model.unet, scheduler=new_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False
+        vae=vae,
+        text_encoder=model.text_encoder,
+        tokenizer=tokenizer,
+        unet=model.unet,
+        scheduler=new_scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(folder)
