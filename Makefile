@@ -1,4 +1,4 @@
-# make run    set up if needed, then the main job: notebooks, figures, report   (make run ARGS="--help")
+# make weights  set up if needed, then build the pocket models          (make weights ARGS="--help")
 # make test   set up if needed, then the tests                                  (make test ARGS="-k photos")
 # make help   this text            make clean-venv   remove .venv, so that the next call sets it up anew
 # PYTHON=python3.12 chooses the Python that .venv is made from (3.11 or newer).
@@ -14,13 +14,13 @@ $(shell rm -f $(STAMP))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help run test clean-venv
+.PHONY: help weights test clean-venv
 
 help:
 	@sed -n 's/^# //p' Makefile | sed -n '1,4p'
 
-run: $(STAMP)
-	@$(VENV)/bin/ibkit run $(ARGS)
+weights: $(STAMP)
+	@$(VENV)/bin/python -m ibkit.pocket.build $(ARGS)
 
 test: $(STAMP)
 	@$(VENV)/bin/python -m pytest $(ARGS)

@@ -128,7 +128,7 @@ def load_scores(run_or_folder: str | Path) -> pd.DataFrame:
     """Read and check the tidy score table of a run; see `evaluate_claims` for what a folder may be."""
     folder = Path(run_or_folder)
     if not folder.is_dir():
-        raise ScoreError(f"There is no run folder {folder}: finish a run first (ibkit run), or give the path of one.")
+        raise ScoreError(f"There is no run folder {folder}: finish a run first, or give the path of one.")
     stage = folder / "03_evaluate" if (folder / "03_evaluate").is_dir() else folder
     table = stage / "scores.csv"
     if not table.is_file():

@@ -15,7 +15,6 @@ from ibkit import __version__
 from ibkit.errors import IbkitError
 
 COMMANDS = {  # name: (module, what it does)
-    "run": ("ibkit.main_job", "run the notebooks in order and build the report"),
     "claims": ("ibkit.claims", "read the papers' claims against a finished run"),
     "check": ("ibkit.check", "look at this machine: what can run here, and what to do about what cannot"),
 }
