@@ -76,7 +76,7 @@ def build_report(run_folder: str | Path) -> Path:
     folder = Path(run_folder)
     stages = [read_run(child) for child in sorted(folder.glob("*/")) if (child / "manifest.json").is_file()]
     if not stages:
-        raise ArtifactError(f"{folder} holds no finished notebook run, so there is nothing to report: finish a run first.")
+        raise ArtifactError(f"{folder} has no finished run, so there is nothing to report: finish one first.")
     text = render(folder.resolve().name, stages)
     data = text.encode()
     path = folder / "report.html"
