@@ -3,13 +3,14 @@
 import os
 
 import pytest
+import torch
 
 from tests.tiny import tiny_model
 
+torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it gives, and much more on a busy machine
+
 
 def pytest_collection_modifyitems(items):
-    import torch
-
     reasons = {
         "gpu": None if torch.cuda.is_available() else "needs a CUDA GPU, and PyTorch sees none here",
         "hub": None if os.environ.get("IBKIT_TEST_HUB") else "needs the network: set IBKIT_TEST_HUB=1 to run it",
