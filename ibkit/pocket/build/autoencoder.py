@@ -17,8 +17,8 @@ from diffusers import AutoencoderKL
 from ibkit.pocket.build.common import Budget, fit, hash_seed
 from ibkit.pocket.build.data import Pictures
 
-JOINT = Budget(steps=2000, batch=16, weight_decay=0.0, ema=0.99)
-DECODER = Budget(steps=1200, batch=16, lr=1e-3, muon_lr=0.01, weight_decay=0.0, ema=0.995)
+JOINT = Budget(steps=4000, batch=16, weight_decay=0.0, ema=0.99)
+DECODER = Budget(steps=3000, batch=16, lr=1e-3, muon_lr=0.01, weight_decay=0.0, ema=0.995)
 # The posterior is a fixed, narrow Gaussian around the mean: a learnt width starts at 1 and drowns the latents for
 # hundreds of steps.
 POSTERIOR_STD = 0.05
@@ -66,7 +66,7 @@ def train_joint(folder: Path, pictures: Pictures, device, dtype) -> AutoencoderK
     def loss_fn(work, average, step, generator):
         indices = torch.randint(len(pictures), (JOINT.batch,), generator=generator)
         x = pictures.batch(indices, device)
-        z = work.encode(x.to(dtype).to(memory_format=torch.channels_last)).latent_dist.mode()
+        z = work.encode(x.to(dtype)).latent_dist.mode()
         image = work.decode(z + POSTERIOR_STD * torch.randn(z.shape, generator=generator).to(z)).sample
         loss = reconstruction_loss(image, x) + MEAN_WEIGHT * z.float().square().mean()
         return loss, {"psnr": psnr(image.detach().float(), x).mean().item()}
@@ -91,7 +91,7 @@ def train_decoder(folder: Path, pictures: Pictures, vae: AutoencoderKL, device, 
         indices = torch.randint(len(pictures), (DECODER.batch,), generator=generator)
         x = pictures.batch(indices, device)
         with torch.no_grad():
-            z = work.encode(x.to(dtype).to(memory_format=torch.channels_last)).latent_dist.mode()
+            z = work.encode(x.to(dtype)).latent_dist.mode()
             z = z + (
                 LATENT_NOISE
                 * spread

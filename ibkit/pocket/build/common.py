@@ -80,7 +80,7 @@ def fit(
         save_s: seconds between checkpoints; a stopped build loses at most this much and continues on the same batches.
     """
     master = model.to(device=device, dtype=torch.float32)
-    work = copy.deepcopy(master).to(dtype=dtype, memory_format=torch.channels_last).train()
+    work = copy.deepcopy(master).to(dtype=dtype).train()
     ema = copy.deepcopy(master).requires_grad_(False)
     trained = [(m, w) for m, w in zip(master.parameters(), work.parameters(), strict=True) if m.requires_grad]
     tables = {id(t.weight) for t in master.modules() if isinstance(t, nn.Embedding)}

@@ -119,7 +119,7 @@ def train(folder: Path, pictures: Pictures, latents: torch.Tensor, tokenizer, de
         noise = torch.randn(x0.shape, generator=generator).to(device)
         a = alphas[t].view(-1, 1, 1, 1)
         noisy = a.sqrt() * x0 + (1 - a).sqrt() * noise
-        eps_hat = work(noisy.to(dtype).to(memory_format=torch.channels_last), t, ids)
+        eps_hat = work(noisy.to(dtype), t, ids)
         return (eps_hat.float() - noise).square().mean(), {}
 
     return fit("unet", folder, model, loss_fn, BUDGET, device, dtype)

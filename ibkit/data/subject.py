@@ -1,0 +1,92 @@
+"""Who a run is about: what the later notebooks have to know of the subject that the first one personalized."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+
+from PIL import Image
+
+from ibkit.data.prompts import Prompt, make_prompt, subject_phrase
+from ibkit.errors import ArtifactError, ParameterError
+from ibkit.pocket.world import DEMO_SUBJECTS, Subject, reference_scenes
+from ibkit.runs import CompletedRun, Run
+
+FILE = "subject.json"
+
+
+@dataclass(frozen=True)
+class PersonalizedSubject:
+    """A subject and the words for it.
+
+    Attributes:
+        name: for tables and figures.
+        class_noun, identifier, description: "a [identifier] [description] [class noun]" (InstructBooth, section 2.1).
+        base_model, base_revision: the model that was personalized.
+        world: the individual of the pocket world, whose truth the judge knows; None for a user's photos.
+    """
+
+    name: str
+    class_noun: str
+    identifier: str
+    description: str
+    base_model: str
+    base_revision: str
+    world: Subject | None
+
+    @property
+    def instance_prompt(self) -> str:
+        """The prompt that names the subject, "a sks cat"."""
+        return subject_phrase(self.class_noun, self.identifier, self.description)
+
+    @property
+    def class_prompt(self) -> str:
+        """The prompt of prior preservation, "a cat"."""
+        return subject_phrase(self.class_noun)
+
+    def prompt(self, activity: str, identifier: bool = True) -> Prompt:
+        """The prompt for an activity, about the subject or about any individual of its class."""
+        if identifier:
+            return make_prompt(activity, self.class_noun, self.identifier, self.description)
+        return make_prompt(activity, self.class_noun)
+
+    def save(self, run: Run) -> None:
+        """Write `subject.json` as an output of the run."""
+        run.write_json(FILE, dataclasses.asdict(self))
+
+    @staticmethod
+    def read(run: CompletedRun) -> PersonalizedSubject:
+        """Read it from a finished run.
+
+        Raises:
+            ArtifactError: the run has no `subject.json`, or one of another ibkit.
+        """
+        path = run.path(FILE)
+        try:
+            values = json.loads(path.read_text(encoding="utf-8"))
+            world = values.pop("world")
+            return PersonalizedSubject(**values, world=Subject(**world) if world else None)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ArtifactError(f"{path} does not describe a subject ({error}); run 01_personalize again.") from error
+
+
+def demo_subject(class_noun: str) -> Subject:
+    """The pocket world's own individual of a class.
+
+    Raises:
+        ParameterError: the pocket world has no such class.
+    """
+    if class_noun not in DEMO_SUBJECTS:
+        raise ParameterError(
+            f"the pocket world has no {class_noun!r} to personalize: choose a class_noun of "
+            f"{', '.join(DEMO_SUBJECTS)}, or give a folder of photos as the subject."
+        )
+    return DEMO_SUBJECTS[class_noun]
+
+
+def world_photos(subject: Subject, n: int = 5) -> list[Image.Image]:
+    """The few photos that a user of the pocket world has of a subject: at rest, in two places, nothing worn."""
+    from ibkit.pocket.draw import render
+
+    return [render(scene) for scene in reference_scenes(subject, n)]
