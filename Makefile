@@ -1,6 +1,7 @@
-# make weights  set up if needed, then build the pocket models          (make weights ARGS="--help")
-# make test   set up if needed, then the tests                                  (make test ARGS="-k photos")
-# make help   this text            make clean-venv   remove .venv, so that the next call sets it up anew
+# make run      set up if needed, then the main job: personalize, RL, evaluate, report   (make run ARGS="--help")
+# make weights  set up if needed, then build the pocket models                          (make weights ARGS="--help")
+# make test     set up if needed, then the tests                                        (make test ARGS="-k photos")
+# make help     this text            make clean-venv   remove .venv, so that the next call sets it up anew
 # PYTHON=python3.12 chooses the Python that .venv is made from (3.11 or newer).
 
 PYTHON ?= python3
@@ -14,10 +15,13 @@ $(shell rm -f $(STAMP))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help weights test clean-venv
+.PHONY: help run weights test clean-venv
 
 help:
-	@sed -n 's/^# //p' Makefile | sed -n '1,4p'
+	@sed -n 's/^# //p' Makefile | sed -n '1,5p'
+
+run: $(STAMP)
+	@$(VENV)/bin/ibkit run $(ARGS)
 
 weights: $(STAMP)
 	@$(VENV)/bin/python -m ibkit.pocket.build $(ARGS)

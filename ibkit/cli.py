@@ -15,6 +15,7 @@ from ibkit import __version__
 from ibkit.errors import IbkitError
 
 COMMANDS = {  # name: (module, what it does)
+    "run": ("ibkit.main_job", "personalize, fine-tune by RL, evaluate, and write the report"),
     "claims": ("ibkit.claims", "read the papers' claims against a finished run"),
     "check": ("ibkit.check", "look at this machine: what can run here, and what to do about what cannot"),
 }

@@ -94,7 +94,8 @@ class Evaluate(Common):
     run_rl: list[str] = param([], "folders of finished 02 runs, one a seed; empty = outputs/notebook-02_rl_finetune")
     prompts: list[str] = param([], "activities to evaluate on; empty = those that RL trained on")
     n_images: int = param(0, "images for each prompt and method; 0 = the preset's", low=0, high=100_000)
-    batch_size: int = param(0, "images made at a time; 0 = the preset's", low=0, high=1024)
+    batch_size: int = param(0, "images made at a time; 0 = what suits the model's picture size", low=0, high=1024)
+    scorers: list[str] = param([], "metrics: clip_t, image_reward, clip_i, dino; empty = all of them")
 
 
 SCHEMAS: dict[str, type[Common]] = {

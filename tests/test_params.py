@@ -36,6 +36,13 @@ def test_given_values_arrive():
     assert parameters.guidance == 5.0 and type(parameters.guidance) is float
 
 
+def test_the_evaluation_takes_a_choice_of_scorers():
+    assert collect("03_evaluate", cell("03_evaluate")).scorers == []
+    assert collect("03_evaluate", cell("03_evaluate", scorers=["clip_t", "dino"])).scorers == ["clip_t", "dino"]
+    with pytest.raises(ParameterError, match="'scorers' must be a list of texts"):
+        collect("03_evaluate", cell("03_evaluate", scorers="clip_t"))
+
+
 def test_a_float_written_as_text_is_read_as_a_number():
     parameters = collect("01_personalize", cell("01_personalize", learning_rate="1e-4"))
     assert parameters.learning_rate == 1e-4

@@ -1,10 +1,8 @@
-"""Stage 4: the diffusion model, a `UNet2DConditionModel` on 8x8x16 latents, trained together with its CLIP-
-architecture text encoder.
+"""The diffusion model, a `UNet2DConditionModel` on 8x8x16 latents, trained together with its CLIP text encoder.
 
-Noise prediction on Stable Diffusion's own schedule (Rombach et al. 2022; Ho et al. 2020, eq. 14), captions dropped
-now and then for classifier-free
-guidance. It never sees the held-out (class, activity) pairs, the individuals that notebooks personalize, or the
-identifiers.
+Noise prediction on Stable Diffusion's own schedule (Rombach et al. 2022; Ho et al. 2020, eq. 14), weighted by min-SNR
+(Hang et al. 2023, eq. 9), captions dropped now and then for classifier-free guidance. It never sees the held-out
+(class, activity) pairs, the individuals that notebooks personalize, or the identifiers.
 """
 
 from __future__ import annotations
@@ -18,13 +16,15 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from ibkit.models import use_quick_attention
 from ibkit.pocket.build.common import Budget, fit, hash_seed
 from ibkit.pocket.build.data import Pictures
 from ibkit.pocket.build.tokenizer import CONTEXT_TOKENS
-from ibkit.pocket.world import caption
+from ibkit.pocket.world import IDENTIFIERS, caption, vocabulary
 
-BUDGET = Budget(steps=3600, batch=64, ema=0.998)
+BUDGET = Budget(steps=4500, batch=64, ema=0.998)
 CAPTION_DROP = 0.1
+MIN_SNR_GAMMA = 5.0
 TEXT_WIDTH = 128
 
 
@@ -103,6 +103,7 @@ def encode_all(folder: Path, pictures: Pictures, vae: AutoencoderKL, device, dty
 def train(folder: Path, pictures: Pictures, latents: torch.Tensor, tokenizer, device, dtype) -> TextToLatent:
     torch.manual_seed(hash_seed("unet weights"))
     model = TextToLatent(tokenizer)
+    use_quick_attention(model.unet, device)
     alphas = new_scheduler().alphas_cumprod.to(device)
     seen = pictures.seen()
     latents = latents.to(device)
@@ -120,9 +121,29 @@ def train(folder: Path, pictures: Pictures, latents: torch.Tensor, tokenizer, de
         a = alphas[t].view(-1, 1, 1, 1)
         noisy = a.sqrt() * x0 + (1 - a).sqrt() * noise
         eps_hat = work(noisy.to(dtype), t, ids)
-        return (eps_hat.float() - noise).square().mean(), {}
+        snr = alphas[t] / (1 - alphas[t])
+        error = (eps_hat.float() - noise).square().mean((1, 2, 3))
+        return (error * snr.clamp(max=MIN_SNR_GAMMA) / snr).mean(), {"mse": error.mean().item()}
 
-    return fit("unet", folder, model, loss_fn, BUDGET, device, dtype)
+    fit("unet", folder, model, loss_fn, BUDGET, device, dtype)
+    name_identifiers(model.text_encoder, tokenizer)
+    return model
+
+
+@torch.no_grad()
+def name_identifiers(text_encoder: CLIPTextModel, tokenizer) -> None:
+    """Give the identifiers embeddings of the size that words have.
+
+    No caption uses them, so training leaves them at their small initial values, and a prompt with the identifier would
+    be encoded like one without it: nothing for personalization to hold on to.
+    """
+    table = text_encoder.get_input_embeddings().weight
+    token = {word: tokenizer(word)["input_ids"][1] for word in vocabulary()}  # one token each, after the start mark
+    size = table[[token[w] for w in token if w not in IDENTIFIERS]].norm(dim=1).mean()
+    for name in IDENTIFIERS:
+        stream = torch.Generator().manual_seed(hash_seed("identifier", name))
+        direction = torch.randn(table.shape[1], generator=stream).to(table)
+        table[token[name]] = direction / direction.norm() * size
 
 
 def save_pipeline(model: TextToLatent, vae: AutoencoderKL, tokenizer, folder: Path) -> None:
