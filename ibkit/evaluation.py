@@ -1,0 +1,345 @@
+"""The images of the evaluation: which ones, making them, scoring them (InstructBooth, section 3.3 and appendix C).
+
+The unit of every comparison is one prompt with one noise: all methods draw the same prompts from the same noise, so
+what differs between two pictures of a pair is the method. The table has one row an image; `jobs` lists the rows,
+`generate` makes the pictures, `score` adds a column for each metric.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from ibkit.claims import SUBJECT_METRICS, TEXT_METRICS
+from ibkit.data.subject import PersonalizedSubject
+from ibkit.device import generator
+from ibkit.errors import ArtifactError, ModelError, ParameterError, ScoreError
+from ibkit.models import TextToImage, load_model
+from ibkit.pocket.world import ACTIVITIES, PLACES
+from ibkit.runs import CompletedRun, Run, _identify, read_run, resolve
+from ibkit.sample import Sampler, sample
+from ibkit.scorers import SCORERS, Scorer, make_scorer
+from ibkit.scorers.base import batches
+from ibkit.scorers.judge import Judge
+from ibkit.stats import METRICS
+
+DEFAULT_SCORERS = ("clip_t", "image_reward", "clip_i", "dino")
+# What rl_seed is for a method without RL: no seed is negative, and statistics compare it with every RL seed.
+NO_RL_SEED = -1
+JUDGED = ("class", "activity", "place", "identity")
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The finished runs that are evaluated: who (`subject`), DreamBooth (`personalized`), and RL by its seed."""
+
+    subject: PersonalizedSubject
+    personalized: CompletedRun
+    rl: dict[int, CompletedRun]
+
+    @property
+    def references(self) -> list[Image.Image]:
+        """The subject's photos, as DreamBooth was trained on them."""
+        return [_read(path) for path in sorted(self.personalized.path("photos").glob("*.png"))]
+
+    def activities(self, default: Sequence[str]) -> list[str]:
+        """What RL was trained on; `default` for a run that took the preset's."""
+        return list(dict.fromkeys(a for run in self.rl.values() for a in run.parameters["prompts"] or default))
+
+    def load_method(self, method: str, rl_seed: int, device: torch.device | str) -> TextToImage:
+        """The model of a method; the RL seed says which adapter is put on the personalized model."""
+        if method == "base":
+            return load_model(self.subject.base_model, self.subject.base_revision, device)
+        model = load_model(str(self.personalized.path("model")), device=device)
+        if method == "instructbooth":
+            model.load_lora(self.rl[rl_seed].path("lora"))
+        return model
+
+
+def read_inputs(run_dreambooth: str | Path, run_rl: Sequence[str | Path], model: str, revision: str = "") -> Inputs:
+    """Read the runs to evaluate and make sure that they belong together.
+
+    Args:
+        run_dreambooth: folder of a finished 01 run.
+        run_rl: folders of finished 02 runs, each of another seed.
+        model, revision: the base model that the user named; it must be the one that was personalized.
+
+    Raises:
+        ArtifactError: a run is not finished, or an RL run started from another personalized model.
+        ParameterError: two RL runs of one seed, or another base model.
+    """
+    personalized = read_run(resolve(run_dreambooth), "01_personalize")
+    subject = PersonalizedSubject.read(personalized)
+    if subject.base_model not in (model, str(resolve(model))) or (revision and revision != subject.base_revision):
+        raise ParameterError(
+            f"{personalized.folder} personalized the model {subject.base_model!r} (revision "
+            f"{subject.base_revision or 'not pinned'}), not {model!r}: give the same model and revision here."
+        )
+    identity, rl = _identify(personalized)["sha256"], {}
+    for folder in run_rl:
+        run = read_run(resolve(folder), "02_rl_finetune")
+        if identity not in [source["sha256"] for source in run.manifest["inputs"].values()]:
+            raise ArtifactError(
+                f"The RL run in {run.folder} was not trained on the model in {personalized.folder}: "
+                "name the 01 run that it started from, or run 02_rl_finetune again."
+            )
+        seed = run.parameters["seed"]
+        if seed in rl:
+            raise ParameterError(
+                f"{rl[seed].folder} and {run.folder} are both RL runs of seed {seed}: name one of them."
+            )
+        rl[seed] = run
+    return Inputs(subject, personalized, rl)
+
+
+def image_seeds(seed: int, n_images: int) -> list[int]:
+    """Noise seeds of the evaluation, a stream of its own: no picture repeats the noise of a training picture."""
+    return [int(torch.randint(2**31, (), generator=generator(seed, "evaluation image", i))) for i in range(n_images)]
+
+
+def default_batch(image_px: int) -> int:
+    """Pictures made at a time when the user does not say: what a laptop takes at 64 px, a GPU of 12 GiB at 512 px."""
+    return 32 if image_px <= 128 else 4
+
+
+def jobs(
+    subject: PersonalizedSubject, activities: Sequence[str], n_images: int, rl_seeds: Sequence[int], seed: int = 0
+) -> pd.DataFrame:
+    """List the images of the evaluation, one row each, without scores.
+
+    The base model draws the class prompt ("a cat …"); every other method the prompt with the identifier ("a sks
+    cat …") and, for language drift, the class prompt too.
+
+    Args:
+        activities: such as "playing soccer"; one named twice counts once.
+        n_images: noise seeds for each prompt and method.
+        rl_seeds: of the RL runs; empty evaluates base and DreamBooth only.
+        seed: the notebook's, from which the noise seeds are derived.
+
+    Returns:
+        Table with method, rl_seed (-1 without RL), subject, class_noun, prompt_id, prompt (what the model reads),
+        text (what scorers read), activity, identifier, image (path below the run folder), image_seed. Batches are cut
+        from its order.
+
+    Raises:
+        ParameterError: no activity, or no image.
+    """
+    if not activities or n_images < 1:
+        raise ParameterError("An evaluation needs at least one activity and one image: give prompts and n_images.")
+    models = [("base", NO_RL_SEED, (False,)), ("dreambooth", NO_RL_SEED, (True, False))]
+    models += [("instructbooth", rl_seed, (True, False)) for rl_seed in rl_seeds]
+    seeds, ids, rows = image_seeds(seed, n_images), prompt_ids(activities), []
+    for method, rl_seed, kinds in models:
+        folder = method if rl_seed == NO_RL_SEED else f"{method}-seed{rl_seed}"
+        for identifier in kinds:
+            for activity, prompt_id in ids.items():
+                prompt, name = subject.prompt(activity, identifier), "identifier" if identifier else "class"
+                rows += [
+                    {
+                        "method": method,
+                        "rl_seed": rl_seed,
+                        "subject": subject.name,
+                        "class_noun": subject.class_noun,
+                        "prompt_id": prompt_id,
+                        "prompt": prompt.text,
+                        "text": prompt.clean,
+                        "activity": activity,
+                        "identifier": identifier,
+                        "image": f"images/{folder}/{prompt_id}-{name}-{i:03d}.png",
+                        "image_seed": image_seed,
+                    }
+                    for i, image_seed in enumerate(seeds)
+                ]
+    return pd.DataFrame(rows)
+
+
+def prompt_ids(activities: Sequence[str]) -> dict[str, str]:
+    """Activity -> a name for tables and files, such as "playing-soccer"; different activities get different names."""
+    ids: dict[str, str] = {}
+    for activity in dict.fromkeys(activities):
+        name = stem = re.sub(r"\W+", "-", activity.lower()).strip("-")[:60] or "prompt"
+        n = 1
+        while name in ids.values():
+            n += 1
+            name = f"{stem}-{n}"
+        ids[activity] = name
+    return ids
+
+
+def generate(
+    run: Run,
+    rows: pd.DataFrame,
+    load_method: Callable[[str, int], TextToImage],
+    sampler: Sampler,
+    batch_size: int,
+    on_image: Callable[[int], None] | None = None,
+) -> None:
+    """Make the pictures of `rows` that the run does not have yet, each an output of the run.
+
+    A picture's noise depends on its image_seed alone. Batches are always cut in the same places and a batch with a
+    missing picture is computed whole, so that a resumed run gives the same bytes even where arithmetic depends on the
+    batch size.
+
+    Args:
+        rows: from `jobs`.
+        load_method: (method, rl_seed) -> model; called once for each that has pictures to make.
+        batch_size: pictures made at a time.
+        on_image: called with the number of pictures that are there, of len(rows); first with those there already.
+    """
+    n_done = sum(run.has(path) for path in rows["image"])
+    if on_image:
+        on_image(n_done)
+    for (method, rl_seed), group in rows.groupby(["method", "rl_seed"], sort=False):
+        model = None  # the model before is let go of before the next one is loaded
+        for part in batches(group, batch_size):
+            missing = {path for path in part["image"] if not run.has(path)}
+            if not missing:
+                continue
+            model = model or load_method(method, rl_seed)
+            pictures = sample(model, list(part["prompt"]), list(part["image_seed"]), sampler, batch_size)
+            for path, picture in zip(part["image"], pictures, strict=True):
+                if path in missing:
+                    buffer = io.BytesIO()
+                    picture.save(buffer, format="PNG")
+                    run.write_bytes(path, buffer.getvalue())
+            n_done += len(missing)
+            if on_image:
+                on_image(n_done)
+
+
+def make_scorers(
+    names: Sequence[str], weights: str | Path, device: torch.device | str, judged: bool
+) -> dict[str, Scorer]:
+    """Make the scorers of the evaluation.
+
+    Args:
+        names: as in `ibkit.scorers.SCORERS`; empty = CLIP-T, ImageReward, CLIP-I and DINO.
+        weights: the preset's `scorers`, see `ibkit.scorers.make_scorer`.
+        judged: whether the judge scores too; without it, both text and subject fidelity need a scorer.
+
+    Raises:
+        ParameterError: an unknown name (the nearest one is named), or an axis that nothing measures.
+        ModelError: a scorer's weights are missing or damaged; says how to leave it out.
+    """
+    for name in names:
+        if name not in SCORERS:
+            near = difflib.get_close_matches(name, SCORERS, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"it is one of {', '.join(SCORERS)}."
+            raise ParameterError(f"There is no scorer {name!r}; {hint}")
+    names = list(dict.fromkeys(names or DEFAULT_SCORERS))
+    for kind in ("text", "subject"):
+        if not judged and not any(METRICS[name].kind == kind for name in names):
+            raise ParameterError(f"None of the scorers {', '.join(names)} measures {kind} fidelity: add one that does.")
+    scorers = {}
+    for name in names:
+        try:
+            scorers[name] = make_scorer(name, weights, device)
+        except ModelError as error:
+            others = [other for other in names if other != name]
+            raise ModelError(f"{error} To go on without {name}: scorers={others}.") from error
+    return scorers
+
+
+def score(
+    rows: pd.DataFrame,
+    folder: str | Path,
+    references: Sequence[Image.Image],
+    subject: PersonalizedSubject,
+    scorers: Mapping[str, Scorer],
+    judge: Judge | None = None,
+    batch_size: int = 64,
+    on_image: Callable[[int], None] | None = None,
+) -> pd.DataFrame:
+    """Add a column for each scorer and, where the truth is known, the judge's answers.
+
+    Args:
+        rows: from `jobs`, their pictures made.
+        folder: what the column `image` is relative to.
+        references: the subject's photos.
+        scorers: column -> scorer, from `make_scorers`.
+        judge: answers only for a subject of the pocket world (`subject.world`).
+        batch_size: pictures held at once.
+        on_image: called with the number of pictures scored.
+
+    Returns:
+        A copy of `rows` with scores; judge_* are 1, 0, or missing where the prompt does not say what to expect.
+    """
+    parts = []
+    for part in batches(rows, batch_size):
+        images = [_read(Path(folder) / path) for path in part["image"]]
+        columns = {
+            name: scorer(images, list(part["text"]), references).double().numpy() for name, scorer in scorers.items()
+        }
+        if judge is not None and subject.world is not None:
+            columns |= _judge(judge, images, subject, list(part["activity"]))
+        parts.append(part.assign(**columns))
+        if on_image:
+            on_image(sum(map(len, parts)))
+    return pd.concat(parts)
+
+
+def _judge(judge: Judge, images: list[Image.Image], subject: PersonalizedSubject, activities: list[str]) -> dict:
+    expected = [{"class": subject.world.class_noun, **said_in(activity)} for activity in activities]
+    columns = {f"judge_{question}": np.full(len(images), np.nan) for question in JUDGED}
+    for question in ("class", "activity", "place"):
+        known = [i for i, answers in enumerate(expected) if answers[question]]
+        if known:
+            right = judge.agrees([images[i] for i in known], question, [expected[i][question] for i in known])
+            columns[f"judge_{question}"][known] = right.numpy()
+    columns["judge_identity"][:] = judge.identifies(images, subject.world).numpy()
+    return columns
+
+
+def said_in(activity: str) -> dict[str, str]:
+    """The pocket world's activity and place that a phrase names; empty where it names none, or more than one."""
+    words = f" {' '.join(re.findall(r'[a-z]+', activity.lower()))} "
+    ways = {
+        "activity": {name: phrases for name, (_, phrases) in ACTIVITIES.items()},
+        "place": PLACES,
+    }
+    said = {}
+    for question, table in ways.items():
+        named = [name for name, phrases in table.items() if any(f" {phrase} " in words for phrase in phrases)]
+        said[question] = named[0] if len(named) == 1 else ""
+    return said
+
+
+def evaluators(scorers: Mapping[str, Scorer], judge: Judge | None = None) -> dict[str, str]:
+    """Column -> what measured it, in words, to be printed beside its numbers; for the judge, its own accuracy."""
+    words = {name: scorer.evaluator for name, scorer in scorers.items()}
+    for question in JUDGED if judge is not None else ():
+        accuracy = judge.card["accuracy"][question]
+        words[f"judge_{question}"] = (
+            f"pocket judge (simulated rater), itself right on {accuracy['renders']:.1%} of held-out renders and "
+            f"{accuracy['reconstructions']:.1%} of their reconstructions (n = {accuracy['n']})"
+        )
+    return words
+
+
+def main_metrics(scores: pd.DataFrame) -> tuple[str, str]:
+    """The columns that stand for text and subject fidelity, chosen as the claims do: the judge's, else a scorer's.
+
+    Raises:
+        ScoreError: nothing was measured on one of the axes.
+    """
+    chosen = []
+    for kind, metrics in (("text", TEXT_METRICS), ("subject", SUBJECT_METRICS)):
+        there = [name for name in metrics if name in scores.columns and scores[name].notna().any()]
+        if not there:
+            raise ScoreError(f"The scores have none of {', '.join(metrics)}: nothing measures {kind} fidelity.")
+        chosen.append(there[0])
+    return chosen[0], chosen[1]
+
+
+def _read(path: Path) -> Image.Image:
+    with Image.open(path) as picture:
+        return picture.convert("RGB")

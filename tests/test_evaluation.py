@@ -1,0 +1,321 @@
+"""The images of the evaluation: which there are, that the same seed makes the same picture, and what is scored."""
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+import ibkit.scorers.base as scorers_base
+from ibkit.data.subject import PersonalizedSubject, demo_subject, world_photos
+from ibkit.device import generator
+from ibkit.errors import ArtifactError, ModelError, ParameterError, ScoreError
+from ibkit.evaluation import (
+    NO_RL_SEED,
+    evaluators,
+    generate,
+    image_seeds,
+    jobs,
+    main_metrics,
+    make_scorers,
+    prompt_ids,
+    read_inputs,
+    said_in,
+    score,
+)
+from ibkit.models import load_model
+from ibkit.runs import Run, read_run
+from ibkit.sample import Sampler, sample
+from ibkit.scorers import Scorer
+from ibkit.scorers.judge import Judge, JudgeNet
+from ibkit.stats import as_compared, check_scores, pair_up
+from tests.tiny import tiny_model
+
+ACTIVITIES = ["playing soccer", "riding a bike"]
+SUBJECT = PersonalizedSubject("cat", "cat", "sks", "", "pocket", "", demo_subject("cat"))
+SAMPLER = Sampler(3, 2.0, 1.0)
+
+
+class Brightness(Scorer):
+    """A toy metric: how bright the picture is."""
+
+    name, evaluator, needs = "clip_t", "mean brightness", frozenset({"text"})
+
+    def _score(self, images, texts, references):
+        return torch.tensor([np.asarray(image).mean() / 255 for image in images])
+
+
+class Likeness(Brightness):
+    """A toy metric: how close the brightness is to that of the references."""
+
+    name, evaluator, needs = "dino", "likeness in brightness", frozenset({"references"})
+
+    def _score(self, images, texts, references):
+        return 1 - (super()._score(images, texts, None) - super()._score(references, None, None).mean()).abs()
+
+
+SCORERS = {"clip_t": Brightness(), "dino": Likeness()}
+
+
+@pytest.fixture
+def rows():
+    return jobs(SUBJECT, ACTIVITIES, 3, [0, 7], seed=5)
+
+
+@pytest.fixture
+def judge():
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = JudgeNet((8, 8, 8, 8))
+    accuracy = {"renders": 0.991, "reconstructions": 0.975, "n": 400}
+    return Judge(net, {"accuracy": {q: accuracy for q in ("class", "activity", "place", "accessory", "identity")}})
+
+
+# --- which images --------------------------------------------------------------------------------------------------
+
+
+def test_every_method_has_its_rows(rows):
+    counts = rows.groupby(["method", "rl_seed", "identifier"]).size().to_dict()
+    assert counts == {
+        ("base", NO_RL_SEED, False): 6,
+        ("dreambooth", NO_RL_SEED, True): 6,
+        ("dreambooth", NO_RL_SEED, False): 6,
+        ("instructbooth", 0, True): 6,
+        ("instructbooth", 0, False): 6,
+        ("instructbooth", 7, True): 6,
+        ("instructbooth", 7, False): 6,
+    }
+    assert rows["image"].is_unique
+    assert rows["image"].iloc[0] == "images/base/playing-soccer-class-000.png"
+    assert rows["image"].iloc[-1] == "images/instructbooth-seed7/riding-a-bike-class-002.png"
+    assert set(jobs(SUBJECT, ACTIVITIES, 1, [])["method"]) == {"base", "dreambooth"}
+
+
+def test_methods_share_prompts_and_noise(rows):
+    cells = rows.groupby(["method", "rl_seed", "identifier", "prompt_id"])["image_seed"].agg(tuple)
+    assert cells.nunique() == 1 and list(cells.iloc[0]) == image_seeds(5, 3)
+    assert rows.groupby("activity")["prompt_id"].unique().map(tuple).to_dict() == {
+        "playing soccer": ("playing-soccer",),
+        "riding a bike": ("riding-a-bike",),
+    }
+    texts = rows.drop_duplicates(["identifier", "prompt_id"]).set_index(["identifier", "prompt_id"])
+    assert texts.loc[(True, "playing-soccer"), "prompt"] == "a sks cat playing soccer"
+    assert texts.loc[(False, "playing-soccer"), "prompt"] == "a cat playing soccer"
+    assert set(texts["text"]) == {"a cat playing soccer", "a cat riding a bike"}
+
+
+def test_the_statistics_pair_methods_without_rl_with_every_rl_seed(rows):
+    table = as_compared(check_scores(rows.assign(clip_t=np.arange(len(rows)) / 100)))
+    pairs = pair_up({m: table[table["method"] == m] for m in ("base", "dreambooth", "instructbooth")}, "clip_t")
+    assert {m: p.shape for m, p in pairs.items()} == {"base": (1, 6), "dreambooth": (1, 6), "instructbooth": (2, 6)}
+
+
+def test_noise_is_that_of_no_other_seed_and_of_no_training_stream():
+    seeds = image_seeds(0, 50)
+    assert seeds[:10] == image_seeds(0, 10) and len(set(seeds)) == 50
+    assert not set(seeds) & set(image_seeds(1, 50))
+    trained = {int(torch.randint(2**31, (), generator=generator(0, "class image", i))) for i in range(200)}
+    assert not set(seeds) & trained
+
+
+def test_prompt_names_stay_apart():
+    ids = prompt_ids(["Playing soccer!", "playing soccer", "playing soccer", "на пляже", "?"])
+    assert list(ids.values()) == ["playing-soccer", "playing-soccer-2", "на-пляже", "prompt"]
+
+
+@pytest.mark.parametrize(("activities", "n_images"), [([], 3), (ACTIVITIES, 0)])
+def test_an_evaluation_of_nothing_is_refused(activities, n_images):
+    with pytest.raises(ParameterError, match="at least one activity and one image"):
+        jobs(SUBJECT, activities, n_images, [0])
+
+
+# --- making them ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def load_method(tokenizer):
+    """A tiny model for each method and seed; remembers what was loaded."""
+
+    def load(method, rl_seed):
+        load.calls.append((method, rl_seed))
+        return tiny_model(tokenizer, seed=len(method) + rl_seed)
+
+    load.calls = []
+    return load
+
+
+def make(folder, rows, load_method, resume=False, **options):
+    run = Run.open(folder, "03_evaluate", {}, resume=resume)
+    generate(run, rows, load_method, SAMPLER, batch_size=4, **options)
+    run.finish()
+    return {path: (run.folder / path).read_bytes() for path in rows["image"]}
+
+
+def test_a_resumed_run_makes_only_what_is_missing_and_makes_the_same(tmp_path, rows, load_method):
+    first = make(tmp_path / "run", rows, load_method)
+    assert load_method.calls == [
+        ("base", NO_RL_SEED),
+        ("dreambooth", NO_RL_SEED),
+        ("instructbooth", 0),
+        ("instructbooth", 7),
+    ]
+    removed = rows["image"].iloc[8]
+    before = {path: (tmp_path / "run" / path).stat().st_mtime_ns for path in rows["image"]}
+    (tmp_path / "run" / removed).unlink()
+    load_method.calls.clear()
+    counted = []
+    with pytest.warns(UserWarning, match="missing"):
+        again = make(tmp_path / "run", rows, load_method, resume=True, on_image=counted.append)
+    assert again == first
+    assert load_method.calls == [("dreambooth", NO_RL_SEED)] and counted == [len(rows) - 1, len(rows)]
+    after = {path: (tmp_path / "run" / path).stat().st_mtime_ns for path in rows["image"]}
+    assert [path for path in after if after[path] != before[path]] == [removed]
+    assert read_run(tmp_path / "run").path(removed).is_file()
+
+
+def test_a_picture_is_what_its_row_says(tmp_path, rows, load_method, tokenizer):
+    pictures = make(tmp_path / "run", rows.iloc[:6], load_method)
+    row = rows.iloc[4]
+    alone = sample(tiny_model(tokenizer, seed=len("base") + NO_RL_SEED), [row.prompt], [int(row.image_seed)], SAMPLER)[
+        0
+    ]
+    made = np.asarray(Image.open(io.BytesIO(pictures[row.image]))).astype(int)
+    assert np.abs(made - np.asarray(alone)).max() <= 1  # rounding may differ with the batch, nothing else does
+    assert pictures[rows["image"].iloc[0]] != pictures[rows["image"].iloc[1]]
+
+
+def test_progress_counts_up_to_all(tmp_path, rows, load_method):
+    counted = []
+    make(tmp_path / "run", rows.iloc[:12], load_method, on_image=counted.append)
+    assert counted == [0, 4, 6, 10, 12]
+
+
+# --- scoring them --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def scored_folder(tmp_path, rows):
+    rng = np.random.default_rng(0)
+    for path in rows["image"]:
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path / path)
+    return tmp_path
+
+
+def test_scores_are_columns_whatever_the_batch(scored_folder, rows, judge):
+    rows = rows.iloc[:8]
+    photos, counted = world_photos(SUBJECT.world, 2), []
+    table = score(rows, scored_folder, photos, SUBJECT, SCORERS, judge, batch_size=5, on_image=counted.append)
+    assert counted[-1] == len(rows) and counted[0] == 5
+    assert list(table.columns[len(rows.columns) :]) == [
+        "clip_t", "dino", "judge_class", "judge_activity", "judge_place", "judge_identity",
+    ]  # fmt: skip
+    expected = [np.asarray(Image.open(scored_folder / path)).mean() / 255 for path in rows["image"]]
+    assert table["clip_t"].to_numpy() == pytest.approx(expected, abs=1e-6)
+    assert table["judge_place"].isna().all() and table["judge_activity"].isin((0, 1)).all()
+    pd.testing.assert_frame_equal(table, score(rows, scored_folder, photos, SUBJECT, SCORERS, judge))
+    assert main_metrics(check_scores(table)) == ("judge_activity", "judge_identity")
+
+
+def test_photos_of_a_user_have_no_truth_to_judge_by(scored_folder, rows, judge):
+    subject = replace(SUBJECT, world=None)
+    table = score(rows, scored_folder, world_photos(SUBJECT.world, 2), subject, SCORERS, judge)
+    assert not [name for name in table.columns if name.startswith("judge_")]
+    assert main_metrics(check_scores(table)) == ("clip_t", "dino")
+    with pytest.raises(ScoreError, match="nothing measures subject fidelity"):
+        main_metrics(table.drop(columns="dino"))
+
+
+def test_what_a_phrase_says_of_the_pocket_world():
+    assert said_in("playing soccer") == {"activity": "playing soccer", "place": ""}
+    assert said_in("Kicking a soccer ball, at the beach") == {"activity": "playing soccer", "place": "beach"}
+    assert said_in("playing chess") == {"activity": "", "place": ""}
+    assert said_in("sleeping or dancing in the snow") == {"activity": "", "place": "mountains"}
+
+
+def test_every_number_has_its_evaluator(judge):
+    words = evaluators(SCORERS, judge)
+    assert words["clip_t"] == "mean brightness"
+    assert set(words) == {"clip_t", "dino", "judge_class", "judge_activity", "judge_place", "judge_identity"}
+    assert "99.1% of held-out renders and 97.5%" in words["judge_identity"] and "n = 400" in words["judge_identity"]
+    assert set(evaluators(SCORERS)) == {"clip_t", "dino"}
+
+
+def test_missing_weights_are_refused_with_the_way_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(scorers_base, "POCKET_WEIGHTS", tmp_path / "none")
+    with pytest.raises(ModelError, match=r"there is no weights folder .*To go on without clip_t: scorers=\['dino'\]"):
+        make_scorers(["clip_t", "dino"], "pocket", "cpu", judged=True)
+    with pytest.raises(ModelError, match="To go on without clip_t: scorers=.*'image_reward', 'clip_i', 'dino'"):
+        make_scorers([], "pocket", "cpu", judged=True)
+
+
+def test_an_unknown_scorer_is_refused_with_the_nearest():
+    with pytest.raises(ParameterError, match="no scorer 'clipt'; did you mean 'clip_t'"):
+        make_scorers(["clipt"], "pocket", "cpu", judged=True)
+    with pytest.raises(ParameterError, match="no scorer 'zzz'; it is one of clip_t"):
+        make_scorers(["zzz"], "pocket", "cpu", judged=True)
+
+
+def test_without_the_judge_both_axes_need_a_scorer():
+    with pytest.raises(ParameterError, match="None of the scorers clip_t measures subject fidelity"):
+        make_scorers(["clip_t"], "pocket", "cpu", judged=False)
+
+
+# --- the runs it starts from ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def runs(tmp_path, tiny):
+    """A finished 01 run of a tiny model, and a function that makes an RL run on it."""
+    first = Run.open(tmp_path / "01", "01_personalize", {"seed": 0})
+    tiny.save_pipeline(first.path("model"))
+    first.note_output("model")
+    for i, photo in enumerate(world_photos(SUBJECT.world, 3)):
+        photo.save(first.path(f"photos/{i:03d}.png"))
+    first.note_output("photos")
+    replace(SUBJECT, base_model=str(first.folder / "model")).save(first)
+    first.finish()
+
+    def rl_run(name, seed, trained_on=first.folder, prompts=()):
+        run = Run.open(
+            tmp_path / name, "02_rl_finetune", {"seed": seed, "prompts": prompts}, inputs={"run_in": trained_on}
+        )
+        model = load_model(str(first.folder / "model"))
+        for p in model.add_lora(2, generator(seed)):
+            p.data.normal_(0, 0.3, generator=generator(seed, "trained"))
+        model.save_lora(run.path("lora"))
+        run.note_output("lora")
+        run.finish()
+        return run.folder
+
+    return first.folder, rl_run
+
+
+def test_runs_that_belong_together_are_read(runs):
+    folder, rl_run = runs
+    inputs = read_inputs(folder, [rl_run("02-a", 3), rl_run("02-b", 4, prompts=["dancing"])], str(folder / "model"))
+    assert inputs.activities(("sleeping",)) == ["sleeping", "dancing"]
+    assert list(inputs.rl) == [3, 4] and len(inputs.references) == 3
+    assert inputs.references[0].tobytes() == world_photos(SUBJECT.world, 1)[0].tobytes()
+    pictures = [
+        sample(inputs.load_method(method, rl_seed, "cpu"), ["a sks cat"], [1], SAMPLER)[0].tobytes()
+        for method, rl_seed in (("base", -1), ("dreambooth", -1), ("instructbooth", 3), ("instructbooth", 4))
+    ]
+    assert pictures[0] == pictures[1] and len(set(pictures)) == 3
+
+
+def test_runs_that_do_not_belong_together_are_refused(runs, tmp_path):
+    folder, rl_run = runs
+    model = str(folder / "model")
+    with pytest.raises(ParameterError, match="personalized the model .*not 'sd15'"):
+        read_inputs(folder, [], "sd15")
+    with pytest.raises(ParameterError, match="both RL runs of seed 3"):
+        read_inputs(folder, [rl_run("02-a", 3), rl_run("02-b", 3)], model)
+    Run.open(tmp_path / "other", "01_personalize", {"seed": 1}).finish()
+    with pytest.raises(ArtifactError, match="was not trained on the model in"):
+        read_inputs(folder, [rl_run("02-c", 5, tmp_path / "other")], model)
+    with pytest.raises(ArtifactError, match="one of 02_rl_finetune is needed"):
+        read_inputs(folder, [folder], model)
