@@ -653,8 +653,18 @@ def test_a_reward_folder_with_its_tokenizer_loads_by_name(tmp_path, reward_score
         make_scorer("image_reward", tmp_path)
 
 
+def test_the_weak_reward_is_the_reward_model_of_another_folder(tmp_path, reward_scorer):
+    reward_scorer.model.save_pretrained(tmp_path / "weak_reward")
+    make_tokenizer().save_pretrained(tmp_path / "weak_reward")
+    loaded = make_scorer("weak_reward", tmp_path)
+    assert loaded.name == "weak_reward"
+    assert torch.equal(loaded(make_images(3), TEXTS), reward_scorer(make_images(3), TEXTS))
+    with pytest.raises(ModelError, match="pocket world"):
+        make_scorer("weak_reward", "official")
+
+
 def test_every_scorer_is_described_and_unknown_ones_are_refused(all_scorers, tmp_path):
-    assert sorted(scorer.name for scorer in all_scorers) == sorted(SCORERS)
+    assert sorted(scorer.name for scorer in all_scorers) == sorted(SCORERS.keys() - {"weak_reward"})
     for scorer in all_scorers:
         assert "px" in scorer.evaluator and scorer.needs
     with pytest.raises(ScoreError, match="clip_t"):

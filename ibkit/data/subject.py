@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from PIL import Image
 
 from ibkit.data.prompts import Prompt, make_prompt, subject_phrase
 from ibkit.errors import ArtifactError, ParameterError
-from ibkit.pocket.world import DEMO_SUBJECTS, Subject, reference_scenes
+from ibkit.pocket.world import DEMO_SUBJECTS, Subject, activities_of, reference_scenes
 from ibkit.runs import CompletedRun, Run
 
 FILE = "subject.json"
@@ -69,6 +70,25 @@ class PersonalizedSubject:
             return PersonalizedSubject(**values, world=Subject(**world) if world else None)
         except (ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"{path} does not describe a subject ({error}); run 01_personalize again.") from error
+
+
+def choose_activities(subject: PersonalizedSubject, asked: Sequence[str], usual: Sequence[str]) -> list[str]:
+    """The activities to train or evaluate on: those asked for, else the usual ones, each once.
+
+    A subject of the pocket world takes the activities of its class; where none of the usual ones is (a pot plays no
+    soccer), its first two.
+
+    Raises:
+        ParameterError: an activity that the subject's class does not have in the pocket world.
+    """
+    if subject.world is None:
+        return list(dict.fromkeys(asked or usual))
+    possible = activities_of(subject.class_noun)
+    if unknown := [a for a in asked if a not in possible]:
+        raise ParameterError(
+            f"the pocket world knows no {subject.class_noun} {unknown[0]!r}: choose prompts of {', '.join(possible)}."
+        )
+    return list(dict.fromkeys(asked)) or [a for a in usual if a in possible] or list(possible[:2])
 
 
 def demo_subject(class_noun: str) -> Subject:

@@ -266,6 +266,7 @@ SCORERS: dict[str, Callable[[str | Path, str | torch.device], Scorer]] = {
     "clip_i": _lazy("ibkit.scorers.clip", "ClipI"),
     "dino": _lazy("ibkit.scorers.dino", "Dino"),
     "image_reward": _lazy("ibkit.scorers.image_reward", "ImageReward"),
+    "weak_reward": _lazy("ibkit.scorers.image_reward", "WeakReward"),
 }
 
 

@@ -350,7 +350,7 @@ class ImageReward(Scorer):
             with from_hub(cls.name, OFFICIAL_TOKENIZER):
                 tokenizer = AutoTokenizer.from_pretrained(OFFICIAL_TOKENIZER)
             return cls(ImageRewardModel.load_official(), tokenizer, device, f"ImageReward ({OFFICIAL_REPOSITORY})")
-        folder = weights_folder(cls.name, weights, "image_reward")
+        folder = weights_folder(cls.name, weights, cls.name)
         model = ImageRewardModel.from_pretrained(folder)
         require_files(cls.name, folder, "tokenizer_config.json")
         with reading(cls.name, "tokenizer", folder):
@@ -380,3 +380,23 @@ class ImageReward(Scorer):
             inputs = (pixel_values.to(self.device), input_ids.to(self.device), mask.to(self.device))
             scores.append(self.model(*inputs).cpu())
         return torch.cat(scores)
+
+
+class WeakReward(ImageReward):
+    """The pocket world's badly trained reward: the same model, trained briefly and without hard negatives.
+
+    It exists to be hacked (notebook 02): it takes a change of scene for the activity that the text asks for.
+    """
+
+    name = "weak_reward"
+
+    @classmethod
+    def load(cls, weights: str | Path = "pocket", device: str | torch.device = "cpu") -> WeakReward:
+        """Load from `"pocket"` or a local weights folder.
+
+        Raises:
+            ModelError: `"official"`: nobody has published a bad reward on purpose.
+        """
+        if str(weights) == "official":
+            raise ModelError(f"{cls.name}: it is a lesson of the pocket world; choose image_reward as the reward.")
+        return super().load(weights, device)

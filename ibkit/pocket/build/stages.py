@@ -138,10 +138,8 @@ class Build:
 
     def dino(self) -> None:
         if not (self.weights / "dino" / "config.json").exists():
-            # fp32: a bf16 student loses the small differences that self-distillation lives on
-            dino.train(self.folder, self.train_pictures, self.device, torch.float32).half().save_pretrained(
-                self.weights / "dino"
-            )
+            vit = dino.train(self.folder, self.train_pictures, self.device, self.dtype)
+            vit.half().save_pretrained(self.weights / "dino")
 
     def card(self) -> None:
         from ibkit.pocket.build.card import write_card

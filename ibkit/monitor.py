@@ -1,0 +1,58 @@
+"""Watching what the reward does not see: subject fidelity, and in the pocket world the judge's answers.
+
+Its numbers are drawn beside the reward while a model trains; they are never part of the objective. A reward that rises
+while they fall is being hacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image
+
+from ibkit.data.prompts import Prompt
+from ibkit.data.subject import PersonalizedSubject
+from ibkit.scorers.base import Scorer
+from ibkit.scorers.judge import Judge
+
+
+class SubjectMonitor:
+    """(images, prompts) -> numbers of an epoch; see `ibkit.rl.ddpo.train`.
+
+    Args:
+        subject: whose pictures they should be.
+        references: its photos.
+        scorer: similarity to the references, such as DINO.
+        judge: asked as well where the truth is known; None for a user's photos.
+
+    A call returns `monitor`, the mean similarity of the pictures made with the identifier, and with a judge
+    `judge_activity` and `judge_identity`, shares of those pictures, and `judge_activity_class`, of the others. A kind
+    of prompt that has no picture has no number.
+    """
+
+    def __init__(
+        self,
+        subject: PersonalizedSubject,
+        references: Sequence[Image.Image],
+        scorer: Scorer,
+        judge: Judge | None = None,
+    ):
+        self.subject, self.references, self.scorer = subject, list(references), scorer
+        self.judge = judge if subject.world else None
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> dict[str, float]:
+        named = [i for i, p in enumerate(prompts) if p.identifier]
+        others = [i for i, p in enumerate(prompts) if not p.identifier]
+        numbers = {}
+        if named:
+            pictures = [images[i] for i in named]
+            numbers["monitor"] = self.scorer(pictures, references=self.references).mean().item()
+            if self.judge:
+                activities = [prompts[i].activity for i in named]
+                numbers["judge_activity"] = self.judge.agrees(pictures, "activity", activities).mean().item()
+                numbers["judge_identity"] = self.judge.identifies(pictures, self.subject.world).mean().item()
+        if others and self.judge:
+            asked = [prompts[i].activity for i in others]
+            answers = self.judge.agrees([images[i] for i in others], "activity", asked)
+            numbers["judge_activity_class"] = answers.mean().item()
+        return numbers
