@@ -1,0 +1,64 @@
+"""Progress of a long loop as plain lines, for a terminal, a notebook and a log alike."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+
+class Progress:
+    """Print one line about every ten seconds: `train 12/40  reward -0.21  clip 0.31  3 min 10 s left`.
+
+    What is left is judged by the speed since the first `update`, so that it is right in a resumed loop too.
+
+    Args:
+        label: what is being done.
+        total: number of steps in all, those of an earlier, interrupted loop included.
+        every_s: least seconds between two lines; the first and the last step are always printed.
+        clock: gives seconds.
+    """
+
+    def __init__(self, label: str, total: int, every_s: float = 10.0, clock: Callable[[], float] = time.monotonic):
+        self.label = label
+        self.total = total
+        self.every_s = every_s
+        self._clock = clock
+        self._started = clock()
+        self._first: tuple[float, int] | None = None  # time of the first update, and how many steps were done by then
+        self._printed: float | None = None
+
+    def update(self, done: int, **numbers: Any) -> None:
+        """Say how many steps are done.
+
+        Args:
+            done: steps done so far.
+            numbers: what to show beside it: numbers (three digits are shown), or text; `_` in a name becomes a space.
+        """
+        now = self._clock()
+        if self._first is None:
+            self._first = now, done
+        is_last = done >= self.total
+        if self._printed is not None and now - self._printed < self.every_s and not is_last:
+            return
+        self._printed = now
+        parts = [f"{self.label} {done}/{self.total}"]
+        parts += [f"{name.replace('_', ' ')} {_short(value)}" for name, value in numbers.items()]
+        first_s, first_done = self._first
+        if is_last:
+            parts.append(f"took {duration(now - self._started)}")
+        elif done > first_done:
+            parts.append(f"{duration((now - first_s) / (done - first_done) * (self.total - done))} left")
+        print("  ".join(parts), flush=True)
+
+
+def duration(seconds: float) -> str:
+    """Write a duration: 4.21 -> "4.2 s", 42 -> "42 s", 312 -> "5 min 12 s", 7500 -> "2 h 05 min"."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _short(value: Any) -> str:
+    return str(value) if isinstance(value, (int, str)) else f"{float(value):.3g}"

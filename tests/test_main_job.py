@@ -1,0 +1,423 @@
+"""The main job: stages in order through papermill itself, on tiny notebooks; refusals, failures, and going on."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+
+from ibkit import cli, main_job, runs
+from ibkit.errors import ArtifactError, ParameterError
+from ibkit.main_job import JOB, Stage, StageFailed, execute, is_done, plan
+from ibkit.params import schema
+from ibkit.progress import Progress, duration
+from ibkit.runs import Run, read_run
+from tests.test_report import score_table
+
+ROOT = Path(main_job.__file__).parent.parent
+
+OPEN = """
+from dataclasses import asdict
+from ibkit.params import collect
+from ibkit.runs import Run, run_folder
+parameters = collect("{kind}", globals())
+inputs = {{name: value for name in ("run_in", "run_dreambooth") if (value := getattr(parameters, name, ""))}}
+run = Run.open(
+    run_folder("{kind}", parameters.run_out), "{kind}", asdict(parameters), inputs=inputs, resume=parameters.resume
+)
+print("opened " + "{kind}")
+"""
+FINISH = "run.finish()"
+NOTE = "run.write_text('seed.txt', str(parameters.seed))"
+
+
+def notebook(folder: Path, kind: str, *cells: str) -> Path:
+    """Write a notebook with the parameters cell that the real one has, which opens its run, then does `cells`."""
+    literals = "\n".join(f"{row.name} = {row.default!r}  # {row.help}" for row in schema(kind))
+    sources = [literals, OPEN.format(kind=kind), *cells]
+    written = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(source) for source in sources])
+    written.cells[0].metadata["tags"] = ["parameters"]
+    folder.mkdir(exist_ok=True)
+    nbformat.write(written, folder / f"{kind}.ipynb")
+    return folder / f"{kind}.ipynb"
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """Notebooks and outputs of a test's own; the notebooks all succeed, and the last one scores."""
+    monkeypatch.setattr(main_job, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(main_job, "OUTPUTS", tmp_path / "outputs")
+    monkeypatch.setenv("JUPYTER_PATH", "")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    score_table(4).to_csv(tmp_path / "scores.csv", index=False)
+    copy = f"run.write_text('scores.csv', open({str(tmp_path / 'scores.csv')!r}).read())"
+    for kind in JOB:
+        notebook(tmp_path / "notebooks", kind, copy if kind == "03_evaluate" else NOTE, FINISH)
+    yield tmp_path
+    for run in list(runs._OPEN.values()):
+        run._close()
+
+
+@pytest.fixture
+def without_evaluation(places, monkeypatch):
+    """A job of the first two notebooks without a report, to save the time of a kernel."""
+    whole = main_job.plan
+    monkeypatch.setattr(main_job, "plan", lambda *words: whole(*words)[:2])
+    monkeypatch.setattr(main_job, "_report", lambda stages, run: None)
+
+
+def job(*words: str) -> int:
+    return cli.main(["run", *words])
+
+
+def stage_of(places: Path, *cells: str, kind: str = "01_personalize", resume: bool = False) -> Stage:
+    """A stage whose notebook does `cells`."""
+    notebook(places / "notebooks", kind, *cells)
+    settings = main_job.defaults() | {"rl_seeds": [0]}
+    return next(s for s in plan(settings, places / "outputs" / "job", resume) if s.notebook.stem == kind)
+
+
+def open_job(places: Path, resume: bool = False) -> Run:
+    return Run.open(places / "outputs" / "job", "run", {}, resume=resume)
+
+
+def copies(folder: Path) -> str:
+    """All that an executed notebook kept of what was printed and raised."""
+    return folder.read_text(encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------- the whole job
+
+
+def test_the_job_runs_every_notebook_in_order_and_reports(places, capsys):
+    status = job("--name", "two", "--rl-seeds", "3", "7", "--class-noun", "dog", "-p", "02_rl_finetune.n_epochs=2")
+    out, err = capsys.readouterr()
+    assert status == 0, err
+    folder = places / "outputs" / "two"
+    starts = [line for line in out.splitlines() if line.startswith("[")]
+    names = ["01_personalize", "02_rl_finetune-seed3", "02_rl_finetune-seed7", "03_evaluate"]
+    assert starts[0] == "[1/4] 01_personalize: DreamBooth on a few photos"
+    assert [line.split()[1] for line in starts[::2]] == [f"{name}:" for name in names]
+    assert "      opened 02_rl_finetune" in out.splitlines()  # what a notebook prints, indented
+    assert "C1  reproduced" in out and f"open {folder / 'report.html'}" in out and (folder / "report.html").is_file()
+
+    tuned = read_run(folder / "02_rl_finetune-seed7", "02_rl_finetune")
+    assert tuned.parameters["seed"] == 7 and tuned.parameters["n_epochs"] == 2
+    assert tuned.parameters["run_in"] == str(folder / "01_personalize")
+    assert tuned.path("seed.txt").read_text() == "7"
+    assert read_run(folder / "01_personalize").parameters["class_noun"] == "dog"
+    evaluation = read_run(folder / "03_evaluate").parameters
+    assert evaluation["run_dreambooth"] == str(folder / "01_personalize")
+    assert evaluation["run_rl"] == [str(folder / name) for name in names[1:3]]
+
+    whole = read_run(folder, "run")
+    assert set(whole.outputs) == {*(f"{name}.ipynb" for name in names), "report.html"}
+    assert whole.parameters["rl_seeds"] == [3, 7] and whole.parameters["01_personalize.class_noun"] == "dog"
+    used = whole.metrics["stages"]
+    assert set(used) == set(names) and all(stage["seconds"] > 0 and stage["peak_gib"] > 0.02 for stage in used.values())
+    table = out[out.index("stage ") :].splitlines()
+    assert [line.split()[0] for line in table[1:6]] == [*names, "all"]
+
+    # A second start is refused; going on with it finds nothing to do; other settings are refused.
+    assert job("--name", "two") == 2
+    assert "already has a run in it" in capsys.readouterr().err
+    assert job("--resume") == 0  # the newest
+    assert capsys.readouterr().out.count("already done") == 4
+    assert job("--resume", "--name", "two", "--class-noun", "cat") == 2
+    err = capsys.readouterr().err
+    assert "01_personalize.class_noun was 'dog' and is 'cat'" in err and err.count("\n") == 1
+
+
+def test_a_killed_job_goes_on(places, without_evaluation, capsys):
+    """SIGKILL in the middle of the second notebook: its kernel ends by itself, the first is not run again."""
+    wait = "import time\nif not parameters.resume:\n    print('in the middle', flush=True)\n    time.sleep(300)"
+    notebook(places / "notebooks", "02_rl_finetune", NOTE, wait, "print('went on')", FINISH)
+    process, seen = start_job(places, "--name", "job")
+    follow(process, seen, "in the middle")
+    assert job("--resume", "--name", "job") == 2
+    assert f"in use by process {process.pid}" in capsys.readouterr().err
+
+    process.kill()
+    process.wait()
+    assert job("--resume") == 0
+    out = capsys.readouterr().out
+    assert "[1/2] 01_personalize: already done" in out and "      went on" in out
+    assert not list((places / "outputs" / "job").glob(".*.ipynb"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_and_sigterm_stop_the_kernel(places, number):
+    wait = "import os, time\nprint('kernel', os.getpid(), flush=True)\ntime.sleep(300)"
+    notebook(places / "notebooks", "01_personalize", NOTE, wait, FINISH)
+    process, seen = start_job(places, "--name", "job")
+    kernel = int(follow(process, seen, "kernel").split()[-1])
+    process.send_signal(number)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 130, err
+    assert err.strip() == "interrupted; go on with:  ibkit run --resume --name job"
+    with pytest.raises(ProcessLookupError):
+        os.kill(kernel, 0)
+    with pytest.raises(ArtifactError, match="failed: It was interrupted"):
+        read_run(places / "outputs" / "job")
+    assert runs._holder(places / "outputs" / "job" / "01_personalize") == ""
+    assert "kernel" in copies(places / "outputs" / "job" / "01_personalize.ipynb")
+
+
+def start_job(places: Path, *words: str) -> tuple[subprocess.Popen, list[str]]:
+    code = f"""
+import sys
+from pathlib import Path
+from ibkit import cli, main_job
+main_job.NOTEBOOKS, main_job.OUTPUTS = Path({str(places / "notebooks")!r}), Path({str(places / "outputs")!r})
+sys.exit(cli.main(["run", *{words!r}]))
+"""
+    command = [sys.executable, "-c", code]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), []
+
+
+def follow(process: subprocess.Popen, seen: list[str], word: str) -> str:
+    """Read a process's lines until one has the word in it; returns that one."""
+    for line in process.stdout:
+        seen.append(line)
+        if word in line:
+            return line.strip()
+    raise AssertionError("".join(seen) + process.stderr.read())
+
+
+# ---------------------------------------------------------------------------------------------------- failures
+
+
+def test_an_error_of_the_kit_is_told_in_its_own_words_and_is_gone_on_from(places, without_evaluation, capsys):
+    sentence = "The photo cat.jpg is {9 px} wide; take a larger one."
+    broken = f"from ibkit.errors import PhotoError\nraise PhotoError({sentence!r})"
+    good = (places / "notebooks" / "02_rl_finetune.ipynb").read_text()
+    notebook(places / "notebooks", "02_rl_finetune", broken)
+    assert job("--name", "job", "--seed", "5") == 2
+    err = capsys.readouterr().err
+    assert err == f"error: 02_rl_finetune: {sentence}\ngo on with:  ibkit run --resume --name job\n"
+    folder = places / "outputs" / "job"
+    assert "PhotoError" in copies(folder / "02_rl_finetune.ipynb")
+    with pytest.raises(ArtifactError, match="failed: 02_rl_finetune: The photo"):
+        read_run(folder)
+    first = (folder / "01_personalize" / "manifest.json").read_bytes()
+
+    (places / "notebooks" / "02_rl_finetune.ipynb").write_text(good)
+    assert job("--resume") == 0
+    assert "01_personalize: already done" in capsys.readouterr().out
+    assert (folder / "01_personalize" / "manifest.json").read_bytes() == first
+    assert read_run(folder / "02_rl_finetune").parameters["seed"] == 5
+
+
+def test_another_error_names_its_last_line_and_the_notebook(places):
+    stage = stage_of(places, "print('half', end='')", "1 / 0")
+    with pytest.raises(StageFailed) as failure:
+        execute([stage], open_job(places))
+    kept = places / "outputs" / "job" / "01_personalize.ipynb"
+    assert str(failure.value) == f"01_personalize: ZeroDivisionError: division by zero (see {kept})"
+    assert failure.value.status == 1
+    assert "ZeroDivisionError" in copies(kept)
+
+
+@pytest.mark.parametrize(
+    ("cell", "words"),
+    [
+        ("import sys; sys.exit(0)", "01_personalize ended without finishing its run"),
+        ("import os; os._exit(9)", "01_personalize: its process was killed or crashed"),
+    ],
+    ids=["unfinished", "dead"],
+)
+def test_only_a_finished_run_is_a_success(places, cell, words):
+    stage = stage_of(places, cell)
+    with pytest.raises(StageFailed, match=words) as failure:
+        execute([stage], open_job(places))
+    assert failure.value.status == 1 and not is_done(stage)
+
+
+def test_a_stage_is_done_only_with_the_same_parameters_inputs_and_files(places):
+    first, stage, _ = plan(main_job.defaults() | {"rl_seeds": [0]}, places / "outputs" / "job")
+    assert not is_done(stage)
+    made = Run.open(first.folder, "01_personalize", first.parameters)
+    made.write_text("weights", "1")
+    made.finish()
+    run = Run.open(stage.folder, "02_rl_finetune", stage.parameters, inputs={"run_in": first.folder})
+    run.write_text("lora", "x")
+    assert not is_done(stage)
+    run.finish()
+    assert is_done(stage)
+    assert is_done(Stage(stage.name, stage.notebook, "", stage.parameters | {"resume": True}))
+    assert not is_done(Stage(stage.name, stage.notebook, "", stage.parameters | {"n_epochs": 9}))
+    (stage.folder / "lora").write_text("y")
+    assert not is_done(stage)
+    (stage.folder / "lora").write_text("x")
+    assert is_done(stage)
+    remade = Run.open(first.folder, "01_personalize", first.parameters, resume=True)
+    remade.write_text("weights", "2")
+    remade.finish()
+    assert not is_done(stage)
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["-p", "02_rl_finetune.n_epoch=3"], "no parameter 'n_epoch'; did you mean 'n_epochs'?"),
+        (["-p", "02_rl_finetun.n_epochs=3"], "There is no notebook '02_rl_finetun'; did you mean '02_rl_finetune'?"),
+        (["-p", "02_rl_finetune.n_epochs=many"], "'n_epochs' must be a whole number from 0 to 100000, not 'many'"),
+        (["-p", "n_epochs=3"], "not of the form NOTEBOOK.PARAMETER=VALUE"),
+        (["-p", "00_start_here.seed=3"], "00_start_here is not part of the main job"),
+        (["-p", "02_rl_finetune.seed=3"], "use --rl-seeds"),
+        (["-p", "03_evaluate.run_rl=['x']"], "the main job sets run_rl of 03_evaluate itself"),
+        (["--seed", "-1"], "'seed' must be a whole number from 0"),
+        (["--rl-seeds", "1", "1"], "--rl-seeds must be different numbers"),
+        (["--prompts", " "], "'prompts' must be a list of texts that are not empty"),
+        (["--subject", "/nowhere/photos"], "There is no folder of photos /nowhere/photos"),
+        (["--name", "../x"], "--name '../x' must be made of letters"),
+        (["--resume"], "to go on with; start one without --resume"),
+        (["--resume", "--name", "x"], "to go on with; start it without --resume"),
+    ],
+)
+def test_bad_input_is_refused_before_anything_is_made(places, capsys, words, message):
+    assert job(*words) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.startswith("error: ") and err.count("\n") == 1
+    assert not (places / "outputs").exists()
+
+
+def test_a_missing_notebook_is_refused(places, capsys):
+    (places / "notebooks" / "03_evaluate.ipynb").unlink()
+    assert job() == 2
+    assert "There is no notebook" in capsys.readouterr().err and not (places / "outputs").exists()
+
+
+def test_a_notebooks_own_run_is_not_a_job_to_go_on_with(places, capsys):
+    Run.open(places / "outputs" / "notebook-01", "01_personalize", {}).finish()
+    assert job("--resume", "--name", "notebook-01") == 2
+    assert "not of `ibkit run`" in capsys.readouterr().err
+    assert job("--resume") == 2
+    assert "There is no run in" in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------- settings
+
+
+def parsed(*words: str) -> dict:
+    parser = main_job.ArgumentParser()
+    main_job.add_arguments(parser)
+    return main_job.given(parser.parse_args(words))
+
+
+def test_options_go_to_every_notebook_that_has_them(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert parsed() == {}
+    assert parsed("--device", "cpu") == {f"{notebook}.device": "cpu" for notebook in JOB}
+    assert parsed("--prompts", "riding a bike", "cooking") == {
+        f"{notebook}.prompts": ["riding a bike", "cooking"] for notebook in ("02_rl_finetune", "03_evaluate")
+    }
+    assert parsed("--seed", "3") == {"01_personalize.seed": 3, "03_evaluate.seed": 3}
+    (tmp_path / "photos").mkdir()
+    assert parsed("--subject", "photos") == {"01_personalize.subject": str(tmp_path / "photos")}
+    assert parsed("--subject", "") == {"01_personalize.subject": ""}
+    assert parsed("--model", "photos")["01_personalize.model"] == str(tmp_path / "photos")
+    assert parsed("--model", "pocket")["01_personalize.model"] == "pocket"
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("02_rl_finetune.learning_rate=1e-4", 1e-4),
+        ("02_rl_finetune.use_class_prompts=False", False),
+        ("02_rl_finetune.use_class_prompts=false", False),
+        ("02_rl_finetune.reward=3", "3"),
+        ("03_evaluate.prompts=['a=b', 'c']", ["a=b", "c"]),
+        ("01_personalize.description=red = best", "red = best"),
+    ],
+)
+def test_a_value_of_the_command_line_has_its_parameters_type(text, value):
+    assert parsed("-p", text) == {text.partition("=")[0]: value}
+
+
+def test_p_wins_over_an_option_and_one_seed_needs_no_suffix(places):
+    settings = main_job.defaults() | {"rl_seeds": [4]} | parsed("--seed", "1", "-p", "03_evaluate.seed=2")
+    stages = plan(settings, places / "outputs" / "job")
+    assert [(stage.name, stage.parameters["seed"]) for stage in stages] == [
+        ("01_personalize", 1), ("02_rl_finetune", 4), ("03_evaluate", 2),
+    ]  # fmt: skip
+
+
+def test_every_notebook_of_the_job_has_what_the_job_sets():
+    known = {f"{notebook}.{row.name}" for notebook in JOB for row in schema(notebook)}
+    assert main_job.WIRED <= known
+    assert all(any(f"{notebook}.{name}" in known for notebook in JOB) for name in main_job.SHARED)
+    with pytest.raises(ParameterError):
+        plan(main_job.defaults() | {"rl_seeds": []}, ROOT / "outputs" / "x")
+
+
+def test_a_run_without_a_seed_for_rl_takes_the_runs_own(places, monkeypatch):
+    monkeypatch.setattr(main_job, "execute", lambda stages, run: None)
+    monkeypatch.setattr(main_job, "_report", lambda stages, run: None)
+    assert job("--seed", "6") == 0
+    (folder,) = (places / "outputs").iterdir()
+    assert json.loads((folder / "manifest.json").read_text())["parameters"]["rl_seeds"] == [6]
+
+
+def test_lines_are_whole_and_indented(capsys):
+    lines = main_job._Lines()
+    for text in ("a", "b\nc\r", "d\n", "\n", "end"):
+        lines.write(text)
+    assert capsys.readouterr().out == "      ab\n      d\n\n"
+    lines.close()
+    assert capsys.readouterr().out == "      end\n"
+
+
+# ---------------------------------------------------------------------------------------------------- Progress
+
+
+class Clock:
+    now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_progress_prints_a_line_now_and_then_and_always_the_last(capsys):
+    clock = Clock()
+    progress = Progress("train", 40, clock=clock)
+    printed = []
+    for done in range(1, 41):
+        clock.now += 4.0
+        progress.update(done, reward=-0.2149, clip_t=0.31)
+        printed += capsys.readouterr().out.splitlines()
+    assert printed[0] == "train 1/40  reward -0.215  clip t 0.31"  # no speed is known yet
+    assert printed[1] == "train 4/40  reward -0.215  clip t 0.31  2 min 24 s left"
+    assert printed[-1] == "train 40/40  reward -0.215  clip t 0.31  took 2 min 40 s"
+    assert len(printed) == 1 + 13
+
+
+def test_progress_of_a_resumed_loop_knows_its_speed(capsys):
+    clock = Clock()
+    progress = Progress("train", 100, every_s=0, clock=clock)
+    for done in (91, 92):
+        clock.now += 10
+        progress.update(done, epoch=done, note="x")
+    assert capsys.readouterr().out.splitlines()[1] == "train 92/100  epoch 92  note x  1 min 20 s left"
+
+
+def test_progress_takes_numbers_of_libraries(capsys):
+    import torch
+
+    Progress("a", 1).update(1, loss=torch.tensor(0.00123456), lr=1e-5)
+    assert capsys.readouterr().out == "a 1/1  loss 0.00123  lr 1e-05  took 0.0 s\n"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0, "0.0 s"), (9.96, "10 s"), (59.7, "1 min 00 s"), (312, "5 min 12 s"), (7500, "2 h 05 min")],
+)  # fmt: skip
+def test_durations(seconds, words):
+    assert duration(seconds) == words
