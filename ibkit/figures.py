@@ -7,7 +7,7 @@ same call works in JupyterLab, in a batch run and in a test. End a notebook cell
 
 import io
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -119,6 +119,29 @@ def reference_strip(
             axis.set_xlabel(name, fontsize=8)
         _head(figure, title)
     return figure, data
+
+
+def picture_wall(columns: Mapping[str, Sequence[Image.Image]], title: str = "") -> tuple[Figure, pd.DataFrame]:
+    """Hang pictures side by side, a named column for each group.
+
+    Args:
+        columns: name -> pictures, as many in each.
+        title: above the wall.
+
+    Returns:
+        The figure, and one row a picture: column, row.
+    """
+    n_rows = max(map(len, columns.values()))
+    with matplotlib.rc_context(HOUSE_STYLE):
+        figure = NotebookFigure(figsize=(1.25 * len(columns), 1.2 * n_rows + 0.6), layout="constrained")
+        axes = figure.subplots(n_rows, len(columns), squeeze=False)
+        for (name, pictures), column in zip(columns.items(), axes.T, strict=True):
+            column[0].set_title(name, loc="center", fontsize=9)
+            for picture, axis in zip(pictures, column, strict=True):
+                _draw_picture(axis, picture)
+        _head(figure, title)
+    places = [(name, row) for name, pictures in columns.items() for row in range(len(pictures))]
+    return figure, pd.DataFrame(places, columns=["column", "row"])
 
 
 def method_grid(
