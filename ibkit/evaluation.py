@@ -20,7 +20,7 @@ import torch
 from PIL import Image
 
 from ibkit.claims import SUBJECT_METRICS, TEXT_METRICS
-from ibkit.data.subject import PersonalizedSubject
+from ibkit.data.subject import PersonalizedSubject, choose_activities
 from ibkit.device import generator
 from ibkit.errors import ArtifactError, ModelError, ParameterError, ScoreError
 from ibkit.models import TextToImage, load_model
@@ -51,9 +51,15 @@ class Inputs:
         """The subject's photos, as DreamBooth was trained on them."""
         return [_read(path) for path in sorted(self.personalized.path("photos").glob("*.png"))]
 
-    def activities(self, default: Sequence[str]) -> list[str]:
-        """What RL was trained on; `default` for a run that took the preset's."""
-        return list(dict.fromkeys(a for run in self.rl.values() for a in run.parameters["prompts"] or default))
+    def activities(self, asked: Sequence[str], usual: Sequence[str]) -> list[str]:
+        """The activities asked for, else those that RL was trained on (`usual`: the preset's, where it took these).
+
+        Raises:
+            ParameterError: an activity that the subject's class does not have in the pocket world.
+        """
+        prompts = [run.parameters["prompts"] for run in self.rl.values()]
+        trained = [activity for given in prompts for activity in choose_activities(self.subject, given, usual)]
+        return choose_activities(self.subject, asked or trained, usual)
 
     def load_method(self, method: str, rl_seed: int, device: torch.device | str) -> TextToImage:
         """The model of a method; the RL seed says which adapter is put on the personalized model."""

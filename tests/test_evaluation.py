@@ -297,7 +297,10 @@ def runs(tmp_path, tiny):
 def test_runs_that_belong_together_are_read(runs):
     folder, rl_run = runs
     inputs = read_inputs(folder, [rl_run("02-a", 3), rl_run("02-b", 4, prompts=["dancing"])], str(folder / "model"))
-    assert inputs.activities(("sleeping",)) == ["sleeping", "dancing"]
+    assert inputs.activities([], ("sleeping",)) == ["sleeping", "dancing"]
+    assert inputs.activities(["playing tennis"], ("sleeping",)) == ["playing tennis"]
+    with pytest.raises(ParameterError, match="knows no cat 'playing chess'"):
+        inputs.activities(["playing chess"], ())
     assert list(inputs.rl) == [3, 4] and len(inputs.references) == 3
     assert inputs.references[0].tobytes() == world_photos(SUBJECT.world, 1)[0].tobytes()
     pictures = [

@@ -1,13 +1,14 @@
 """Every notebook as committed: its parameters cell is its schema, and nothing of a run or a machine is left in it."""
 
 import ast
+import importlib
 import re
 from pathlib import Path
 
 import nbformat
 import pytest
 
-from ibkit.params import schema
+from ibkit.params import LITERALS, schema
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -69,6 +70,16 @@ class TestNotebook:
         for number, cell in enumerate(read(path).cells):
             if cell.cell_type == "code":
                 compile(cell.source, f"{path.stem}, cell {number}", "exec")
+
+    def test_imports_nothing_that_looks_like_a_parameter(self, path):
+        """`collect` takes every public literal for a mistyped parameter, a constant that was imported too."""
+        code = [cell.source for cell in read(path).cells if cell.cell_type == "code"]
+        before = code[: next(i for i, source in enumerate(code) if "collect(" in source and "globals()" in source)]
+        for node in ast.walk(ast.parse("\n".join(before))):
+            if isinstance(node, ast.ImportFrom):
+                module = importlib.import_module(node.module)
+                for alias in node.names:
+                    assert type(getattr(module, alias.name, None)) not in LITERALS[:-1], f"{node.module}.{alias.name}"
 
     def test_finishes_its_run(self, path):
         code = [cell.source for cell in read(path).cells if cell.cell_type == "code"]
