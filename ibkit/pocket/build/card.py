@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import random
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,7 +16,17 @@ from ibkit.pocket.build.clip import with_activity, zero_shot_activity
 from ibkit.pocket.build.common import load_float, save_half
 from ibkit.pocket.build.data import facts
 from ibkit.pocket.build.reward import ranks_activity
-from ibkit.pocket.world import CLASSES, HELD_OUT, PLACES, activities_of, line_up, sample_scene
+from ibkit.pocket.world import (
+    CLASSES,
+    HELD_OUT,
+    NO_ACCESSORY,
+    NO_ACTIVITY,
+    PLACES,
+    activities_of,
+    line_up,
+    sample_scene,
+    sample_subject,
+)
 from ibkit.runs import hash_file
 
 if TYPE_CHECKING:
@@ -86,7 +97,6 @@ def _psnr(build: Build) -> float:
 def _identity(build: Build, judge, model) -> dict[str, float]:
     """How often the judge picks the right one of eight, over fresh individuals in any activity, place and accessory."""
     from ibkit.pocket.draw import render
-    from ibkit.pocket.world import sample_subject
 
     rng, shares = random.Random("identity parades"), {"renders": [], "reconstructions": []}
     for _ in range(N_PARADES // 10):
@@ -99,14 +109,15 @@ def _identity(build: Build, judge, model) -> dict[str, float]:
 
 def _prompt_following(model, judge) -> list[tuple[str, float, float, int]]:
     """The judge's agreement with the prompts of base-model samples, seen and held-out (class, activity) pairs apart."""
-    from ibkit.sample import Sampler, sample
+    from ibkit.presets import POCKET
+    from ibkit.sample import sample
 
     rng = random.Random("base samples")
     seen = [(c, a) for c in CLASSES for a in activities_of(c) if (c, a) not in HELD_OUT]
     asked = [(*rng.choice(seen), rng.choice(list(PLACES))) for _ in range(N_SAMPLES)]
     asked += [(c, a, "") for c, a in sorted(HELD_OUT) for _ in range(N_SAMPLES // len(HELD_OUT))]
     prompts = [f"a {c} {a} {PLACES[p][0] if p else ''}".strip() for c, a, p in asked]
-    images = sample(model, prompts, list(range(len(prompts))), Sampler(20, 5.0, 1.0))
+    images = sample(model, prompts, list(range(len(prompts))), POCKET.sampler)
     first, rest = slice(0, N_SAMPLES), slice(N_SAMPLES, None)
 
     def agreement(question: str, column: int, part: slice) -> float:
@@ -120,25 +131,47 @@ def _prompt_following(model, judge) -> list[tuple[str, float, float, int]]:
     ]
 
 
-def _scorers(build: Build) -> list[tuple[str, float, float, int]]:
+def _scorers(build: Build) -> list[tuple[str, float, float | None, int]]:
     from ibkit.scorers.clip import ClipEncoder
+    from ibkit.scorers.dino import Dino
     from ibkit.scorers.image_reward import ImageRewardModel
 
     pictures, rows = build.test_pictures, []
     encoder = ClipEncoder.load(build.weights, build.device)
     right, n = zero_shot_activity(encoder.model, build.tokenizer, pictures, with_activity(pictures, 1000), build.device)
     rows.append(("CLIP, zero-shot activity", right / n, 0.95, n))
-    reward = ImageRewardModel.from_pretrained(build.weights / "image_reward").to(build.device).eval()
-    right, n = ranks_activity(reward, build.tokenizer, pictures, build.device, 400)
-    rows.append(("reward, right over wrong activity", right / n, 0.98, n))
+    for name, target in (("image_reward", 0.98), ("weak_reward", None)):
+        reward = ImageRewardModel.from_pretrained(build.weights / name).to(build.device).eval()
+        right, n = ranks_activity(reward, build.tokenizer, pictures, build.device, 400)
+        rows.append((f"{name}, right over wrong activity", right / n, target, n))
+    right, n = _same_individual(Dino.load(build.weights, build.device))
+    rows.append(("DINO, the same individual at rest over another of its class", right / n, None, n))
     return rows
 
 
-def _write(build: Build, numbers: list[tuple[str, float, float, int]]) -> None:
+def _same_individual(dino) -> tuple[int, int]:
+    """(right, asked): a photo is more like another photo of the same individual than like one of another of its class
+    in the very same setting.
+    """
+    from ibkit.pocket.draw import render
+
+    rng, photos = random.Random("same individual"), []
+    for _ in range(N_PARADES):
+        me, other = line_up(sample_subject(rng), 2)
+        second = sample_scene(rng, me, NO_ACTIVITY, accessory=NO_ACCESSORY)
+        photos += [sample_scene(rng, me, NO_ACTIVITY, accessory=NO_ACCESSORY), second, replace(second, subject=other)]
+    vectors = dino.embed([render(s) for s in photos]).view(N_PARADES, 3, -1)
+    same, different = ((vectors[:, 0] * vectors[:, k]).sum(1) for k in (1, 2))
+    return int((same > different).sum()), N_PARADES
+
+
+def _write(build: Build, numbers: list[tuple[str, float, float | None, int]]) -> None:
     files = sorted(p for p in build.weights.rglob("*") if p.is_file() and p.name not in ("card.json", "MODEL_CARD.md"))
     seconds = json.loads((build.folder / "seconds.json").read_text())
     card = {
-        "numbers": [{"name": n, "value": v, "target": t, "n": k, "reached": v >= t} for n, v, t, k in numbers],
+        "numbers": [
+            {"name": n, "value": v, "target": t, "n": k, "reached": t is None or v >= t} for n, v, t, k in numbers
+        ],
         "files": {
             str(p.relative_to(build.weights)): {"sha256": hash_file(p), "bytes": p.stat().st_size} for p in files
         },
@@ -153,8 +186,7 @@ def _write(build: Build, numbers: list[tuple[str, float, float, int]]) -> None:
     ]
     lines += ["| quantity | value | target | n | |", "|---|---|---|---|---|"]
     lines += [
-        f"| {n} | {v:.3f} | {t:g} | {k} | {'reached' if v >= t else '**short of the target**'} |"
-        for n, v, t, k in numbers
+        f"| {n} | {v:.3f} | {'–' if t is None else format(t, 'g')} | {k} | {_verdict(v, t)} |" for n, v, t, k in numbers
     ]
     lines += [
         "",
@@ -165,3 +197,9 @@ def _write(build: Build, numbers: list[tuple[str, float, float, int]]) -> None:
     ]
     lines += [f"| {stage} | {s['seconds']} | {s['device']} |" for stage, s in seconds.items()]
     (build.weights / "MODEL_CARD.md").write_text("\n".join(lines) + "\n")
+
+
+def _verdict(value: float, target: float | None) -> str:
+    if target is None:
+        return ""
+    return "reached" if value >= target else "**short of the target**"
