@@ -13,6 +13,7 @@ whether that stage is done.
 import contextlib
 import datetime
 import json
+import logging
 import os
 import re
 import resource
@@ -251,6 +252,9 @@ def _execute_notebook(stage: Stage, folder: Path, peaks: list[float]) -> None:
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
+    # Papermill's log goes to the terminal. It says that apostrophes in the parameters' comments confuse papermill, which
+    # does not matter here (`params` knows the parameters), and repeats what is raised as an exception anyway.
+    logging.getLogger("papermill").setLevel(logging.CRITICAL)
     kept = folder / f"{stage.name}.ipynb"
     growing = folder / f".{stage.name}.running.ipynb"  # papermill writes it over and over while the notebook runs
     lines = _Lines()
@@ -262,6 +266,7 @@ def _execute_notebook(stage: Stage, folder: Path, peaks: list[float]) -> None:
             kernel_name="python3",
             language="python",
             kernel_manager_class=_kernel_manager(peaks),
+            extra_arguments=["--log-level=ERROR"],  # it warns on the terminal that a local socket is not encrypted
             progress_bar=False,
             stdout_file=lines,
             start_timeout=KERNEL_START_S,

@@ -85,7 +85,7 @@ def open_job(places: Path, resume: bool = False) -> Run:
     return Run.open(places / "outputs" / "job", "run", {}, resume=resume)
 
 
-def copies(folder: Path) -> str:
+def text_of(folder: Path) -> str:
     """All that an executed notebook kept of what was printed and raised."""
     return folder.read_text(encoding="utf-8")
 
@@ -164,7 +164,7 @@ def test_ctrl_c_and_sigterm_stop_the_kernel(places, number):
     with pytest.raises(ArtifactError, match="failed: It was interrupted"):
         read_run(places / "outputs" / "job")
     assert runs._holder(places / "outputs" / "job" / "01_personalize") == ""
-    assert "kernel" in copies(places / "outputs" / "job" / "01_personalize.ipynb")
+    assert "kernel" in text_of(places / "outputs" / "job" / "01_personalize.ipynb")
 
 
 def start_job(places: Path, *words: str) -> tuple[subprocess.Popen, list[str]]:
@@ -200,7 +200,7 @@ def test_an_error_of_the_kit_is_told_in_its_own_words_and_is_gone_on_from(places
     err = capsys.readouterr().err
     assert err == f"error: 02_rl_finetune: {sentence}\ngo on with:  ibkit run --resume --name job\n"
     folder = places / "outputs" / "job"
-    assert "PhotoError" in copies(folder / "02_rl_finetune.ipynb")
+    assert "PhotoError" in text_of(folder / "02_rl_finetune.ipynb")
     with pytest.raises(ArtifactError, match="failed: 02_rl_finetune: The photo"):
         read_run(folder)
     first = (folder / "01_personalize" / "manifest.json").read_bytes()
@@ -219,7 +219,7 @@ def test_another_error_names_its_last_line_and_the_notebook(places):
     kept = places / "outputs" / "job" / "01_personalize.ipynb"
     assert str(failure.value) == f"01_personalize: ZeroDivisionError: division by zero (see {kept})"
     assert failure.value.status == 1
-    assert "ZeroDivisionError" in copies(kept)
+    assert "ZeroDivisionError" in text_of(kept)
 
 
 @pytest.mark.parametrize(
