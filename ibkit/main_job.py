@@ -252,7 +252,7 @@ def _execute_notebook(stage: Stage, folder: Path, peaks: list[float]) -> None:
     from nbclient.exceptions import DeadKernelError
     from papermill.exceptions import PapermillExecutionError
 
-    # Papermill's log goes to the terminal. It says that apostrophes in the parameters' comments confuse papermill, which
+    # Papermill's log goes to the terminal. It says that apostrophes in the parameters' comments confuse papermill; that
     # does not matter here (`params` knows the parameters), and repeats what is raised as an exception anyway.
     logging.getLogger("papermill").setLevel(logging.CRITICAL)
     kept = folder / f"{stage.name}.ipynb"
