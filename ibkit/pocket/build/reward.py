@@ -1,11 +1,11 @@
 """The pocket reward model: ImageReward's architecture, trained on preferences as ImageReward was (Xu et al. 2023, eq.
 1), with hard negatives.
 
-A preference is: for this text, this picture rather than that one. The pair differs in one thing that the text says:
-    the activity with subject and
-place kept, the place, the accessory or the colour; or the worse picture is of another scene altogether. Some pictures
-come out of the autoencoder
-with noisy latents, because that is what a policy under training shows to its reward.
+A preference is: for this text, this picture rather than that one. The pair differs in one thing that the text says: the
+activity with subject and place kept, the place, the accessory or the colour; or the worse picture is of another scene
+altogether. Every scene with an activity also meets its own subject at rest, because that is what a personalized model
+draws instead. Some pictures come out of the autoencoder with noisy latents, because that is what a policy under
+training shows to its reward.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import random
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -21,10 +22,11 @@ from ibkit.pocket.build.clip import degrade, normalise
 from ibkit.pocket.build.common import Budget, fit, hash_seed
 from ibkit.pocket.build.data import GROUP, Pictures, contradicts
 from ibkit.pocket.build.tokenizer import CONTEXT_TOKENS
+from ibkit.pocket.draw import render
 from ibkit.pocket.world import ACTIVITIES, NO_ACTIVITY, caption
 from ibkit.scorers.image_reward import ImageRewardModel, RewardConfig
 
-BUDGET = Budget(steps=600, batch=96)
+BUDGET = Budget(steps=1300, batch=96)
 
 
 def new_reward_model(tokenizer) -> ImageRewardModel:
@@ -83,7 +85,13 @@ def train(
         indices = (groups[:, None] * GROUP + torch.arange(GROUP)).flatten().tolist()
         rng = random.Random(hash_seed("reward captions", step))
         texts = [caption(pictures.scenes[i], rng) for i in indices]
+        scenes = [pictures.scenes[i] for i in indices]
         x = pictures.batch(indices, device)
+        active = [i for i in range(0, len(scenes), GROUP) if scenes[i].activity != NO_ACTIVITY]
+        if hard_negatives:
+            scenes += [replace(scenes[i], activity=NO_ACTIVITY) for i in active]
+            rest = np.stack([np.asarray(render(s)) for s in scenes[len(indices) :]])
+            x = torch.cat([x, torch.from_numpy(rest).to(device).permute(0, 3, 1, 2) / 127.5 - 1])
         part = slice(step % 3, None, 3)
         with torch.no_grad():
             z = vae.encode(x[part].to(dtype)).latent_dist.mode()
@@ -95,11 +103,9 @@ def train(
         for i, text in enumerate(texts):
             first = i - i % GROUP
             if hard_negatives:
-                pairs += [
-                    (i, j)
-                    for j in range(first, first + GROUP)
-                    if contradicts(text, pictures.scenes[indices[i]], pictures.scenes[indices[j]])
-                ]
+                others = [*range(first, first + GROUP)]
+                others += [len(indices) + active.index(first)] if first in active else []
+                pairs += [(i, j) for j in others if contradicts(text, scenes[i], scenes[j])]
             pairs.append((i, (first + GROUP * rng.randrange(1, len(groups)) + rng.randrange(GROUP)) % len(texts)))
         text_of = torch.tensor([*range(len(texts)), *(i for i, _ in pairs)], device=device)
         image_of = torch.tensor([*range(len(texts)), *(j for _, j in pairs)], device=device)
