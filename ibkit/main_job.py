@@ -41,9 +41,12 @@ JOB = ("01_personalize", "02_rl_finetune", "03_evaluate")
 # Options of the command line, each for every notebook that has a parameter of that name.
 SHARED = {
     "model": str, "revision": str, "subject": str, "class_noun": str, "identifier": str, "description": str,
-    "prompts": list, "seed": int, "device": str,
+    "prompts": list, "seed": int, "device": str, "scorer_weights": str,
 }  # fmt: skip
-METAVARS = {"class_noun": "WORD", "identifier": "WORD", "subject": "FOLDER", "description": "TEXT", "seed": "N"}
+METAVARS = {
+    "class_noun": "WORD", "identifier": "WORD", "subject": "FOLDER", "description": "TEXT", "seed": "N",
+    "scorer_weights": "WEIGHTS",
+}  # fmt: skip
 # Parameters the job sets itself: where the runs are, and the seed of each RL run.
 WIRED = {*(f"{notebook}.{name}" for notebook in JOB for name in ("run_out", "resume"))} | {
     "02_rl_finetune.run_in", "02_rl_finetune.seed", "03_evaluate.run_dreambooth", "03_evaluate.run_rl",
@@ -110,7 +113,9 @@ def given(arguments: Namespace) -> dict[str, Any]:
         if hasattr(arguments, name):
             value = getattr(arguments, name)
             # A notebook may run in another folder than the one in which the path was typed.
-            if (name == "subject" and value) or (name == "model" and Path(value).expanduser().is_dir()):
+            if (name == "subject" and value) or (
+                name in ("model", "scorer_weights") and Path(value).expanduser().is_dir()
+            ):
                 value = str(Path(value).expanduser().resolve())
             settings |= {key: value for notebook in JOB if (key := f"{notebook}.{name}") in known}
     for text in arguments.parameters:

@@ -54,7 +54,14 @@ class StartHere(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Personalize(Common):
+class Measured(Common):
+    """What every notebook takes that scores pictures."""
+
+    scorer_weights: str = param("", "weights of the scorers: pocket, official, or a local folder; empty = the preset's")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Personalize(Measured):
     """01_personalize: DreamBooth on a few photos."""
 
     subject: str = param("", "folder of photos; empty = the pocket world's demonstration subject")
@@ -69,7 +76,7 @@ class Personalize(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RLFinetune(Common):
+class RLFinetune(Measured):
     """02_rl_finetune: DDPO on the personalized model."""
 
     run_in: str = param("", "folder of a finished 01 run; empty = outputs/notebook-01_personalize")
@@ -87,7 +94,7 @@ class RLFinetune(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Common):
+class Evaluate(Measured):
     """03_evaluate: base model, DreamBooth and InstructBooth on the same prompts and seeds."""
 
     run_dreambooth: str = param("", "folder of a finished 01 run; empty = outputs/notebook-01_personalize")

@@ -5,7 +5,7 @@ import torch
 from torch.distributions import Normal
 
 from ibkit.errors import ParameterError
-from ibkit.rl.ddim import log_prob, make_schedule, predict_x0, step_mean
+from ibkit.rl.ddim import log_prob, make_schedule, predict_x0, step_mean, step_weight
 from tests.tiny import scheduler
 
 ALPHAS = scheduler().alphas_cumprod
@@ -61,3 +61,17 @@ def test_x0_is_not_clipped():
     a = torch.tensor([0.3])
     x_t = a.sqrt() * x0 + (1 - a).sqrt() * eps
     torch.testing.assert_close(predict_x0(x_t, eps, a), x0)
+
+
+def test_a_steps_weight_is_the_variance_of_its_score():
+    schedule = make_schedule(ALPHAS, 15, 1.0)
+    weights = step_weight(schedule)
+    x = torch.zeros(1, 1, 1, 1)
+    stream = torch.Generator().manual_seed(0)
+    for i in (0, 7, 13):
+        eps = torch.zeros(20_000, 1, 1, 1, requires_grad=True)
+        mean = step_mean(x, eps, schedule.alpha_bar[i], schedule.alpha_bar_prev[i], schedule.std[i])
+        noise = torch.randn(mean.shape, generator=stream)
+        log_prob((mean + schedule.std[i] * noise).detach(), mean, schedule.std[i]).sum().backward()
+        torch.testing.assert_close(eps.grad.var(), weights[i], rtol=0.05, atol=0)
+    assert weights[13] > weights[:13].sum()  # why `trained_steps` exists

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ibkit.data.prompts import training_prompts
 from ibkit.device import generator
-from ibkit.errors import ModelError, TrainingError
+from ibkit.errors import ModelError, ParameterError, TrainingError
 from ibkit.rl import ddpo
 from ibkit.rl.advantages import PromptStats
 from ibkit.rl.ddpo import DDPOConfig, epoch_prompts, pair_loss, policy_loss, train
@@ -194,6 +194,24 @@ def test_the_reward_rises(tiny, tmp_path, monkeypatch):
 
 
 # --- faults -----------------------------------------------------------------------------------------------------
+
+
+def test_only_the_noisiest_steps_are_trained(tiny, tmp_path, monkeypatch):
+    seen = set()
+    whole = ddpo.pair_loss
+    monkeypatch.setattr(ddpo, "pair_loss", lambda *words: (seen.update(words[3].tolist()), whole(*words))[1])
+    config = dataclasses.replace(CONFIG, n_epochs=1, trained_steps=2)
+    history = train(tiny, PROMPTS, brightness, config, tmp_path)
+    assert seen == {0, 1}
+    assert sum(k.startswith("log_prob_t") for k in history[0]) == 4  # all are sampled
+    with pytest.raises(ParameterError, match="5 of 4 denoising steps"):
+        train(
+            tiny_model(tiny.tokenizer),
+            PROMPTS,
+            brightness,
+            dataclasses.replace(config, trained_steps=5),
+            tmp_path / "b",
+        )
 
 
 def test_a_resumed_training_ends_bit_identical(tokenizer, tmp_path):

@@ -92,6 +92,18 @@ def predict_x0(x_t: torch.Tensor, eps_hat: torch.Tensor, alpha_bar: torch.Tensor
     return (x_t - (1 - a).sqrt() * eps_hat) / a.sqrt()
 
 
+def step_weight(schedule: Schedule) -> torch.Tensor:
+    """(∂μ/∂ε̂)² / s² of each step, (N,): how loudly it speaks in the policy gradient.
+
+    The gradient of log p with respect to the network's output is Gaussian noise of this variance, times the advantage.
+    With few steps the last but one, which leaps to almost no noise, outweighs all others together and decides nothing
+    of what the picture shows.
+    """
+    a, a_prev, s = schedule.alpha_bar, schedule.alpha_bar_prev, schedule.std
+    slope = (1 - a_prev - s**2).clamp(min=0).sqrt() - (a_prev * (1 - a) / a).sqrt()
+    return (slope / s) ** 2
+
+
 def log_prob(x_prev: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """Gaussian log-density of the step taken, averaged over C, H, W (DDPO's code; a clip range of 1e-4 needs the
     mean, not the sum).

@@ -1,0 +1,143 @@
+"""The real notebooks, in order, at the smallest budget: as the main job runs them, alone, and on a user's photos."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from ibkit import main_job
+from ibkit.data.subject import PersonalizedSubject, demo_subject, world_photos
+from ibkit.runs import project_root, read_run
+from tests.tiny import tiny_model
+
+ROOT = project_root()
+SMALL = [
+    "01_personalize.n_steps=3", "01_personalize.batch_size=2", "01_personalize.n_class_images=2",
+    "02_rl_finetune.n_epochs=2", "02_rl_finetune.images_per_epoch=4", "02_rl_finetune.n_inference_steps=3",
+    "03_evaluate.n_images=2",
+]  # fmt: skip
+
+
+def ibkit(*words, cwd=ROOT):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", "ibkit", *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+
+
+def papermill(notebook, out, *words):
+    command = [sys.executable, "-m", "papermill", ROOT / "notebooks" / f"{notebook}.ipynb", out, "-k", "python3"]
+    return subprocess.run(
+        [*map(str, command), "--start-timeout", "300", *map(str, words)], cwd=out.parent, capture_output=True, text=True
+    )
+
+
+@pytest.fixture(scope="module")
+def outputs(tmp_path_factory):
+    """A folder for runs below the checkout's ignored outputs, since the main job writes nowhere else."""
+    folder = main_job.OUTPUTS / f"test-{os.getpid()}"
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def done(outputs):
+    """The main job with two RL seeds on the pocket model."""
+    words = [word for value in SMALL for word in ("-p", value)]
+    result = ibkit("run", "--name", outputs.name, "--device", "cpu", "--rl-seeds", 0, 1, *words)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
+
+
+def test_the_main_job_runs_the_real_notebooks(done, outputs):
+    scores = read_run(outputs / "03_evaluate").table("scores.csv")
+    # 2 activities x 2 images x (base; DreamBooth with and without the identifier; the same for each of 2 RL seeds)
+    assert len(scores) == 2 * 2 * (1 + 2 + 2 * 2)
+    assert scores[["clip_t", "image_reward", "clip_i", "dino", "judge_activity", "judge_identity"]].notna().all().all()
+    report = (outputs / "report.html").read_text()
+    assert report.count("data:image/png;base64,") >= 5 and "C4" in report
+    assert "RL epochs 2/2" in done.stdout and "peak memory" in done.stdout and "open " in done.stdout
+
+
+def test_claims_read_the_run(done, outputs):
+    result = ibkit("claims", outputs, "--json")
+    claims = json.loads(result.stdout)
+    assert [c["id"] for c in claims] == ["C1", "C2", "C3", "C4"]
+    assert set(claims[0]) >= {"id", "claim", "source", "value", "low", "high", "n", "seeds", "verdict"}
+
+
+def test_a_finished_job_has_nothing_left_to_do(done, outputs):
+    result = ibkit("run", "--resume", "--name", outputs.name)
+    assert result.returncode == 0 and result.stdout.count("already done") == 4
+
+
+def test_the_policy_starts_as_the_personalized_model(done, outputs):
+    history = read_run(outputs / "02_rl_finetune-seed0").table("history.csv")
+    assert history["ratio_first"].iloc[0] < 1e-6
+    assert {"reward_identifier", "reward_class", "monitor", "judge_activity", "judge_identity"} <= set(history)
+
+
+def test_the_adapter_loads_into_diffusers_own_pipeline(done, outputs):
+    from diffusers import StableDiffusionPipeline
+
+    pipeline = StableDiffusionPipeline.from_pretrained(read_run(outputs / "01_personalize").path("model"))
+    pipeline.load_lora_weights(str(read_run(outputs / "02_rl_finetune-seed0").path("lora")))
+    assert any("lora" in name for name, _ in pipeline.unet.named_parameters())
+
+
+def test_one_notebook_alone_and_its_refusals(done, outputs):
+    run_in = ["-r", "run_in", outputs / "01_personalize", "-r", "run_out", outputs / "alone"]
+    small = ["-p", "n_epochs", 1, "-p", "images_per_epoch", 4, "-p", "n_inference_steps", 3]
+    refused = {
+        ("-p", "n_epoch", "1"): "did you mean 'n_epochs'",
+        ("-p", "n_epochs", "many"): "must be a whole number from 0 to 100000",
+        ("-y", "prompts: [flying to the moon on a broom]"): "knows no cat 'flying to the moon on a broom'",
+        ("-r", "reward", "clip_x"): "no scorer 'clip_x'",
+    }
+    for words, sentence in refused.items():
+        out = outputs / "refused.ipynb"
+        result = papermill("02_rl_finetune", out, *run_in[:3], "-r", "run_out", outputs / f"x{len(sentence)}", *words)
+        assert result.returncode != 0 and sentence in result.stderr, result.stderr[-2000:]
+    result = papermill("02_rl_finetune", outputs / "alone.ipynb", *run_in, *small)
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert len(read_run(outputs / "alone").table("history.csv")) == 1
+    # the same folder again, without resume
+    result = papermill("02_rl_finetune", outputs / "alone.ipynb", *run_in, *small)
+    assert result.returncode != 0 and "resume" in result.stderr
+
+
+def test_the_tour(outputs, done):
+    result = papermill("00_start_here", outputs / "00.ipynb", "-r", "run_out", outputs / "tour")
+    assert result.returncode == 0, result.stderr[-3000:]
+    assert "figures/gallery.png" in read_run(outputs / "tour").outputs
+
+
+def test_your_own_photos_on_a_local_folder_in_sd_format(tokenizer, outputs, done, tmp_path):
+    """The whole chain on a model of SD 1.x's format with random weights, without any truth about the subject."""
+    tiny_model(tokenizer).save_pipeline(tmp_path / "model")
+    (tmp_path / "my dog").mkdir()
+    for i, photo in enumerate(world_photos(demo_subject("dog"), 3)):
+        photo.resize((300, 200)).save(tmp_path / "my dog" / f"{i}.jpg")
+    chain = ["--model", tmp_path / "model", "--subject", tmp_path / "my dog", "--class-noun", "dog", "--device", "cpu"]
+    for word in SMALL:
+        chain += ["-p", word]
+    # A local model takes the presets of Stable Diffusion, whose scorers come from the hub, and here is no network.
+    offline = ibkit("run", "--name", f"{outputs.name}-offline", *chain)
+    shutil.rmtree(main_job.OUTPUTS / f"{outputs.name}-offline")
+    assert offline.returncode == 2 and "go online once" in offline.stderr.lower() or "hub" in offline.stderr
+    result = ibkit("run", "--name", f"{outputs.name}-photos", "--scorer-weights", "pocket", *chain)
+    try:
+        assert result.returncode == 0, result.stdout + result.stderr
+        scores = read_run(main_job.OUTPUTS / f"{outputs.name}-photos" / "03_evaluate").table("scores.csv")
+        assert set(scores["subject"]) == {"my dog"} and scores["dino"].notna().all()
+        assert "judge_activity" not in scores or scores["judge_activity"].isna().all()
+        assert json.loads(ibkit("claims", main_job.OUTPUTS / f"{outputs.name}-photos", "--json").stdout)
+    finally:
+        shutil.rmtree(main_job.OUTPUTS / f"{outputs.name}-photos")
+
+
+def test_the_subject_of_the_run_is_the_demonstration_cat(done, outputs):
+    assert PersonalizedSubject.read(read_run(outputs / "01_personalize")).world == demo_subject("cat")
