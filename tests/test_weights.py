@@ -1,7 +1,10 @@
 """The shipped pocket weights: the files of the card, the recipe of this code, and diffusers' pipeline loads them."""
 
 import json
+import os
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,6 +12,7 @@ import torch
 
 from ibkit.models import POCKET_PIPELINE, load_model
 from ibkit.pocket.build.autoencoder import new_autoencoder
+from ibkit.pocket.build.tokenizer import learn_merges
 from ibkit.pocket.build.unet import TextToLatent, new_scheduler
 from ibkit.pocket.draw import render
 from ibkit.pocket.world import (
@@ -111,3 +115,28 @@ def test_the_judge_has_its_accuracy_with_it():
 
 def test_no_pickle_is_shipped():
     assert {p.suffix for p in Path(WEIGHTS).rglob("*") if p.is_file()} <= {".safetensors", ".json", ".md", ".txt"}
+
+
+def test_the_tokenizer_is_the_same_in_every_process():
+    code = "from ibkit.pocket.build.tokenizer import *; print(learn_merges(vocabulary()))"
+    prints = {
+        subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert prints == {f"{learn_merges(vocabulary())}\n"}
+
+
+def test_all_weights_read_one_tokenizer(tokenizer):
+    shipped = {hash_file(path) for path in WEIGHTS.rglob("tokenizer.json")}
+    assert len(shipped) == 1
+    assert load_model("pocket").tokenizer.get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.parametrize("seed", [1, 2])
+def test_merges_by_hand(seed):
+    assert learn_merges(["ab", "abc"]) == [("a", "b"), ("a", "b</w>"), ("ab", "c</w>")]
+    words = ["tap", "top", "tip"]
+    random.Random(seed).shuffle(words)
+    assert learn_merges(words)[0] == ("a", "p</w>")  # all pairs are equally frequent: the alphabet decides

@@ -5,7 +5,8 @@ Every word of a caption, and each reserved identifier, is one token; any other t
 
 from __future__ import annotations
 
-import json
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 from ibkit.pocket.world import vocabulary
@@ -13,21 +14,33 @@ from ibkit.pocket.world import vocabulary
 CONTEXT_TOKENS = 24
 
 
+def learn_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair merges (Sennrich et al. 2016, algorithm 1) until every word is one token.
+
+    The most frequent pair goes first, of equals the first in the alphabet: the `tokenizers` library takes equals in an
+    order that changes from process to process, and two stages of a build would read the same caption differently.
+    """
+    split = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    merges = []
+    while any(len(symbols) > 1 for symbols in split):
+        pairs = Counter(pair for symbols in split for pair in pairwise(symbols))
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        for symbols in split:
+            i = 0
+            while i < len(symbols) - 1:
+                if (symbols[i], symbols[i + 1]) == best:
+                    symbols[i : i + 2] = ["".join(best)]
+                i += 1
+    return merges
+
+
 def save_tokenizer(folder: Path):
     """Write a CLIP tokenizer to `folder` and return it (`transformers.CLIPTokenizer`)."""
-    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+    from tokenizers import pre_tokenizers
     from transformers import AutoTokenizer, CLIPTokenizer
 
-    trainer = trainers.BpeTrainer(
-        vocab_size=100_000,
-        end_of_word_suffix="</w>",
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    bpe.train_from_iterator(vocabulary(), trainer)
-    merges = [tuple(pair) for pair in json.loads(bpe.to_str())["model"]["merges"]]
+    merges = learn_merges(vocabulary())
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters), *dict.fromkeys("".join(pair) for pair in merges)]
     tokens = [

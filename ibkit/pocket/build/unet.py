@@ -7,6 +7,7 @@ Noise prediction on Stable Diffusion's own schedule (Rombach et al. 2022; Ho et 
 
 from __future__ import annotations
 
+import json
 import random
 from pathlib import Path
 
@@ -160,3 +161,6 @@ def save_pipeline(model: TextToLatent, vae: AutoencoderKL, tokenizer, folder: Pa
         requires_safety_checker=False,
     )
     pipeline.to(torch.float16).save_pretrained(folder)
+    # transformers would load the text encoder in the type of its file, diffusers the rest in fp32, and the two not meet
+    path = folder / "text_encoder" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
