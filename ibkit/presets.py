@@ -48,11 +48,9 @@ POCKET = Preset(
         n_epochs=40,
         images_per_epoch=48,  # 12 for each of 2 activities x 2 kinds of prompt
         batch=24,  # half of them a gradient step, as in the paper
-        sampler=Sampler(
-            15, 3.0, 1.0
-        ),  # 15 steps draw as well as 50 here; stronger guidance burns the subject's colours
+        sampler=Sampler(15, 3.0, 1.0),  # stronger guidance burns the subject's colours
         learning_rate=5e-3,  # minutes instead of hours; at 1e-2 the subject is lost
-        trained_steps=6,  # of 15: the noisiest, where the pose is decided; the last ones would drown them (notebook 02)
+        trained_share=0.4,  # the noisiest steps, where the pose is decided; the last would drown them (notebook 02)
         lora_rank=8,
         micro_batch=64,  # fills two CPU cores
         stats_buffer=48,  # four epochs of a prompt, so the baseline follows the policy

@@ -74,4 +74,4 @@ def test_a_steps_weight_is_the_variance_of_its_score():
         noise = torch.randn(mean.shape, generator=stream)
         log_prob((mean + schedule.std[i] * noise).detach(), mean, schedule.std[i]).sum().backward()
         torch.testing.assert_close(eps.grad.var(), weights[i], rtol=0.05, atol=0)
-    assert weights[13] > weights[:13].sum()  # why `trained_steps` exists
+    assert weights[13] > weights[:13].sum()  # why `trained_share` exists

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ibkit.data.prompts import training_prompts
 from ibkit.device import generator
-from ibkit.errors import ModelError, ParameterError, TrainingError
+from ibkit.errors import ModelError, TrainingError
 from ibkit.rl import ddpo
 from ibkit.rl.advantages import PromptStats
 from ibkit.rl.ddpo import DDPOConfig, epoch_prompts, pair_loss, policy_loss, train
@@ -200,18 +200,15 @@ def test_only_the_noisiest_steps_are_trained(tiny, tmp_path, monkeypatch):
     seen = set()
     whole = ddpo.pair_loss
     monkeypatch.setattr(ddpo, "pair_loss", lambda *words: (seen.update(words[3].tolist()), whole(*words))[1])
-    config = dataclasses.replace(CONFIG, n_epochs=1, trained_steps=2)
+    config = dataclasses.replace(CONFIG, n_epochs=1, trained_share=0.5)
     history = train(tiny, PROMPTS, brightness, config, tmp_path)
     assert seen == {0, 1}
     assert sum(k.startswith("log_prob_t") for k in history[0]) == 4  # all are sampled
-    with pytest.raises(ParameterError, match="5 of 4 denoising steps"):
-        train(
-            tiny_model(tiny.tokenizer),
-            PROMPTS,
-            brightness,
-            dataclasses.replace(config, trained_steps=5),
-            tmp_path / "b",
-        )
+
+
+@pytest.mark.parametrize("share, n_steps, trained", [(1.0, 50, 50), (0.4, 15, 6), (0.4, 3, 1), (0.4, 1, 1)])
+def test_the_trained_share_in_steps(share, n_steps, trained):
+    assert dataclasses.replace(CONFIG, trained_share=share).n_trained_steps(n_steps) == trained
 
 
 def test_a_resumed_training_ends_bit_identical(tokenizer, tmp_path):

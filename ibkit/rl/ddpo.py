@@ -24,7 +24,7 @@ from PIL import Image
 
 from ibkit.data.prompts import Prompt
 from ibkit.device import generator
-from ibkit.errors import ParameterError, TrainingError
+from ibkit.errors import TrainingError
 from ibkit.models import TextToImage
 from ibkit.rl.advantages import PromptStats
 from ibkit.rl.ddim import Schedule, log_prob, step_mean
@@ -53,8 +53,8 @@ class DDPOConfig:
         advantage_clip: 5 (DDPO's code).
         learning_rate: 2e-5; betas: (0.9, 0.99); weight_decay: 0.01 (InstructBooth).
         max_grad_norm: 1 (DDPO's code).
-        trained_steps: of the denoising steps, how many are trained, the noisiest first; 0 = all (DDPO). The rest is
-            sampled all the same. `rl.ddim.step_weight` says why the last ones can drown all others.
+        trained_share: of the denoising steps, the noisiest first; 1 trains all (DDPO). The rest is sampled as well.
+            `rl.ddim.step_weight` says why the last ones can drown all others.
         lora_rank: not given by InstructBooth; 4 in DDPO's code.
         micro_batch: (image, step) pairs in a forward pass: memory and speed only, gradients are accumulated.
         stats_buffer, stats_min_count: of `PromptStats`; 16 and 16 in DDPO's code.
@@ -71,12 +71,16 @@ class DDPOConfig:
     betas: tuple[float, float] = (0.9, 0.99)
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
-    trained_steps: int = 0
+    trained_share: float = 1.0
     lora_rank: int = 4
     micro_batch: int = 4
     stats_buffer: int = 16
     stats_min_count: int = 16
     checkpoint_every: int = 5
+
+    def n_trained_steps(self, n_steps: int) -> int:
+        """How many of `n_steps` denoising steps are trained, at least one."""
+        return max(1, round(self.trained_share * n_steps))
 
 
 def policy_loss(
@@ -127,13 +131,8 @@ def train(
 
     Raises:
         TrainingError: a non-finite reward, loss or gradient; the adapter of the last checkpoint stays.
-        ParameterError: more steps to train than there are.
     """
     schedule = config.sampler.schedule(model)
-    if config.trained_steps > len(schedule):
-        raise ParameterError(
-            f"{config.trained_steps} of {len(schedule)} denoising steps cannot be trained: give fewer."
-        )
     trainable = model.add_lora(config.lora_rank, generator(seed, "lora"))
     optimizer = torch.optim.AdamW(
         trainable, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
@@ -199,7 +198,7 @@ def _update(
     stream: torch.Generator,
 ) -> dict[str, float]:
     """The gradient steps of an epoch: trajectories in random order, `batch` of them (all timesteps) to a step."""
-    n_steps = config.trained_steps or len(schedule)
+    n_steps = config.n_trained_steps(len(schedule))
     advantages = advantages.to(model.device)
     order = torch.randperm(len(advantages), generator=stream)
     losses, clipped, norms, ratio_first = [], [], [], None
