@@ -176,7 +176,11 @@ main_job.NOTEBOOKS, main_job.OUTPUTS = Path({str(places / "notebooks")!r}), Path
 sys.exit(cli.main(["run", *{words!r}]))
 """
     command = [sys.executable, "-c", code]
-    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True), []
+    process = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit it ignored
+    )  # fmt: skip
+    return process, []
 
 
 def follow(process: subprocess.Popen, seen: list[str], word: str) -> str:
