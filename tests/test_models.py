@@ -8,7 +8,7 @@ import torch
 from ibkit.data.prompts import check_identifier, make_prompt, training_prompts
 from ibkit.device import generator
 from ibkit.errors import ModelError, ParameterError
-from ibkit.models import load_model
+from ibkit.models import load_model, use_quick_attention
 from ibkit.sample import Sampler, sample
 from tests.tiny import tiny_model
 
@@ -63,6 +63,7 @@ def test_an_adapter_starts_as_the_identity_and_travels(tiny, folder, tmp_path):
     pipeline.load_lora_weights(tmp_path / "lora")
     theirs = load_model(str(folder))
     theirs.unet = pipeline.unet
+    use_quick_attention(theirs.unet, theirs.device)
     torch.testing.assert_close(noise_of(theirs), tuned, rtol=1e-5, atol=1e-6)
 
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ibkit.models import TextToImage
+from ibkit.models import TextToImage, use_quick_attention
 
 TEXT_WIDTH = 16
 
@@ -56,6 +56,7 @@ def tiny_model(tokenizer, seed: int = 0) -> TextToImage:
         )
     for part in (unet, vae, text_encoder):
         part.eval().requires_grad_(False)
+    use_quick_attention(unet, torch.device("cpu"))  # as a loaded model has it
     return TextToImage("tiny", unet, vae, text_encoder, tokenizer, scheduler(), torch.device("cpu"))
 
 
