@@ -19,20 +19,26 @@ COMMANDS = {  # name: (module, what it does)
     "claims": ("ibkit.claims", "read the papers' claims against a finished run"),
     "check": ("ibkit.check", "look at this machine: what can run here, and what to do about what cannot"),
 }
-EXIT_ERROR, EXIT_INTERRUPTED = 2, 130
+EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE = 2, 130, 141
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `ibkit` with the arguments of the command line (or `argv`).
 
     Returns:
-        The exit status: the subcommand's own, 2 for an error the user can do something about, 130 after Ctrl-C.
+        The exit status: the subcommand's own, 2 for an error the user can do something about, 130 after Ctrl-C, 141
+        when the reader of its output went away.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     try:
         arguments = _parse(argv)
         use_own_kernel()
-        return arguments.main(arguments)
+        status = arguments.main(arguments)
+        sys.stdout.flush()  # a closed pipe shows here, and not while Python shuts down
+        return status
+    except BrokenPipeError:  # the reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_PIPE
     except IbkitError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR

@@ -31,7 +31,7 @@ from ibkit import errors
 from ibkit.errors import ArtifactError, IbkitError, ParameterError
 from ibkit.params import SCHEMAS, make, schema
 from ibkit.progress import duration
-from ibkit.runs import MANIFEST, Run, _differences, _holder, _identify, _read_manifest, project_root, read_run, resolve
+from ibkit.runs import MANIFEST, Run, differing, held_by, identify, project_root, read_manifest, read_run, resolve
 
 KIND = "run"
 NOTEBOOKS = project_root() / "notebooks"
@@ -238,11 +238,11 @@ def is_done(stage: Stage) -> bool:
     """
     try:
         done = read_run(stage.folder, stage.notebook.stem)
-        inputs = {name: _identify(resolve(entry["path"])) for name, entry in done.manifest["inputs"].items()}
+        inputs = {name: identify(resolve(entry["path"])) for name, entry in done.manifest["inputs"].items()}
     except ArtifactError:  # not there, interrupted, or altered
         return False
-    changed = _differences(done.manifest["inputs"], inputs, lambda entry: entry["sha256"])
-    return not changed and not _differences(done.parameters, stage.parameters, lambda value: value)
+    changed = differing(done.manifest["inputs"], inputs, lambda entry: entry["sha256"])
+    return not changed and not differing(done.parameters, stage.parameters, lambda value: value)
 
 
 def _execute_notebook(stage: Stage, folder: Path, peaks: list[float]) -> None:
@@ -424,7 +424,7 @@ def _newest() -> Path:
     """The folder of the main run that was written to last."""
     manifests = sorted(OUTPUTS.glob(f"*/{MANIFEST}"), key=lambda path: path.stat().st_mtime_ns, reverse=True)
     for manifest in manifests:
-        if _read_manifest(manifest.parent)["kind"] == KIND:
+        if read_manifest(manifest.parent)["kind"] == KIND:
             return manifest.parent
     raise ArtifactError(f"There is no run in {OUTPUTS} to go on with; start one without --resume.")
 
@@ -433,7 +433,7 @@ def _stored(folder: Path) -> dict[str, Any]:
     """The settings that a run was started with."""
     if not (folder / MANIFEST).is_file():
         raise ArtifactError(f"There is no run {folder} to go on with; start it without --resume.")
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     if manifest["kind"] != KIND:
         raise ArtifactError(f"{folder} is a run of notebook {manifest['kind']}, not of `ibkit run`; check --name.")
     return manifest["parameters"]
@@ -441,11 +441,11 @@ def _stored(folder: Path) -> dict[str, Any]:
 
 def _wait_for_orphans(folder: Path) -> None:
     """Wait for the kernel of a job that was killed: it ends when it notices, and holds its run folder until then."""
-    if _holder(folder):
+    if held_by(folder):
         return  # the job itself is alive, and opening its run will say so
     until = time.monotonic() + ORPHAN_S
     for child in sorted(folder.glob("*/")):
-        while holder := _holder(child):
+        while holder := held_by(child):
             if time.monotonic() > until:
                 raise ArtifactError(f"{child} is in use by process {holder}; wait for it, or end it.")
             time.sleep(0.1)

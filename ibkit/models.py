@@ -9,8 +9,8 @@ Shapes: B batch, L text tokens, D text width, C/H/W latent channels, height, wid
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from contextlib import nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -162,6 +162,15 @@ class TextToImage:
                     parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / rank)
                 trainable.append(parameter)
         return trainable
+
+    @contextmanager
+    def without_lora(self) -> Iterator[None]:
+        """Inside, the model is what it was before `add_lora`; the adapter is trainable again afterwards."""
+        self.unet.disable_adapters()
+        try:
+            yield
+        finally:
+            self.unet.enable_adapters()
 
     def lora_state(self) -> dict[str, torch.Tensor]:
         """The adapter's weights by name, on the CPU."""

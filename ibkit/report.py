@@ -19,8 +19,9 @@ from PIL import Image
 from ibkit import __version__
 from ibkit.claims import NOT_REPRODUCED, NOT_TESTED, REPRODUCED, claims_from_scores, summary
 from ibkit.errors import ArtifactError
+from ibkit.progress import duration
 from ibkit.published import EVALUATORS, PAPER, PUBLISHED, TABLE_TITLES, PublishedNumber, published
-from ibkit.runs import CompletedRun, _write_atomically, read_run
+from ibkit.runs import CompletedRun, read_run, write_atomically
 from ibkit.stats import METRICS, as_compared, check_scores, in_method_order, method_label, summarise
 
 # Rows of a figure's table that are shown; the rest stands in the CSV file beside the figure.
@@ -80,7 +81,7 @@ def build_report(run_folder: str | Path) -> Path:
     text = render(folder.resolve().name, stages)
     data = text.encode()
     path = folder / "report.html"
-    _write_atomically(path, len(data), lambda temporary: temporary.write_bytes(data))
+    write_atomically(path, len(data), lambda temporary: temporary.write_bytes(data))
     return path
 
 
@@ -91,7 +92,7 @@ def render(name: str, stages: list[CompletedRun]) -> str:
     claims = claims_from_scores(scores) if scores is not None else []
     known, others = _figures(stages)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"method": method_label, "seconds": _seconds, "cell": _cell, "nobreak": _nobreak}
+    environment.filters |= {"method": method_label, "seconds": duration, "cell": _cell, "nobreak": _nobreak}
     return environment.from_string(TEMPLATE).render(
         css=CSS,
         name=name,
@@ -312,16 +313,6 @@ OTHER_KIND = FigureKind("", "", "", _describe_other)
 
 
 # --- words ---------------------------------------------------------------------------------------------------------
-
-
-def _seconds(seconds: float) -> str:
-    """Write a duration: 42.0 -> "42 s", 312 -> "5 min 12 s", 7500 -> "2 h 05 min"."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f} s" if seconds < 10 else f"{whole} s"
-    if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 
 def _nobreak(text: str) -> str:

@@ -126,7 +126,7 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _write_atomically(path: Path, need_bytes: int, write: Callable[[Path], Any]) -> None:
+def write_atomically(path: Path, need_bytes: int, write: Callable[[Path], Any]) -> None:
     """Let `write` fill a temporary file, then put it in place of `path`."""
     require_disk(path.parent, need_bytes)
     temporary = path.with_name(f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}")
@@ -169,7 +169,8 @@ def _savable(tensors: Mapping[str, "torch.Tensor"]) -> dict[str, "torch.Tensor"]
 # ---------------------------------------------------------------------------------------------------- manifests
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """The manifest of a run, finished or not; ArtifactError where it is missing, damaged or altered."""
     path = folder / MANIFEST
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -204,7 +205,7 @@ def _fault(folder: Path, name: str, entry: Mapping[str, Any]) -> str:
     return "" if path.stat().st_size == entry["bytes"] and hash_file(path) == entry["sha256"] else "altered"
 
 
-def _identify(value: Any) -> dict[str, str]:
+def identify(value: Any) -> dict[str, str]:
     """Name and hash of an input: a finished run by its parameters and outputs, any other folder or file by content."""
     path = Path(getattr(value, "folder", value)).resolve()
     if (path / MANIFEST).is_file():
@@ -295,7 +296,7 @@ class _Lock:
         os.close(self._descriptor)
 
 
-def _holder(folder: Path) -> str:
+def held_by(folder: Path) -> str:
     """Process id of the live process that holds a run folder, or ''."""
     try:
         descriptor = os.open(folder / LOCK, os.O_RDONLY)
@@ -355,7 +356,7 @@ class Run:
         """
         folder = Path(folder).resolve()
         parameters = json.loads(json.dumps(dict(parameters), default=_plain))
-        identified = {name: _identify(value) for name, value in (inputs or {}).items()}
+        identified = {name: identify(value) for name, value in (inputs or {}).items()}
         if folder in _OPEN and not resume:
             raise ArtifactError(_taken(folder))
         if folder in _OPEN:
@@ -398,11 +399,11 @@ class Run:
             return manifest
         if not resume:
             raise ArtifactError(_taken(folder))
-        old = _read_manifest(folder)
+        old = read_manifest(folder)
         if old["kind"] != kind:
             raise ArtifactError(f"{folder} has a run of {old['kind']} in it, not of {kind}; choose another folder.")
-        differ = _differences(old["parameters"], parameters, lambda value: value)
-        differ += _differences(old["inputs"], inputs, lambda value: value and value["sha256"][:12])
+        differ = differing(old["parameters"], parameters, lambda value: value)
+        differ += differing(old["inputs"], inputs, lambda value: value and value["sha256"][:12])
         if differ:
             raise ArtifactError(
                 f"The run in {folder} cannot be resumed, because it was started with other values: "
@@ -414,7 +415,7 @@ class Run:
                 warnings.warn(f"{folder / name} is {fault} and will have to be made again.", stacklevel=4)
                 del outputs[name]
                 old["status"] = "running"
-        if changed := _differences(old["versions"], manifest["versions"], lambda value: value):
+        if changed := differing(old["versions"], manifest["versions"], lambda value: value):
             warnings.warn(f"The run in {folder} goes on with other versions: {'; '.join(changed)}.", stacklevel=4)
         kept = {key: old[key] for key in ("status", "metrics", "started", "seconds")}
         return manifest | kept | {"outputs": outputs}
@@ -552,7 +553,7 @@ class Run:
     def _write(self, rel: str | os.PathLike, need_bytes: int, write: Callable[[Path], Any]) -> Path:
         name = _checked_name(rel)
         self._begin_writing()
-        _write_atomically(self.folder / name, need_bytes, write)
+        write_atomically(self.folder / name, need_bytes, write)
         self._note(name)
         return self.folder / name
 
@@ -572,7 +573,7 @@ class Run:
         self.manifest["seconds"] = round(self._seconds_before + time.monotonic() - self._clock, 3)
         signed = self.manifest | {"digest": hash_json(self.manifest)}
         data = (json.dumps(signed, indent=1, ensure_ascii=False) + "\n").encode()
-        _write_atomically(self.folder / MANIFEST, len(data), lambda temporary: temporary.write_bytes(data))
+        write_atomically(self.folder / MANIFEST, len(data), lambda temporary: temporary.write_bytes(data))
 
     def _close(self) -> None:
         if self._lock is not None:
@@ -581,7 +582,8 @@ class Run:
             _OPEN.pop(self.folder, None)
 
 
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], show: Callable[[Any], Any]) -> list[str]:
+def differing(old: Mapping[str, Any], new: Mapping[str, Any], show: Callable[[Any], Any]) -> list[str]:
+    """Say, name by name, what differs between two runs' parameters or inputs; `show` picks what is compared."""
     names = sorted((set(old) | set(new)) - NOT_COMPARED)
     pairs = [(name, show(old.get(name)), show(new.get(name))) for name in names]
     return [f"{name} was {before!r} and is {now!r}" for name, before, now in pairs if before != now]
@@ -665,12 +667,12 @@ def read_run(folder: str | os.PathLike, kind: str = "") -> CompletedRun:
         ArtifactError: no manifest, an unknown schema, not complete, another kind, or an output missing or altered.
     """
     folder = Path(folder).resolve()
-    manifest = _read_manifest(folder)
+    manifest = read_manifest(folder)
     status = manifest["status"]
     if status == "failed":
         raise ArtifactError(f"The run in {folder} failed: {manifest.get('reason', 'no reason noted')}")
     if status != "complete":
-        holder = _holder(folder)
+        holder = held_by(folder)
         what = f"is still being written by process {holder}; wait for it" if holder else "was interrupted; resume it"
         raise ArtifactError(f"The run in {folder} {what}.")
     if kind and manifest["kind"] != kind:

@@ -21,8 +21,8 @@ SMALL = [
 ]  # fmt: skip
 
 
-def ibkit(*words, cwd=ROOT):
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+def ibkit(*words, cwd=ROOT, **variables):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"} | {k: str(v) for k, v in variables.items()}
     return subprocess.run(
         [sys.executable, "-m", "ibkit", *map(str, words)], cwd=cwd, env=environment, capture_output=True, text=True
     )
@@ -124,10 +124,11 @@ def test_your_own_photos_on_a_local_folder_in_sd_format(tokenizer, outputs, done
     chain = ["--model", tmp_path / "model", "--subject", tmp_path / "my dog", "--class-noun", "dog", "--device", "cpu"]
     for word in SMALL:
         chain += ["-p", word]
-    # A local model takes the presets of Stable Diffusion, whose scorers come from the hub, and here is no network.
-    offline = ibkit("run", "--name", f"{outputs.name}-offline", *chain)
+    # A local model takes the presets of Stable Diffusion, whose scorers come from the hub; here it is out of reach.
+    offline = ibkit("run", "--name", f"{outputs.name}-offline", *chain, HF_HUB_OFFLINE=1, HF_HOME=tmp_path / "cache")
     shutil.rmtree(main_job.OUTPUTS / f"{outputs.name}-offline")
-    assert offline.returncode == 2 and "go online once" in offline.stderr.lower() or "hub" in offline.stderr
+    assert offline.returncode == 2, offline.stderr[-3000:]
+    assert "official weights" in offline.stderr and "connect to the internet once" in offline.stderr
     result = ibkit("run", "--name", f"{outputs.name}-photos", "--scorer-weights", "pocket", *chain)
     try:
         assert result.returncode == 0, result.stdout + result.stderr

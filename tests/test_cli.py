@@ -248,7 +248,21 @@ def test_check_says_whether_the_hub_answers(monkeypatch):
 
 def test_a_server_that_never_answers_does_not_hold_the_check_up(monkeypatch):
     monkeypatch.setattr(check, "HUB_TIMEOUT_S", 0.05)
-    monkeypatch.setattr(check.urllib.request, "urlopen", lambda *a, **k: check.threading.Event().wait(60))
+
+    def never(*args, **kwargs):
+        check.threading.Event().wait(60)
+        raise TimeoutError
+
+    monkeypatch.setattr(check.urllib.request, "urlopen", never)
     start = time.monotonic()
     assert check._answers("https://example.invalid") is False
     assert time.monotonic() - start < 30
+
+
+def test_a_reader_that_has_seen_enough_ends_the_command_quietly():
+    code = "import sys; from ibkit import cli; sys.exit(cli.main(['claims', 'outputs/reference', '--json']))"
+    command = subprocess.Popen(
+        [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    command.stdout.close()
+    assert command.stderr.read() == "" and command.wait(60) == 141

@@ -12,7 +12,8 @@ from ibkit.device import generator
 from ibkit.errors import ModelError, TrainingError
 from ibkit.rl import ddpo
 from ibkit.rl.advantages import PromptStats
-from ibkit.rl.ddpo import DDPOConfig, epoch_prompts, pair_loss, policy_loss, train
+from ibkit.rl.ddim import step_mean
+from ibkit.rl.ddpo import DDPOConfig, epoch_prompts, gaussian_kl, pair_loss, policy_loss, train
 from ibkit.rl.rollout import rollout
 from ibkit.runs import Checkpoints
 from ibkit.sample import Sampler
@@ -67,6 +68,15 @@ def test_clipped_pairs_have_no_gradient():
     new = torch.tensor([0.5], requires_grad=True)
     policy_loss(new, torch.zeros(1), torch.tensor([1.0]), 1e-4)[0].sum().backward()
     assert new.grad.item() == 0
+
+
+def test_kl_against_torch():
+    mean, reference = torch.randn(2, 3, 4, 2, 2, generator=generator(0)).unbind(0)
+    std = torch.tensor([0.1, 1.0, 2.0])
+    s = std.view(3, 1, 1, 1).expand_as(mean)
+    normal = torch.distributions.Normal
+    expected = torch.distributions.kl_divergence(normal(mean, s), normal(reference, s)).mean((1, 2, 3))
+    torch.testing.assert_close(gaussian_kl(mean, reference, std), expected)
 
 
 # --- advantages -------------------------------------------------------------------------------------------------
@@ -127,7 +137,7 @@ def test_the_stored_trajectory_re_scores_to_ratio_one(tiny):
     with_adapter(tiny)
     schedule, trajectories = rolled(tiny)
     image, step = all_pairs(len(schedule), 4)
-    _, ratio = pair_loss(tiny, trajectories, image, step, torch.ones(len(image)), schedule, CONFIG)
+    _, ratio, _ = pair_loss(tiny, trajectories, image, step, torch.ones(len(image)), schedule, CONFIG)
     assert (ratio - 1).abs().max() < 1e-5
 
 
@@ -135,7 +145,7 @@ def test_another_guidance_in_training_than_in_sampling_breaks_the_ratio(tiny):
     with_adapter(tiny)
     schedule, trajectories = rolled(tiny, guidance=1.0)
     image, step = all_pairs(len(schedule), 4)
-    _, ratio = pair_loss(tiny, trajectories, image, step, torch.ones(len(image)), schedule, CONFIG)
+    _, ratio, _ = pair_loss(tiny, trajectories, image, step, torch.ones(len(image)), schedule, CONFIG)
     assert (ratio - 1).abs().max() > 1e-4
 
 
@@ -159,7 +169,8 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(tokenizer):
         optimizer = torch.optim.SGD(trainable, lr=1.0)
         before = [p.detach().clone() for p in trainable]
         config = dataclasses.replace(CONFIG, micro_batch=micro_batch, batch=4, max_grad_norm=1e9)
-        ddpo._update(model, optimizer, trainable, trajectories, advantages, schedule, config, generator(0))
+        average = [p.detach().clone() for p in trainable]
+        ddpo._update(model, optimizer, trainable, average, trajectories, advantages, schedule, config, generator(0))
         gradients.append([b - p.detach() for b, p in zip(before, trainable, strict=True)])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
@@ -204,6 +215,88 @@ def test_only_the_noisiest_steps_are_trained(tiny, tmp_path, monkeypatch):
     history = train(tiny, PROMPTS, brightness, config, tmp_path)
     assert seen == {0, 1}
     assert sum(k.startswith("log_prob_t") for k in history[0]) == 4  # all are sampled
+
+
+def test_the_kl_is_taken_from_the_policy_before_rl(tiny):
+    """From the model without its adapter, whose weights are trainable again afterwards."""
+    schedule, trajectories = rolled(tiny)
+    image, step = all_pairs(len(schedule), 4)
+    x_t, t = trajectories.latents[step, image], schedule.timesteps[step]
+
+    def mean():
+        eps = tiny.guided_noise(x_t, t, trajectories.text[image], 3.0)
+        return step_mean(x_t, eps, schedule.alpha_bar[step], schedule.alpha_bar_prev[step], schedule.std[step])
+
+    with torch.no_grad():
+        personalized = mean()
+    trainable = with_adapter(tiny)
+    config = dataclasses.replace(CONFIG, kl_weight=1.0)
+    _, _, kl = pair_loss(tiny, trajectories, image, step, torch.ones(len(image)), schedule, config)
+    with torch.no_grad():
+        expected = gaussian_kl(mean(), personalized, schedule.std[step])
+    assert expected.min() > 0
+    torch.testing.assert_close(kl.detach(), expected)
+    kl.sum().backward()
+    assert all(p.requires_grad and p.grad is not None for p in trainable)
+
+
+def test_a_heavy_kl_holds_the_policy(tokenizer, tmp_path):
+    moved = {}
+    for weight in (0.0, 100.0):
+        config = dataclasses.replace(CONFIG, n_epochs=4, kl_weight=weight)
+        model = tiny_model(tokenizer)
+        train(model, PROMPTS, brightness, config, tmp_path / f"{weight}")
+        schedule, trajectories = rolled(model)
+        image, step = all_pairs(len(schedule), 4)
+        watched = dataclasses.replace(CONFIG, kl_weight=1.0)
+        with torch.no_grad():
+            _, _, kl = pair_loss(model, trajectories, image, step, torch.ones(len(image)), schedule, watched)
+        moved[weight] = kl.mean().item()
+    assert 0 < moved[100.0] < 0.3 * moved[0.0]
+
+
+def test_the_result_is_the_moving_average_of_the_adapter(tokenizer, tmp_path):
+    """With one gradient step an epoch, by hand from the policies that `on_epoch` sees."""
+    decay = 0.7
+    config = dataclasses.replace(CONFIG, n_epochs=3, batch=8, ema_decay=decay)
+    model = tiny_model(tokenizer)
+    start = tiny_model(tokenizer)
+    start.add_lora(config.lora_rank, generator(0, "lora"))
+    expected, policies = start.lora_state(), []
+
+    def on_epoch(row, model):
+        policies.append(model.lora_state())
+        for name, value in policies[-1].items():
+            expected[name] = decay * expected[name] + (1 - decay) * value
+
+    train(model, PROMPTS, brightness, config, tmp_path / "whole", on_epoch=on_epoch)
+    result = model.lora_state()
+    for name, value in result.items():
+        torch.testing.assert_close(value, expected[name])
+    assert any(not torch.equal(value, policies[-1][name]) for name, value in result.items())
+    resumed = tiny_model(tokenizer)
+    train(tiny_model(tokenizer), PROMPTS, brightness, dataclasses.replace(config, n_epochs=2), tmp_path / "cut")
+    train(resumed, PROMPTS, brightness, config, tmp_path / "cut")
+    assert all(torch.equal(value, result[name]) for name, value in resumed.lora_state().items())
+
+
+def test_a_gradient_step_draws_some_of_the_steps_anew_for_each_image(tiny, tmp_path, monkeypatch):
+    seen = []
+
+    def spy(model, trajectories, image, step, *rest):
+        seen.append((image.tolist(), step.tolist()))
+        return pair_loss(model, trajectories, image, step, *rest)
+
+    monkeypatch.setattr(ddpo, "pair_loss", spy)
+    config = dataclasses.replace(CONFIG, n_epochs=4, subsample=0.5, micro_batch=64)
+    train(tiny, PROMPTS, brightness, config, tmp_path)
+    drawn = [
+        frozenset(s for i, s in zip(images, steps, strict=True) if i == k)
+        for images, steps in seen
+        for k in set(images)
+    ]
+    assert {len(d) for d in drawn} == {2}  # half of four steps, none twice
+    assert len(set(drawn)) > 3 and frozenset.union(*drawn) == {0, 1, 2, 3}
 
 
 @pytest.mark.parametrize("share, n_steps, trained", [(1.0, 50, 50), (0.4, 15, 6), (0.4, 3, 1), (0.4, 1, 1)])

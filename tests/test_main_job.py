@@ -163,7 +163,7 @@ def test_ctrl_c_and_sigterm_stop_the_kernel(places, number):
         os.kill(kernel, 0)
     with pytest.raises(ArtifactError, match="failed: It was interrupted"):
         read_run(places / "outputs" / "job")
-    assert runs._holder(places / "outputs" / "job" / "01_personalize") == ""
+    assert runs.held_by(places / "outputs" / "job" / "01_personalize") == ""
     assert "kernel" in text_of(places / "outputs" / "job" / "01_personalize.ipynb")
 
 

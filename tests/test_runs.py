@@ -413,7 +413,7 @@ def test_an_input_that_is_missing_incomplete_or_altered_is_refused(tmp_path):
 
 
 def test_a_path_in_the_checkout_is_recorded_without_the_machines_own_part():
-    assert runs._identify(ROOT / "pyproject.toml")["path"] == "pyproject.toml"
+    assert runs.identify(ROOT / "pyproject.toml")["path"] == "pyproject.toml"
 
 
 def test_relative_paths_start_at_the_checkout(tmp_path, monkeypatch):

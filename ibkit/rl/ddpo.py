@@ -55,6 +55,12 @@ class DDPOConfig:
         max_grad_norm: 1 (DDPO's code).
         trained_share: of the denoising steps, the noisiest first; 1 trains all (DDPO). The rest is sampled as well.
             `rl.ddim.step_weight` says why the last ones can drown all others.
+        subsample: share of the trained steps that a gradient step draws for each image, anew each time; 1 takes all
+            (DDPO). The gradient keeps its expectation (it is a mean over pairs) and costs less.
+        kl_weight: β of the KL divergence from the personalized policy, added to the loss of every pair (DPOK, Fan et
+            al. 2023, eq. 8); 0 leaves it out (DDPO).
+        ema_decay: of an exponential moving average of the adapter over gradient steps, which is the result of the
+            training; sampling keeps to the policy itself. 0 = the result is the last policy (DDPO).
         lora_rank: not given by InstructBooth; 4 in DDPO's code.
         micro_batch: (image, step) pairs in a forward pass: memory and speed only, gradients are accumulated.
         stats_buffer, stats_min_count: of `PromptStats`; 16 and 16 in DDPO's code.
@@ -72,6 +78,9 @@ class DDPOConfig:
     weight_decay: float = 0.01
     max_grad_norm: float = 1.0
     trained_share: float = 1.0
+    subsample: float = 1.0
+    kl_weight: float = 0.0
+    ema_decay: float = 0.0
     lora_rank: int = 4
     micro_batch: int = 4
     stats_buffer: int = 16
@@ -93,6 +102,20 @@ def policy_loss(
     ratio = torch.exp(new_log_prob - old_log_prob)
     clipped = ratio.clamp(1 - clip_range, 1 + clip_range)
     return torch.maximum(-advantage * ratio, -advantage * clipped), ratio
+
+
+def gaussian_kl(mean: torch.Tensor, reference: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
+    """KL(N(mean, s²) ‖ N(reference, s²)) = (mean - reference)² / 2s², averaged over C, H, W as `log_prob` is.
+
+    Args:
+        mean, reference: (M, C, H, W).
+        std: (M,), positive.
+
+    Returns:
+        (M,) nats per latent value.
+    """
+    s = std.view(-1, 1, 1, 1)
+    return ((mean - reference) ** 2 / (2 * s**2)).mean(dim=(1, 2, 3))
 
 
 def scorer_reward(scorer) -> Reward:
@@ -137,12 +160,14 @@ def train(
     optimizer = torch.optim.AdamW(
         trainable, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )
+    average = [p.detach().clone() for p in trainable]
     stats = PromptStats(config.stats_buffer, config.stats_min_count)
     history: list[dict[str, float]] = []
     checkpoints = Checkpoints(folder / "checkpoints")
     if (found := checkpoints.latest()) is not None:
         _, tensors, state = found
         model.load_lora_state(part(tensors, "lora"))
+        average = [tensors[f"average.{i}"].to(p.device) for i, p in enumerate(trainable)]
         load_optimizer_tensors(optimizer, tensors)
         stats.load(state["stats"])
         history = state["history"]
@@ -174,15 +199,27 @@ def train(
             for t, v in zip(schedule.timesteps, trajectories.log_probs.mean(1).tolist(), strict=True)
         }
         row |= _update(
-            model, optimizer, trainable, trajectories, advantages, schedule, config, generator(seed, "update", epoch)
+            model,
+            optimizer,
+            trainable,
+            average,
+            trajectories,
+            advantages,
+            schedule,
+            config,
+            generator(seed, "update", epoch),
         )
         row["seconds"] = time.perf_counter() - started
         history.append(row)
         if (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == config.n_epochs:
             tensors = {f"lora.{k}": v for k, v in model.lora_state().items()} | optimizer_tensors(optimizer)
+            tensors |= {f"average.{i}": v.cpu() for i, v in enumerate(average)}
             checkpoints.save(epoch + 1, tensors, {"stats": stats.state(), "history": history})
         if on_epoch:
             on_epoch(row, model)
+    with torch.no_grad():
+        for parameter, mean in zip(trainable, average, strict=True):
+            parameter.copy_(mean)
     model.unet.requires_grad_(False)
     return history
 
@@ -191,6 +228,7 @@ def _update(
     model,
     optimizer,
     trainable,
+    average,
     trajectories: Trajectories,
     advantages: torch.Tensor,
     schedule: Schedule,
@@ -199,35 +237,41 @@ def _update(
 ) -> dict[str, float]:
     """The gradient steps of an epoch: trajectories in random order, `batch` of them (all timesteps) to a step."""
     n_steps = config.n_trained_steps(len(schedule))
+    n_drawn = max(1, round(config.subsample * n_steps))
     advantages = advantages.to(model.device)
     order = torch.randperm(len(advantages), generator=stream)
-    losses, clipped, norms, ratio_first = [], [], [], None
+    losses, divergences, clipped, norms, ratio_first = [], [], [], [], None
     for members in order.split(config.batch):
-        pairs = torch.cartesian_prod(members, torch.randperm(n_steps, generator=stream))
+        steps = torch.stack([torch.randperm(n_steps, generator=stream)[:n_drawn] for _ in members])
+        pairs = torch.stack([members.repeat_interleave(n_drawn), steps.flatten()], 1)
         for micro in pairs.split(config.micro_batch):
             image, step = micro[:, 0].to(model.device), micro[:, 1].to(model.device)
-            loss, ratio = pair_loss(model, trajectories, image, step, advantages[image], schedule, config)
+            loss, ratio, kl = pair_loss(model, trajectories, image, step, advantages[image], schedule, config)
             if not bool(torch.isfinite(loss).all()):
                 raise TrainingError(
                     f"the policy loss is not finite (ratio {ratio.min().item():.3g} "
                     f"to {ratio.max().item():.3g}): lower the learning rate."
                 )
-            (loss.sum() / len(pairs)).backward()
+            ((loss + config.kl_weight * kl).sum() / len(pairs)).backward()
             deviation = (ratio.detach() - 1).abs()
             ratio_first = deviation.max().item() if ratio_first is None else ratio_first
             losses.append(loss.detach())
+            divergences.append(kl.detach())
             clipped.append(deviation > config.clip_range)
         norm = torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
         if not bool(torch.isfinite(norm)):
             raise TrainingError("the gradient is not finite: lower the learning rate.")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+        for mean, parameter in zip(average, trainable, strict=True):
+            mean.lerp_(parameter.detach(), 1 - config.ema_decay)
         norms.append(norm.item())
     return {
         "ratio_first": ratio_first,
         "clip_fraction": torch.cat(clipped).float().mean().item(),
         "grad_norm": sum(norms) / len(norms),
         "loss": torch.cat(losses).mean().item(),
+        "kl": torch.cat(divergences).mean().item(),
     }
 
 
@@ -239,10 +283,22 @@ def pair_loss(
     advantage: torch.Tensor,
     schedule: Schedule,
     config: DDPOConfig,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Loss and ratio (M,) of pairs (image, step), with the guidance that the rollout used."""
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Loss, ratio and KL from the personalized policy, each (M,), of pairs (image, step), with the guidance that the
+    rollout used. Without `kl_weight` the divergence is not computed and 0.
+    """
     x_t, x_prev = trajectories.latents[step, image], trajectories.latents[step + 1, image]
-    eps_hat = model.guided_noise(x_t, schedule.timesteps[step], trajectories.text[image], config.sampler.guidance)
-    mean = step_mean(x_t, eps_hat, schedule.alpha_bar[step], schedule.alpha_bar_prev[step], schedule.std[step])
-    new = log_prob(x_prev, mean, schedule.std[step])
-    return policy_loss(new, trajectories.log_probs[step, image], advantage, config.clip_range)
+    std = schedule.std[step]
+
+    def policy_mean() -> torch.Tensor:
+        eps_hat = model.guided_noise(x_t, schedule.timesteps[step], trajectories.text[image], config.sampler.guidance)
+        return step_mean(x_t, eps_hat, schedule.alpha_bar[step], schedule.alpha_bar_prev[step], std)
+
+    mean = policy_mean()
+    new = log_prob(x_prev, mean, std)
+    kl = torch.zeros_like(new)
+    if config.kl_weight:
+        with torch.no_grad(), model.without_lora():
+            personalized = policy_mean()
+        kl = gaussian_kl(mean, personalized, std)
+    return *policy_loss(new, trajectories.log_probs[step, image], advantage, config.clip_range), kl
