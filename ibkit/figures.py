@@ -14,6 +14,7 @@ import matplotlib
 import numpy as np
 import pandas as pd
 import seaborn
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
@@ -70,6 +71,7 @@ REWARD_SERIES = {
 }
 MONITOR_SERIES = {
     "monitor": ("Subject fidelity (monitor)", METHOD_COLOURS["dreambooth"], "-"),
+    "text_monitor": ("Text fidelity (not optimised)", METHOD_COLOURS["base"], "-"),
     "judge_activity": ("Activity shown (simulated judge)", METHOD_COLOURS["instructbooth"], "--"),
     "judge_identity": ("Same subject (simulated judge)", METHOD_COLOURS["custom_diffusion"], ":"),
 }
@@ -210,7 +212,8 @@ def learning_curves(history: pd.DataFrame, title: str = "") -> tuple[Figure, pd.
 
     Args:
         history: one row per epoch as in `history.csv` (epoch, reward, …), with `rl_seed` if it holds several runs;
-            several runs are drawn as mean and standard deviation, as in the paper's figure 16.
+            several runs are drawn as mean and standard deviation, as in the paper's figure 16. Of a single run the
+            guard's alarm and best epoch are marked.
         title: above the figure.
 
     Returns:
@@ -235,11 +238,24 @@ def learning_curves(history: pd.DataFrame, title: str = "") -> tuple[Figure, pd.
                 )
             axis.set(title=panel, xlabel="epoch", ylabel=label)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+            if "rl_seed" not in names:
+                _mark_guard(axis, history)
             if axis.get_legend():
                 axis.legend(loc="best")
         _head(figure, title)
     data = pd.concat(parts, ignore_index=True)
     return figure, data[["panel", "series", *names, "value"]]
+
+
+def _mark_guard(axis: Axes, history: pd.DataFrame) -> None:
+    """Where the reward guard rang, and the epoch whose policy it thinks best (`ibkit.rl.guard`)."""
+    if "alarm" in history:
+        for k, epoch in enumerate(history.loc[history["alarm"] == 1, "epoch"]):
+            label = "_" if k else "Guard's alarm"
+            axis.axvspan(epoch - 0.5, epoch + 0.5, color="#c0392b", alpha=0.12, lw=0, label=label)
+    if "frontier" in history and history["frontier"].notna().any():
+        best = history.loc[history["frontier"].idxmax(), "epoch"]
+        axis.axvline(best, color=INK, lw=1, ls=":", label="Best frontier")
 
 
 def fidelity_plane(

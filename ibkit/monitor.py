@@ -24,8 +24,10 @@ class SubjectMonitor:
         references: its photos.
         scorer: similarity to the references, such as DINO.
         judge: asked as well where the truth is known; None for a user's photos.
+        text_scorer: a text scorer that is not the reward, such as CLIP-T; None to do without.
 
-    A call returns `monitor`, the mean similarity of the pictures made with the identifier, and with a judge
+    A call returns `monitor` and `text_monitor`, the two scorers' means over the pictures made with the identifier (the
+    text scorer reads the prompt without it), and with a judge
     `judge_activity` and `judge_identity`, shares of those pictures, and `judge_activity_class`, of the others. A kind
     of prompt that has no picture has no number.
     """
@@ -36,8 +38,10 @@ class SubjectMonitor:
         references: Sequence[Image.Image],
         scorer: Scorer,
         judge: Judge | None = None,
+        text_scorer: Scorer | None = None,
     ):
         self.subject, self.references, self.scorer = subject, list(references), scorer
+        self.text_scorer = text_scorer
         self.judge = judge if subject.world else None
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> dict[str, float]:
@@ -47,6 +51,9 @@ class SubjectMonitor:
         if named:
             pictures = [images[i] for i in named]
             numbers["monitor"] = self.scorer(pictures, references=self.references).mean().item()
+            if self.text_scorer:
+                clean = [prompts[i].clean for i in named]
+                numbers["text_monitor"] = self.text_scorer(pictures, texts=clean).mean().item()
             if self.judge:
                 activities = [prompts[i].activity for i in named]
                 numbers["judge_activity"] = self.judge.agrees(pictures, "activity", activities).mean().item()

@@ -88,6 +88,13 @@ class RLFinetune(Measured):
     clip_range: float = param(0.0, "PPO clip range of the probability ratio; 0 = the preset's", low=0.0, high=1.0)
     learning_rate: float = param(0.0, "0 = the preset's", low=0.0, high=1.0)
     lora_rank: int = param(0, "0 = the preset's", low=0, high=1024)
+    kl_weight: float = param(
+        0.0, "weight of the KL divergence from the personalized policy; 0 = the preset's", low=0.0, high=1e6
+    )
+    ema_decay: float = param(0.0, "moving average of the adapter; 0 = the preset's", low=0.0, high=0.9999)
+    patience: int = param(
+        0, "epochs without a better text/subject frontier before RL stops; 0 = the preset's", low=0, high=100_000
+    )
     use_class_prompts: bool = param(True, "train on prompts without the identifier too")
     reward: str = param("image_reward", "name of the scorer that is the reward")
     sample_every: int = param(0, "epochs between sample grids; 0 = the preset's", low=0, high=100_000)

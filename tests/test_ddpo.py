@@ -106,6 +106,13 @@ def test_the_baseline_remembers_earlier_epochs_and_survives_a_checkpoint():
         )  # of 0, 2, 4
 
 
+def test_group_relative_advantages_know_only_their_own_batch():
+    stats = PromptStats(buffer_size=0, min_count=2)
+    stats.advantages(["a", "a"], torch.tensor([100.0, 200.0]))
+    advantages = stats.advantages(["a", "b", "a", "b"], torch.tensor([1.0, 5.0, 3.0, 5.0]))
+    torch.testing.assert_close(advantages, torch.tensor([-1.0, 0.0, 1.0, 0.0]), rtol=1e-4, atol=1e-4)
+
+
 def test_an_epoch_uses_every_prompt_equally_often():
     chosen = epoch_prompts(PROMPTS, 8, seed=0, epoch=3)
     assert all(chosen.count(p) == 2 for p in PROMPTS)

@@ -57,6 +57,20 @@ def test_the_monitor_separates_the_two_kinds_of_prompts():
     assert monitor([RED], prompts[2:]) == {"judge_activity_class": 1.0}
 
 
+def test_a_second_text_scorer_reads_the_prompt_without_the_identifier():
+    def scorer(images, texts=None, references=None):
+        assert references is None and texts == ["a cat playing soccer"] * len(images)
+        return torch.arange(1.0, len(images) + 1)
+
+    prompts = [
+        CAT.prompt("playing soccer"),
+        CAT.prompt("playing soccer", identifier=False),
+        CAT.prompt("playing soccer"),
+    ]
+    numbers = SubjectMonitor(CAT, [RED], Likeness(), None, scorer)([RED, BLUE, BLUE], prompts)
+    assert numbers == {"monitor": 0.5, "text_monitor": 1.5}
+
+
 def test_a_users_photos_have_no_judge():
     assert SubjectMonitor(MINE, [RED], Likeness(), Answers())([RED], [MINE.prompt("sleeping")]) == {"monitor": 1.0}
 

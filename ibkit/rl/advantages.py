@@ -11,11 +11,11 @@ class PromptStats:
     """Running mean and standard deviation of the reward for each prompt string.
 
     A prompt with and one without the identifier are two prompts. Until a prompt has `min_count` rewards in its
-    buffer, the statistics of the whole
-    batch serve. Equal rewards give advantage 0, not a division by zero.
+    buffer, the statistics of the whole batch serve. Equal rewards give advantage 0, not a division by zero.
 
     Args:
-        buffer_size: rewards kept for each prompt.
+        buffer_size: rewards kept for each prompt; 0 keeps none from earlier batches, so that a picture is compared with
+            those of its own prompt in the same batch: group-relative advantages (GRPO, Shao et al. 2024, eq. 3).
         min_count: rewards a prompt needs before its own statistics are used.
     """
 
@@ -27,8 +27,11 @@ class PromptStats:
 
     def advantages(self, prompts: list[str], rewards: torch.Tensor) -> torch.Tensor:
         """Add a batch of rewards (B,) and return its normalised advantages (B,)."""
+        size = self.buffer_size or len(prompts)
+        if self.buffer_size == 0:
+            self.rewards.clear()
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
-            self.rewards.setdefault(prompt, deque(maxlen=self.buffer_size)).append(reward)
+            self.rewards.setdefault(prompt, deque(maxlen=size)).append(reward)
         advantages = torch.empty_like(rewards, dtype=torch.float64)
         for prompt in dict.fromkeys(prompts):
             rows = [i for i, p in enumerate(prompts) if p == prompt]

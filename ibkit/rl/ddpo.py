@@ -28,6 +28,7 @@ from ibkit.errors import TrainingError
 from ibkit.models import TextToImage
 from ibkit.rl.advantages import PromptStats
 from ibkit.rl.ddim import Schedule, log_prob, step_mean
+from ibkit.rl.guard import Guard
 from ibkit.rl.rollout import Trajectories, rollout
 from ibkit.runs import Checkpoints
 from ibkit.sample import Sampler
@@ -53,8 +54,8 @@ class DDPOConfig:
         advantage_clip: 5 (DDPO's code).
         learning_rate: 2e-5; betas: (0.9, 0.99); weight_decay: 0.01 (InstructBooth).
         max_grad_norm: 1 (DDPO's code).
-        trained_share: of the denoising steps, the noisiest first; 1 trains all (DDPO). The rest is sampled as well.
-            `rl.ddim.step_weight` says why the last ones can drown all others.
+        trained_share: of the denoising steps, the first, which are the noisiest; 1 trains all (DDPO). The rest is
+            sampled as well. `rl.ddim.step_weight` says why the last ones can drown all others.
         subsample: share of the trained steps that a gradient step draws for each image, anew each time; 1 takes all
             (DDPO). The gradient keeps its expectation (it is a mean over pairs) and costs less.
         kl_weight: β of the KL divergence from the personalized policy, added to the loss of every pair (DPOK, Fan et
@@ -63,7 +64,8 @@ class DDPOConfig:
             training; sampling keeps to the policy itself. 0 = the result is the last policy (DDPO).
         lora_rank: not given by InstructBooth; 4 in DDPO's code.
         micro_batch: (image, step) pairs in a forward pass: memory and speed only, gradients are accumulated.
-        stats_buffer, stats_min_count: of `PromptStats`; 16 and 16 in DDPO's code.
+        stats_buffer, stats_min_count: of `PromptStats`; 16 and 16 in DDPO's code; a buffer of 0 makes advantages
+            group-relative.
         checkpoint_every: epochs between checkpoints.
     """
 
@@ -137,6 +139,7 @@ def train(
     folder: Path,
     seed: int = 0,
     monitor: Monitor | None = None,
+    guard: Guard | None = None,
     on_epoch: Callable[[dict[str, float], TextToImage], None] | None = None,
 ) -> list[dict[str, float]]:
     """Fine-tune `model` in place (it gains a LoRA adapter) and return one row of numbers an epoch.
@@ -145,12 +148,13 @@ def train(
         prompts: of both kinds for InstructBooth's trick, see `training_prompts`.
         folder: for checkpoints; training continues from the newest one there, on the same random streams.
         monitor: watches the epoch's images (subject fidelity, the judge); never part of the objective.
+        guard: warns, may end the training early, and then the result is the best policy it saw; see `rl.guard`.
         on_epoch: called after each epoch with its row and the model (progress, sample grids).
 
     Returns:
-        Rows with epoch, reward, reward_identifier, reward_class, the monitor's numbers, ratio_first (largest |ratio -
-        1| of the first micro-batch before any
-        update), clip_fraction, log_prob, log_prob_t000 ... (mean of each step), grad_norm, loss, seconds.
+        Rows with epoch, reward, reward_identifier, reward_class, the monitor's numbers, the guard's (frontier, alarm),
+        ratio_first (largest |ratio - 1| of the first micro-batch before any update), clip_fraction, log_prob,
+        log_prob_t000 ... (mean of each step), grad_norm, loss, kl (0 without `kl_weight`), seconds.
 
     Raises:
         TrainingError: a non-finite reward, loss or gradient; the adapter of the last checkpoint stays.
@@ -161,18 +165,23 @@ def train(
         trainable, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )
     average = [p.detach().clone() for p in trainable]
+    best = average
     stats = PromptStats(config.stats_buffer, config.stats_min_count)
     history: list[dict[str, float]] = []
     checkpoints = Checkpoints(folder / "checkpoints")
     if (found := checkpoints.latest()) is not None:
         _, tensors, state = found
         model.load_lora_state(part(tensors, "lora"))
-        average = [tensors[f"average.{i}"].to(p.device) for i, p in enumerate(trainable)]
+        average, best = (
+            [tensors[f"{name}.{i}"].to(p.device) for i, p in enumerate(trainable)] for name in ("average", "best")
+        )
         load_optimizer_tensors(optimizer, tensors)
         stats.load(state["stats"])
         history = state["history"]
 
-    for epoch in range(len(history), config.n_epochs):
+    ended = len(history) >= config.n_epochs or bool(guard and guard.gives_up(history))
+    while not ended:
+        epoch = len(history)
         started = time.perf_counter()
         chosen = epoch_prompts(prompts, config.images_per_epoch, seed, epoch)
         streams = [generator(seed, "rollout", epoch, i) for i in range(len(chosen))]
@@ -211,15 +220,21 @@ def train(
         )
         row["seconds"] = time.perf_counter() - started
         history.append(row)
-        if (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == config.n_epochs:
+        if guard:
+            row |= guard.look(history)
+            if guard.best(history) == epoch:
+                best = [v.clone() for v in average]
+        ended = epoch + 1 == config.n_epochs or bool(guard and guard.gives_up(history))
+        if (epoch + 1) % config.checkpoint_every == 0 or ended:
             tensors = {f"lora.{k}": v for k, v in model.lora_state().items()} | optimizer_tensors(optimizer)
-            tensors |= {f"average.{i}": v.cpu() for i, v in enumerate(average)}
+            for name, adapter in (("average", average), ("best", best)):
+                tensors |= {f"{name}.{i}": v.cpu() for i, v in enumerate(adapter)}
             checkpoints.save(epoch + 1, tensors, {"stats": stats.state(), "history": history})
         if on_epoch:
             on_epoch(row, model)
     with torch.no_grad():
-        for parameter, mean in zip(trainable, average, strict=True):
-            parameter.copy_(mean)
+        for parameter, value in zip(trainable, best if guard and guard.patience else average, strict=True):
+            parameter.copy_(value)
     model.unet.requires_grad_(False)
     return history
 

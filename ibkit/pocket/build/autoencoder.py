@@ -18,7 +18,7 @@ from ibkit.pocket.build.common import Budget, fit, hash_seed
 from ibkit.pocket.build.data import Pictures
 
 JOINT = Budget(steps=4000, batch=16, weight_decay=0.0, ema=0.99)
-DECODER = Budget(steps=3000, batch=16, lr=1e-3, muon_lr=0.01, weight_decay=0.0, ema=0.995)
+DECODER = Budget(steps=9000, batch=16, lr=1e-3, muon_lr=0.01, weight_decay=0.0, ema=0.995)
 # The posterior is a fixed, narrow Gaussian around the mean: a learnt width starts at 1 and drowns the latents for
 # hundreds of steps.
 POSTERIOR_STD = 0.05
