@@ -81,7 +81,19 @@ def environment() -> Report:
     )
 
 
-TOPICS: dict[str, Callable[[], Report]] = {"environment": environment}
+def rl() -> Report:
+    """Recompute what the RL stage computes, in other ways, on this machine; see `ibkit.rl.selfcheck`."""
+    from ibkit.rl.selfcheck import run_checks
+
+    findings = []
+    for check in run_checks():
+        found = f"{check.measured:.1e}, below {check.allowed:.1e} is right"
+        trouble = () if check.ok else (check.hint, ("the RL stage",))
+        findings.append(Finding(check.name, found, *trouble))
+    return Report(findings, ("the RL stage",), ("the RL stage",))
+
+
+TOPICS: dict[str, Callable[[], Report]] = {"environment": environment, "rl": rl}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -104,11 +116,12 @@ def main(arguments: argparse.Namespace) -> int:
 def in_words(report: Report) -> str:
     """The report as lines of text: a mark, the thing, what was found, and under it what to do."""
     lines = []
+    width = max(16, *(len(finding.name) for finding in report.findings))
     for finding in report.findings:
         mark = "ok  " if not finding.advice else "STOP" if set(finding.stops) & set(report.required) else "note"
-        lines.append(f"{mark}  {finding.name:<16} {finding.found}")
+        lines.append(f"{mark}  {finding.name:<{width}} {finding.found}")
         if finding.advice:
-            lines.append(f"{'':<23}-> {finding.advice}")
+            lines.append(f"{'':<{width + 7}}-> {finding.advice}")
     lines.append("")
     for name, can_run in report.can_run.items():
         reasons = [finding.name for finding in report.findings if name in finding.stops]

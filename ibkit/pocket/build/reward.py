@@ -4,8 +4,9 @@
 A preference is: for this text, this picture rather than that one. The pair differs in one thing that the text says: the
 activity with subject and place kept, the place, the accessory or the colour; or the worse picture is of another scene
 altogether. Every scene with an activity also meets its own subject at rest, because that is what a personalized model
-draws instead. Some pictures come out of the autoencoder with noisy latents, because that is what a policy under
-training shows to its reward.
+draws instead, and a picture half-way between the two, mixed in the autoencoder's latents, because that is what a policy
+draws while it learns: better than rest, worse than the activity. Some pictures come out of the autoencoder with noisy
+latents, as those of a policy do.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from ibkit.pocket.draw import render
 from ibkit.pocket.world import ACTIVITIES, NO_ACTIVITY, caption
 from ibkit.scorers.image_reward import ImageRewardModel, RewardConfig
 
-BUDGET = Budget(steps=1300, batch=96)
+BUDGET = Budget(steps=1900, batch=96)
 
 
 def new_reward_model(tokenizer, n_layers: int) -> ImageRewardModel:
@@ -99,25 +100,36 @@ def train(
             x[part] = (
                 vae.decode(z + (level * torch.randn(z.shape, generator=generator)).to(z)).sample.float().clamp(-1, 1)
             )
-        pairs = []  # (text, worse picture)
+            if hard_negatives:
+                doing, resting = (vae.encode(h.to(dtype)).latent_dist.mode() for h in (x[active], x[len(indices) :]))
+                share = (0.2 + 0.6 * torch.rand((len(active), 1, 1, 1), generator=generator)).to(doing)
+                half_done = vae.decode(share * doing + (1 - share) * resting).sample.float().clamp(-1, 1)
+                x = torch.cat([x, half_done])
+        pairs = []  # (text, better picture, worse picture)
         for i, text in enumerate(texts):
             first = i - i % GROUP
             if hard_negatives:
-                others = [*range(first, first + GROUP)]
-                others += [len(indices) + active.index(first)] if first in active else []
-                pairs += [(i, j) for j in others if contradicts(text, scenes[i], scenes[j])]
-            pairs.append((i, (first + GROUP * rng.randrange(1, len(groups)) + rng.randrange(GROUP)) % len(texts)))
-        text_of = torch.tensor([*range(len(texts)), *(i for i, _ in pairs)], device=device)
-        image_of = torch.tensor([*range(len(texts)), *(j for _, j in pairs)], device=device)
+                pairs += [(i, i, j) for j in range(first, first + GROUP) if contradicts(text, scenes[i], scenes[j])]
+                if first in active:
+                    rest = len(indices) + active.index(first)
+                    if contradicts(text, scenes[i], scenes[rest]):
+                        pairs.append((i, i, rest))
+                        if i == first:
+                            half = rest + len(active)
+                            pairs += [(i, i, half), (i, half, rest)]
+            other = first + GROUP * rng.randrange(1, len(groups)) + rng.randrange(GROUP)
+            pairs.append((i, i, other % len(texts)))
         tokens = tokenizer(
             texts, padding="max_length", truncation=True, max_length=CONTEXT_TOKENS, return_tensors="pt"
         ).to(device)
+        asked = {(i, j): k for k, (i, j) in enumerate(dict.fromkeys((i, j) for i, b, w in pairs for j in (b, w)))}
+        text_of, image_of = torch.tensor(list(asked), device=device).unbind(1)
         patches = work.vision(normalise(degrade(x, generator)).to(dtype)).last_hidden_state
         scores = score_pairs(
             work, patches[image_of], tokens["input_ids"][text_of], tokens["attention_mask"][text_of]
         ).float()
-        better = scores[text_of[len(texts) :]]
-        worse = scores[len(texts) :]
+        better = scores[[asked[i, b] for i, b, w in pairs]]
+        worse = scores[[asked[i, w] for i, b, w in pairs]]
         loss = -F.logsigmoid(better - worse).mean() + 1e-3 * scores.square().mean()
         return loss, {"right": (better > worse).float().mean().item()}
 

@@ -1,0 +1,279 @@
+"""The kit's RL engine beside a plain loop and beside the floor, on the pocket model: seconds, ratios, memory, equality.
+
+    python benchmarks/rl.py            # a few minutes on two CPU cores
+    python benchmarks/rl.py --quick    # under a minute, fewer pictures and repeats
+
+The plain loop is what implementations of DDPO are described to do: one micro-batch and one timestep at a time, the text
+encoded anew for every pass, pictures decoded and rewarded one by one. Both draw the same noise and take the same
+gradient steps from the same weights; the largest difference of the adapters after an epoch is printed. It is not zero,
+because sums are taken in another order and Adam divides a gradient by its own size.
+
+The floor is the time of the bare U-Net passes that an epoch cannot do without (guided forward per picture and step;
+guided forward and backward per trained pair), at the best batch size, without an adapter's extra layers in the rollout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import replace
+
+import torch
+
+from ibkit.data.prompts import training_prompts
+from ibkit.device import describe_device, generator, keep_memory, pick_device
+from ibkit.models import TextToImage, load_model
+from ibkit.presets import POCKET
+from ibkit.rl import ddpo
+from ibkit.rl.advantages import PromptStats
+from ibkit.rl.ddim import log_prob, step_mean
+from ibkit.rl.rollout import Trajectories, rollout
+from ibkit.scorers import make_scorer
+
+MICRO_BATCHES = (2, 8)  # of the plain loop: a memory-bound user's, and the paper's batch
+FLOOR_BATCHES = (32, 64, 96)  # rows of a U-Net pass
+
+
+class Epoch:
+    """What both loops are given: model with a fresh adapter, prompts, settings, reward."""
+
+    def __init__(self, n_images: int, device: torch.device, model: TextToImage, reward):
+        self.model, self.reward, self.device = model.copy(), reward, device
+        self.config = replace(POCKET.ddpo, images_per_epoch=n_images, batch=n_images // 2, subsample=1.0)
+        self.trainable = self.model.add_lora(self.config.lora_rank, generator(0, "lora"))
+        with torch.no_grad():  # an adapter that does something, or its first gradients are exactly zero
+            for i, p in enumerate(self.trainable):
+                p.add_(0.01 * torch.randn(p.shape, generator=generator(0, "adapter", i)).to(device))
+        self.optimizer = torch.optim.AdamW(self.trainable, lr=1e-4, betas=self.config.betas, weight_decay=0.01)
+        self.schedule = self.config.sampler.schedule(self.model)
+        kinds = training_prompts(["playing soccer", "dancing"], "cat", "sks")
+        self.prompts = [kinds[i % len(kinds)] for i in range(n_images)]
+        self.streams = [generator(0, "rollout", i) for i in range(n_images)]
+        self.stats = PromptStats(min_count=2)
+
+    def advantages(self, rewards: torch.Tensor) -> torch.Tensor:
+        return self.stats.advantages([p.text for p in self.prompts], rewards).clamp(-5, 5)
+
+
+def timed(seconds: dict[str, float], name: str, work):
+    started = time.perf_counter()
+    result = work()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    seconds[name] = time.perf_counter() - started
+    return result
+
+
+def ours(epoch: Epoch) -> dict[str, float]:
+    """An epoch as `ibkit.rl.ddpo.train` does it; seconds by phase."""
+    seconds: dict[str, float] = {}
+    config, model = epoch.config, epoch.model
+    trajectories = timed(
+        seconds,
+        "rollout",
+        lambda: rollout(model, [p.text for p in epoch.prompts], epoch.schedule, config.sampler.guidance, epoch.streams),
+    )
+    rewards = timed(seconds, "reward", lambda: epoch.reward(model.decode(trajectories.latents[-1]), epoch.prompts))
+    average = [p.detach().clone() for p in epoch.trainable]
+    timed(
+        seconds,
+        "train",
+        lambda: ddpo._update(
+            model,
+            epoch.optimizer,
+            epoch.trainable,
+            average,
+            trajectories,
+            epoch.advantages(rewards),
+            epoch.schedule,
+            config,
+            generator(0, "update"),
+        ),
+    )
+    return seconds
+
+
+def plain(epoch: Epoch, micro_batch: int) -> dict[str, float]:
+    """The same epoch, one micro-batch and one timestep at a time."""
+    seconds: dict[str, float] = {}
+    config, model, schedule = epoch.config, epoch.model, epoch.schedule
+    guidance = config.sampler.guidance
+
+    def encode(members) -> torch.Tensor:
+        return model.encode_text([epoch.prompts[i].text for i in members])
+
+    def sample_some(members):
+        def noise() -> torch.Tensor:
+            drawn = [torch.randn(model.latent_shape, generator=epoch.streams[i]) for i in members]
+            return torch.stack(drawn).to(epoch.device)
+
+        x = noise()
+        latents, log_probs = [x], []
+        with torch.no_grad():
+            for i in range(len(schedule)):
+                t = schedule.timesteps[i].expand(len(x))
+                eps_hat = model.guided_noise(x, t, encode(members), guidance)
+                mean = step_mean(x, eps_hat, schedule.alpha_bar[i], schedule.alpha_bar_prev[i], schedule.std[i])
+                x = mean + schedule.std[i] * noise()
+                log_probs.append(log_prob(x, mean, schedule.std[i]))
+                latents.append(x)
+        return torch.stack(latents), torch.stack(log_probs)
+
+    def roll() -> Trajectories:
+        groups = torch.arange(len(epoch.prompts)).split(micro_batch)
+        parts = [sample_some(g.tolist()) for g in groups]
+        return Trajectories(torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1), torch.empty(0))
+
+    def score() -> torch.Tensor:
+        one_by_one = [
+            epoch.reward(model.decode(trajectories.latents[-1, i : i + 1]), [epoch.prompts[i]])
+            for i in range(len(epoch.prompts))
+        ]
+        return torch.cat(one_by_one)
+
+    def update() -> None:
+        stream = generator(0, "update")
+        n_steps = config.n_trained_steps(len(schedule))
+        scaled = advantages.to(epoch.device)
+        for members in torch.randperm(len(advantages), generator=stream).split(config.batch):
+            for _ in members:  # the engine draws its steps' order from the same stream
+                torch.randperm(n_steps, generator=stream)
+            for some in members.split(micro_batch):
+                for step in range(n_steps):
+                    x_t, x_prev = trajectories.latents[step, some], trajectories.latents[step + 1, some]
+                    t = schedule.timesteps[step].expand(len(some))
+                    eps_hat = model.guided_noise(x_t, t, encode(some.tolist()), guidance)
+                    std = schedule.std[step]
+                    mean = step_mean(x_t, eps_hat, schedule.alpha_bar[step], schedule.alpha_bar_prev[step], std)
+                    new = log_prob(x_prev, mean, std)
+                    loss, _ = ddpo.policy_loss(new, trajectories.log_probs[step, some], scaled[some], config.clip_range)
+                    (loss.sum() / (len(members) * n_steps)).backward()
+            torch.nn.utils.clip_grad_norm_(epoch.trainable, config.max_grad_norm)
+            epoch.optimizer.step()
+            epoch.optimizer.zero_grad(set_to_none=True)
+
+    trajectories = timed(seconds, "rollout", roll)
+    rewards = timed(seconds, "reward", score)
+    advantages = epoch.advantages(rewards)
+    timed(seconds, "train", update)
+    return seconds
+
+
+def floor(model: TextToImage, config: ddpo.DDPOConfig, repeats: int) -> dict[str, float]:
+    """Seconds that the bare passes of an epoch take, each at its best batch size."""
+    per_row = {}
+    for name, grad in (("rollout", False), ("train", True)):
+        bare = model.copy()
+        if grad:
+            bare.add_lora(config.lora_rank, generator(0, "lora"))
+        best = float("inf")
+        for rows in FLOOR_BATCHES:
+            x = torch.randn((rows, *model.latent_shape), generator=generator(0, "floor")).to(model.device)
+            t = torch.full((rows,), 500, device=model.device)
+            text = model.encode_text(["a cat"]).expand(rows, -1, -1)
+            for _ in range(repeats + 1):  # the first warms up
+                started = time.perf_counter()
+                with torch.set_grad_enabled(grad):
+                    out = bare.predict_noise(x, t, text)
+                    if grad:
+                        out.square().mean().backward()
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                best = min(best, (time.perf_counter() - started) / rows)
+        per_row[name] = best
+    n, steps = config.images_per_epoch, config.sampler.n_steps
+    rows_each = 2 if config.sampler.guidance != 1 else 1
+    return {
+        "rollout": per_row["rollout"] * n * steps * rows_each,
+        "train": per_row["train"] * n * config.n_trained_steps(steps) * rows_each,
+    }
+
+
+def one_epoch(kind: str, n_images: int, device: torch.device, model: TextToImage, reward) -> tuple[dict, list]:
+    epoch = Epoch(n_images, device, model, reward)
+    seconds = ours(epoch) if kind == "ours" else plain(epoch, int(kind.removeprefix("plain")))
+    seconds["epoch"] = sum(seconds.values())
+    return seconds, [p.detach().cpu() for p in epoch.trainable]
+
+
+def peak_memory_mib(kind: str, n_images: int) -> float:
+    """Peak resident memory of a process of its own that does one epoch."""
+    command = [sys.executable, __file__, "--memory-of", kind, "--images", str(n_images)]
+    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+
+
+def measure(n_images: int, repeats: int, device: torch.device) -> dict:
+    model = load_model("pocket", device=device)
+    reward = ddpo.scorer_reward(make_scorer("image_reward", "pocket", device))
+    kinds = ["ours", *(f"plain{m}" for m in MICRO_BATCHES)]
+    runs: dict[str, list[dict]] = {kind: [] for kind in kinds}
+    adapters = {}
+    one_epoch("ours", 4, device, model, reward)  # warms up
+    for _ in range(repeats):
+        for kind in kinds:  # alternating, so that a busy moment hits all
+            seconds, adapters[kind] = one_epoch(kind, n_images, device, model, reward)
+            runs[kind].append(seconds)
+    medians = {k: {p: statistics.median(r[p] for r in rows) for p in rows[0]} for k, rows in runs.items()}
+    config = replace(POCKET.ddpo, images_per_epoch=n_images)
+    bare = floor(model, config, repeats + 1)
+    memory = {kind: peak_memory_mib(kind, n_images) for kind in kinds}
+    mine = medians["ours"]
+    result = {"device": describe_device(device), "images": n_images, "seconds": medians, "floor_seconds": bare}
+    result |= {"images_per_second": n_images / mine["epoch"], "peak_mib": memory}
+    for micro, suffix in zip(MICRO_BATCHES, ("", "_micro8"), strict=True):
+        other = medians[f"plain{micro}"]
+        result |= {f"{p}_ratio{suffix}": other[p] / mine[p] for p in ("epoch", "rollout", "train")}
+        result[f"memory_ratio{suffix}"] = memory["ours"] / memory[f"plain{micro}"]
+        pairs = zip(adapters["ours"], adapters[f"plain{micro}"], strict=True)
+        result[f"max_abs_diff{suffix}"] = max((a - b).abs().max().item() for a, b in pairs)
+    result["floor_ratio"] = mine["epoch"] / sum(bare.values())
+    return result
+
+
+def show(result: dict) -> None:
+    print(f"{result['device']}, {result['images']} pictures an epoch, all {POCKET.ddpo.trained_share:.0%} of the steps")
+    print(f"{'seconds (median)':<18}{'rollout':>10}{'reward':>10}{'train':>10}{'epoch':>10}{'peak MiB':>10}")
+    for kind, s in result["seconds"].items():
+        numbers = "".join(f"{s[p]:>10.2f}" for p in ("rollout", "reward", "train", "epoch"))
+        print(f"{kind:<18}{numbers}{result['peak_mib'][kind]:>10.0f}")
+    bare = result["floor_seconds"]
+    print(f"{'floor':<18}{bare['rollout']:>10.2f}{'':>10}{bare['train']:>10.2f}{sum(bare.values()):>10.2f}")
+    for suffix, name in (("", "micro-batch 2"), ("_micro8", "micro-batch 8")):
+        ratios = ", ".join(f"{p} {result[f'{p}_ratio{suffix}']:.2f}x" for p in ("epoch", "rollout", "train"))
+        print(
+            f"plain loop at {name} over ours: {ratios}; memory ours over plain {result[f'memory_ratio{suffix}']:.2f}; "
+            f"largest difference of the adapters {result[f'max_abs_diff{suffix}']:.1e}"
+        )
+    print(f"ours over the floor: {result['floor_ratio']:.2f}; {result['images_per_second']:.1f} pictures a second")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="8 pictures, one repeat")
+    parser.add_argument("--images", type=int, default=48, help="pictures an epoch")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    keep_memory()
+    device = pick_device(arguments.device)
+    if arguments.memory_of:
+        model, scorer = load_model("pocket", device=device), make_scorer("image_reward", "pocket", device)
+        one_epoch(arguments.memory_of, arguments.images, device, model, ddpo.scorer_reward(scorer))
+        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        return 0
+    result = measure(*((8, 1) if arguments.quick else (arguments.images, arguments.repeats)), device)
+    show(result)
+    if arguments.json:
+        print(json.dumps(result))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
