@@ -25,7 +25,7 @@ from ibkit.device import generator
 from ibkit.errors import ArtifactError, ModelError, ParameterError, ScoreError
 from ibkit.models import TextToImage, load_model
 from ibkit.pocket.world import ACTIVITIES, PLACES
-from ibkit.runs import CompletedRun, Run, _identify, read_run, resolve
+from ibkit.runs import CompletedRun, Run, identify, read_run, resolve
 from ibkit.sample import Sampler, sample
 from ibkit.scorers import SCORERS, Scorer, make_scorer
 from ibkit.scorers.base import batches
@@ -90,7 +90,7 @@ def read_inputs(run_dreambooth: str | Path, run_rl: Sequence[str | Path], model:
             f"{personalized.folder} personalized the model {subject.base_model!r} (revision "
             f"{subject.base_revision or 'not pinned'}), not {model!r}: give the same model and revision here."
         )
-    identity, rl = _identify(personalized)["sha256"], {}
+    identity, rl = identify(personalized)["sha256"], {}
     for folder in run_rl:
         run = read_run(resolve(folder), "02_rl_finetune")
         if identity not in [source["sha256"] for source in run.manifest["inputs"].values()]:

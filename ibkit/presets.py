@@ -41,7 +41,7 @@ class Preset:
 
 POCKET = Preset(
     dreambooth=DreamBoothConfig(
-        n_steps=1050,  # at 500 it knows the subject and still follows prompts; now it has overfitted (figure 3)
+        n_steps=950,  # at 500 it knows the subject and still follows prompts; now it has overfitted (figure 3)
         batch=4,  # 64 px pictures: four cost little more than one
         learning_rate=7e-4,  # a 6 M U-Net takes larger steps than one of 860 M; at twice the rate pictures smear
         n_class_images=64,
