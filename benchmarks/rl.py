@@ -16,12 +16,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
+import os
 import statistics
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -76,7 +77,14 @@ def ours(epoch: Epoch) -> dict[str, float]:
     trajectories = timed(
         seconds,
         "rollout",
-        lambda: rollout(model, [p.text for p in epoch.prompts], epoch.schedule, config.sampler.guidance, epoch.streams),
+        lambda: rollout(
+            model,
+            [p.text for p in epoch.prompts],
+            epoch.schedule,
+            config.sampler.guidance,
+            epoch.streams,
+            config.micro_batch,
+        ),
     )
     rewards = timed(seconds, "reward", lambda: epoch.reward(model.decode(trajectories.latents[-1]), epoch.prompts))
     average = [p.detach().clone() for p in epoch.trainable]
@@ -201,10 +209,26 @@ def one_epoch(kind: str, n_images: int, device: torch.device, model: TextToImage
     return seconds, [p.detach().cpu() for p in epoch.trainable]
 
 
-def peak_memory_mib(kind: str, n_images: int) -> float:
-    """Peak resident memory of a process of its own that does one epoch."""
-    command = [sys.executable, __file__, "--memory-of", kind, "--images", str(n_images)]
-    return float(subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1])
+def peak_memory_mib(kinds: list[str], n_images: int) -> dict[str, float]:
+    """Peak resident memory of a process of its own that does one epoch, for each kind of loop.
+
+    They run side by side, with one thread each: three that share the cores would wait for one another.
+    """
+    command = [sys.executable, __file__, "--images", str(n_images), "--memory-of"]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    running = {
+        kind: subprocess.Popen([*command, kind], stdout=subprocess.PIPE, text=True, env=environment) for kind in kinds
+    }
+    said = {kind: process.communicate()[0] for kind, process in running.items()}
+    if failed := [kind for kind, process in running.items() if process.returncode]:
+        raise SystemExit(f"the memory of {', '.join(failed)} could not be measured: see the error above")
+    return {kind: float(text.split()[-1]) for kind, text in said.items()}
+
+
+def own_peak_mib() -> float:
+    """Peak resident memory of this process; `getrusage` would also count the parent's, from before the exec."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0]) / 1024
 
 
 def measure(n_images: int, repeats: int, device: torch.device) -> dict:
@@ -221,7 +245,7 @@ def measure(n_images: int, repeats: int, device: torch.device) -> dict:
     medians = {k: {p: statistics.median(r[p] for r in rows) for p in rows[0]} for k, rows in runs.items()}
     config = replace(POCKET.ddpo, images_per_epoch=n_images)
     bare = floor(model, config, repeats + 1)
-    memory = {kind: peak_memory_mib(kind, n_images) for kind in kinds}
+    memory = peak_memory_mib(kinds, n_images)
     mine = medians["ours"]
     result = {"device": describe_device(device), "images": n_images, "seconds": medians, "floor_seconds": bare}
     result |= {"images_per_second": n_images / mine["epoch"], "peak_mib": memory}
@@ -254,7 +278,7 @@ def show(result: dict) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="8 pictures, one repeat")
+    parser.add_argument("--quick", action="store_true", help="4 pictures, one repeat")
     parser.add_argument("--images", type=int, default=48, help="pictures an epoch")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="auto")
@@ -266,9 +290,9 @@ def main() -> int:
     if arguments.memory_of:
         model, scorer = load_model("pocket", device=device), make_scorer("image_reward", "pocket", device)
         one_epoch(arguments.memory_of, arguments.images, device, model, ddpo.scorer_reward(scorer))
-        print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+        print(own_peak_mib())
         return 0
-    result = measure(*((8, 1) if arguments.quick else (arguments.images, arguments.repeats)), device)
+    result = measure(*((4, 1) if arguments.quick else (arguments.images, arguments.repeats)), device)
     show(result)
     if arguments.json:
         print(json.dumps(result))

@@ -63,7 +63,8 @@ class DDPOConfig:
         ema_decay: of an exponential moving average of the adapter over gradient steps, which is the result of the
             training; sampling keeps to the policy itself. 0 = the result is the last policy (DDPO).
         lora_rank: not given by InstructBooth; 4 in DDPO's code.
-        micro_batch: (image, step) pairs in a forward pass: memory and speed only, gradients are accumulated.
+        micro_batch: images of a rollout, or (image, step) pairs of a gradient step, in a forward pass: memory and speed
+            only, gradients are accumulated.
         stats_buffer, stats_min_count: of `PromptStats`; 16 and 16 in DDPO's code; a buffer of 0 makes advantages
             group-relative.
         checkpoint_every: epochs between checkpoints.
@@ -185,7 +186,8 @@ def train(
         started = time.perf_counter()
         chosen = epoch_prompts(prompts, config.images_per_epoch, seed, epoch)
         streams = [generator(seed, "rollout", epoch, i) for i in range(len(chosen))]
-        trajectories = rollout(model, [p.text for p in chosen], schedule, config.sampler.guidance, streams)
+        texts = [p.text for p in chosen]
+        trajectories = rollout(model, texts, schedule, config.sampler.guidance, streams, config.micro_batch)
         images = model.decode(trajectories.latents[-1])
         rewards = reward(images, chosen).float()
         if not bool(torch.isfinite(rewards).all()):
@@ -194,9 +196,7 @@ def train(
                 f"epoch {epoch}: the reward of image {bad} ({chosen[bad].text!r}) is "
                 f"{rewards[bad].item()}; look at the image and at the reward function."
             )
-        advantages = stats.advantages([p.text for p in chosen], rewards).clamp(
-            -config.advantage_clip, config.advantage_clip
-        )
+        advantages = stats.advantages(texts, rewards).clamp(-config.advantage_clip, config.advantage_clip)
         row = {"epoch": epoch, "reward": rewards.mean().item()}
         for name, kind in (("reward_identifier", True), ("reward_class", False)):
             of_kind = rewards[[p.identifier is kind for p in chosen]]
