@@ -33,6 +33,7 @@ from ibkit.presets import POCKET
 from ibkit.rl import ddpo
 from ibkit.rl.advantages import PromptStats
 from ibkit.rl.ddim import log_prob, step_mean
+from ibkit.rl.processes import Processes
 from ibkit.rl.rollout import Trajectories, rollout
 from ibkit.scorers import make_scorer
 
@@ -91,7 +92,7 @@ def ours(epoch: Epoch) -> dict[str, float]:
     timed(
         seconds,
         "train",
-        lambda: ddpo._update(
+        lambda: ddpo.update(
             model,
             epoch.optimizer,
             epoch.trainable,
@@ -101,6 +102,7 @@ def ours(epoch: Epoch) -> dict[str, float]:
             epoch.schedule,
             config,
             generator(0, "update"),
+            Processes(),
         ),
     )
     return seconds

@@ -41,11 +41,11 @@ JOB = ("01_personalize", "02_rl_finetune", "03_evaluate")
 # Options of the command line, each for every notebook that has a parameter of that name.
 SHARED = {
     "model": str, "revision": str, "subject": str, "class_noun": str, "identifier": str, "description": str,
-    "prompts": list, "seed": int, "device": str, "scorer_weights": str,
+    "prompts": list, "seed": int, "device": str, "scorer_weights": str, "processes": int,
 }  # fmt: skip
 METAVARS = {
     "class_noun": "WORD", "identifier": "WORD", "subject": "FOLDER", "description": "TEXT", "seed": "N",
-    "scorer_weights": "WEIGHTS",
+    "scorer_weights": "WEIGHTS", "processes": "N",
 }  # fmt: skip
 # Parameters the job sets itself: where the runs are, and the seed of each RL run.
 WIRED = {*(f"{notebook}.{name}" for notebook in JOB for name in ("run_out", "resume"))} | {
@@ -53,6 +53,7 @@ WIRED = {*(f"{notebook}.{name}" for notebook in JOB for name in ("run_out", "res
 }  # fmt: skip
 
 EXIT_FAILED, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
+LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 KERNEL_START_S = 300  # importing torch on a busy machine takes its time
 ORPHAN_S = 20  # the kernel of a killed job notices within a second, or when its longest C call ends
 INDENT = "      "
@@ -381,7 +382,10 @@ def main(arguments: Namespace) -> int:
     Returns:
         0: all done; 1: a notebook failed; 2: it failed for a reason the user can do something about; 130: interrupted.
     """
-    wanted = given(arguments)
+    launched = _launched()
+    if launched is None:
+        return 0
+    wanted = launched | given(arguments)
     if arguments.resume:
         folder = _folder(arguments.name) if arguments.name else _newest()
         settings = _stored(folder) | wanted
@@ -412,6 +416,23 @@ def main(arguments: Namespace) -> int:
             run.fail("It was interrupted.")
             print(f"interrupted; {again}", file=sys.stderr)
             return EXIT_INTERRUPTED
+
+
+def _launched() -> dict[str, Any] | None:
+    """The settings that `accelerate launch` (or torchrun) asks for; None in all of its processes but the first.
+
+    The first process does the job; where it trains it starts its helpers itself, as many as were launched.
+
+    Raises:
+        ParameterError: it launched processes on several machines.
+    """
+    place = {name: os.environ.pop(name, "") for name in LAUNCHER_VARIABLES}
+    count = int(place["WORLD_SIZE"] or 1)
+    if count == 1:
+        return {}
+    if place["LOCAL_WORLD_SIZE"] and int(place["LOCAL_WORLD_SIZE"]) < count:
+        raise ParameterError(f"{count} processes were launched on several machines; ibkit trains on one.")
+    return {"02_rl_finetune.processes": count} if place["RANK"] == "0" else None
 
 
 def _folder(name: str) -> Path:

@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from ibkit.errors import ModelError, ParameterError
+from ibkit.runs import hash_json
 
 POCKET_PIPELINE = Path(__file__).parent / "pocket" / "weights" / "pipeline"
 HUB_NAMES = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
@@ -221,6 +222,18 @@ class TextToImage:
             self.device,
             self.autocast,
         )
+
+
+def model_fingerprint(model: TextToImage) -> str:
+    """Hash of the weights that decide a picture: two models share it only when they draw alike."""
+    parts = {}
+    for name in ("unet", "vae", "text_encoder"):
+        for key, p in getattr(model, name).state_dict().items():
+            flat = p.detach().double().flatten()
+            # position-weighted sums notice any changed or swapped weight and cost one pass
+            weight = torch.arange(1, len(flat) + 1, dtype=torch.float64, device=flat.device)
+            parts[f"{name}.{key}"] = [float(flat.sum()), float((flat * weight.remainder(997)).sum())]
+    return hash_json(parts)
 
 
 def load_model(model: str = "pocket", revision: str = "", device: torch.device | str = "cpu") -> TextToImage:

@@ -98,6 +98,12 @@ class RLFinetune(Measured):
     use_class_prompts: bool = param(True, "train on prompts without the identifier too")
     reward: str = param("image_reward", "name of the scorer that is the reward")
     sample_every: int = param(0, "epochs between sample grids; 0 = the preset's", low=0, high=100_000)
+    micro_batch: int = param(
+        0, "pictures in a forward pass, for memory and speed only; 0 = the preset's", low=0, high=100_000
+    )
+    processes: int = param(
+        1, "that train together, each on a GPU of its own; on a CPU they share its cores", low=1, high=64
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

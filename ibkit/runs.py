@@ -37,7 +37,7 @@ SCHEMA = 1
 MANIFEST, JOURNAL, LOCK = "manifest.json", "outputs.jsonl", ".lock"
 TEMPORARY_SUFFIX = ".tmp"
 DISK_RESERVE_BYTES = 64 * 2**20  # kept free beyond what a write needs: file systems get slow and odd when they are full
-NOT_COMPARED = {"resume", "run_out"}  # parameters that say where and how to run, not what
+NOT_COMPARED = {"resume", "run_out", "processes", "micro_batch"}  # parameters that say where and how to run, not what
 PACKAGES = (
     "torch torchvision transformers diffusers peft accelerate open-clip-torch numpy pandas pillow papermill".split()
 )

@@ -1,8 +1,32 @@
-"""What every trainer shares: an optimizer's state as named tensors, for checkpoints in safetensors."""
+"""What every trainer shares: an optimizer's state as named tensors, for checkpoints in safetensors, and what it says
+when memory runs out.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+
+from ibkit.errors import TrainingError
+
+
+@contextmanager
+def memory_advice(advice: str) -> Iterator[None]:
+    """Say what to do when the GPU's memory, or the machine's, does not suffice for what is done inside.
+
+    Raises:
+        TrainingError: it does not; with the advice.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError) as error:
+        raise TrainingError(f"out of memory: {advice}.") from error
+    except RuntimeError as error:  # what PyTorch's allocator for the CPU raises
+        if "can't allocate memory" not in str(error):
+            raise
+        raise TrainingError(f"out of memory: {advice}.") from error
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer") -> dict[str, torch.Tensor]:

@@ -101,9 +101,12 @@ def test_one_notebook_alone_and_its_refusals(done, outputs):
         out = outputs / "refused.ipynb"
         result = papermill("02_rl_finetune", out, *run_in[:3], "-r", "run_out", outputs / f"x{len(sentence)}", *words)
         assert result.returncode != 0 and sentence in result.stderr, result.stderr[-2000:]
-    result = papermill("02_rl_finetune", outputs / "alone.ipynb", *run_in, *small)
+    result = papermill("02_rl_finetune", outputs / "alone.ipynb", *run_in, *small, "-p", "processes", 2)
     assert result.returncode == 0, result.stderr[-3000:]
-    assert len(read_run(outputs / "alone").table("history.csv")) == 1
+    alone = read_run(outputs / "alone").table("history.csv")
+    assert len(alone) == 1
+    by_one = read_run(outputs / "02_rl_finetune-seed0").table("history.csv")
+    assert alone["reward"][0] == pytest.approx(by_one["reward"][0], abs=1e-3)
     # the same folder again, without resume
     result = papermill("02_rl_finetune", outputs / "alone.ipynb", *run_in, *small)
     assert result.returncode != 0 and "resume" in result.stderr

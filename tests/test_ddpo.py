@@ -9,11 +9,12 @@ from PIL import Image
 
 from ibkit.data.prompts import training_prompts
 from ibkit.device import generator
-from ibkit.errors import ModelError, TrainingError
+from ibkit.errors import ArtifactError, TrainingError
 from ibkit.rl import ddpo
 from ibkit.rl.advantages import PromptStats
 from ibkit.rl.ddim import step_mean
 from ibkit.rl.ddpo import DDPOConfig, epoch_prompts, gaussian_kl, pair_loss, policy_loss, train
+from ibkit.rl.processes import Processes
 from ibkit.rl.rollout import rollout
 from ibkit.runs import Checkpoints
 from ibkit.sample import Sampler
@@ -177,7 +178,9 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(tokenizer):
         before = [p.detach().clone() for p in trainable]
         config = dataclasses.replace(CONFIG, micro_batch=micro_batch, batch=4, max_grad_norm=1e9)
         average = [p.detach().clone() for p in trainable]
-        ddpo._update(model, optimizer, trainable, average, trajectories, advantages, schedule, config, generator(0))
+        ddpo.update(
+            model, optimizer, trainable, average, trajectories, advantages, schedule, config, generator(0), Processes()
+        )
         gradients.append([b - p.detach() for b, p in zip(before, trainable, strict=True)])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
@@ -337,7 +340,62 @@ def test_a_reward_that_is_not_finite_names_the_image_and_keeps_the_checkpoint(ti
     assert Checkpoints(tmp_path / "checkpoints").latest()[0] == 1
 
 
-def test_an_adapter_of_another_rank_is_refused(tokenizer, tmp_path):
+@pytest.mark.parametrize("changes, seed, named", [({"lora_rank": 2}, 0, "lora_rank"), ({}, 1, "seed")])
+def test_checkpoints_of_other_settings_are_refused(tokenizer, tmp_path, changes, seed, named):
     train(tiny_model(tokenizer), PROMPTS, brightness, dataclasses.replace(CONFIG, n_epochs=1), tmp_path)
-    with pytest.raises(ModelError, match="another rank"):
-        train(tiny_model(tokenizer), PROMPTS, brightness, dataclasses.replace(CONFIG, lora_rank=2), tmp_path)
+    with pytest.raises(ArtifactError, match=f"are of a training with another {named}: go on with what"):
+        train(tiny_model(tokenizer), PROMPTS, brightness, dataclasses.replace(CONFIG, **changes), tmp_path, seed)
+
+
+def test_checkpoints_of_another_model_or_other_prompts_are_refused(tokenizer, tmp_path):
+    train(tiny_model(tokenizer), PROMPTS, brightness, dataclasses.replace(CONFIG, n_epochs=1), tmp_path)
+    with pytest.raises(ArtifactError, match="another model, another prompts"):
+        train(tiny_model(tokenizer, seed=1), PROMPTS[:2], brightness, CONFIG, tmp_path)
+
+
+def test_training_goes_on_with_another_micro_batch(tokenizer, tmp_path):
+    train(tiny_model(tokenizer), PROMPTS, brightness, dataclasses.replace(CONFIG, n_epochs=1), tmp_path)
+    rows = train(tiny_model(tokenizer), PROMPTS, brightness, dataclasses.replace(CONFIG, micro_batch=3), tmp_path)
+    assert len(rows) == 2
+
+
+def test_a_reward_function_that_fails_says_so_and_keeps_the_checkpoint(tiny, tmp_path):
+    def reward(images, prompts):
+        if (tmp_path / "checkpoints").exists():
+            raise KeyError("no such word")
+        return brightness(images, prompts)
+
+    with pytest.raises(TrainingError, match="reward function failed with KeyError: 'no such word'; mend it and resume"):
+        train(tiny, PROMPTS, reward, CONFIG, tmp_path)
+    assert Checkpoints(tmp_path / "checkpoints").latest()[0] == 1
+
+
+def test_a_reward_of_the_wrong_shape_is_refused(tiny, tmp_path):
+    with pytest.raises(TrainingError, match=r"returned shape \(8, 1\) for 8 images"):
+        train(tiny, PROMPTS, lambda images, prompts: brightness(images, prompts)[:, None], CONFIG, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        MemoryError(),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+    ],
+)
+def test_out_of_memory_names_the_knob(tiny, tmp_path, monkeypatch, error):
+    def full(*arguments):
+        raise error
+
+    monkeypatch.setattr(ddpo, "pair_loss", full)
+    with pytest.raises(TrainingError, match=r"out of memory: lower micro_batch \(now 8\)"):
+        train(tiny, PROMPTS, brightness, CONFIG, tmp_path)
+
+
+def test_another_runtime_error_is_not_taken_for_a_lack_of_memory(tiny, tmp_path, monkeypatch):
+    def broken(*arguments):
+        raise RuntimeError("shapes do not fit")
+
+    monkeypatch.setattr(ddpo, "pair_loss", broken)
+    with pytest.raises(RuntimeError, match="shapes do not fit"):
+        train(tiny, PROMPTS, brightness, CONFIG, tmp_path)

@@ -354,6 +354,31 @@ def test_p_wins_over_an_option_and_one_seed_needs_no_suffix(places):
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    "place, expected",
+    [
+        ({}, {}),
+        ({"WORLD_SIZE": "1", "RANK": "0"}, {}),
+        ({"WORLD_SIZE": "4", "RANK": "0", "LOCAL_WORLD_SIZE": "4"}, {"02_rl_finetune.processes": 4}),
+        ({"WORLD_SIZE": "4", "RANK": "3", "LOCAL_WORLD_SIZE": "4"}, None),
+    ],
+)
+def test_the_first_launched_process_does_the_job_with_as_many(monkeypatch, place, expected):
+    for name in main_job.LAUNCHER_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in place.items():
+        monkeypatch.setenv(name, value)
+    assert main_job._launched() == expected
+    assert not set(main_job.LAUNCHER_VARIABLES) & set(os.environ)  # or every kernel would wait for the others
+
+
+def test_processes_on_several_machines_are_refused(monkeypatch):
+    for name, value in (("WORLD_SIZE", "16"), ("LOCAL_WORLD_SIZE", "8"), ("RANK", "8")):
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ParameterError, match="16 processes were launched on several machines"):
+        main_job._launched()
+
+
 def test_every_notebook_of_the_job_has_what_the_job_sets():
     known = {f"{notebook}.{row.name}" for notebook in JOB for row in schema(notebook)}
     assert main_job.WIRED <= known

@@ -12,21 +12,9 @@ import torch
 from PIL import Image
 
 from ibkit.device import generator
-from ibkit.models import TextToImage
+from ibkit.models import TextToImage, model_fingerprint
 from ibkit.runs import hash_json
 from ibkit.sample import Sampler, sample_latents
-
-
-def model_fingerprint(model: TextToImage) -> str:
-    """Hash of the weights that decide a picture: two models share it only when they draw alike."""
-    parts = {}
-    for name in ("unet", "vae", "text_encoder"):
-        for key, p in getattr(model, name).state_dict().items():
-            flat = p.detach().double().flatten()
-            # position-weighted sums notice any changed or swapped weight and cost one pass
-            weight = torch.arange(1, len(flat) + 1, dtype=torch.float64, device=flat.device)
-            parts[f"{name}.{key}"] = [float(flat.sum()), float((flat * weight.remainder(997)).sum())]
-    return hash_json(parts)
 
 
 def class_images(
@@ -41,8 +29,7 @@ def class_images(
     """`n` pictures of the class prompt by the base model (DreamBooth, section 3.3: 200).
 
     They are cached in a folder named by the hash of model weights, prompt, sampler and seed, so a changed prompt or
-    model never meets old
-    pictures. An interrupted run leaves whole pictures only and goes on after them.
+    model never meets old pictures. An interrupted run leaves whole pictures only and goes on after them.
 
     Args:
         on_image: called with (pictures there are, pictures wanted).

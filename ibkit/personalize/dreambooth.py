@@ -22,7 +22,7 @@ from ibkit.device import generator
 from ibkit.errors import TrainingError
 from ibkit.models import TextToImage
 from ibkit.runs import Checkpoints
-from ibkit.training import load_optimizer_tensors, optimizer_tensors, part
+from ibkit.training import load_optimizer_tensors, memory_advice, optimizer_tensors, part
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ def train(
         folder: for checkpoints; training continues from the newest one there, on the same random streams.
 
     Raises:
-        TrainingError: a non-finite loss.
+        TrainingError: a non-finite loss, or memory does not suffice.
     """
     with_prior = config.prior_weight > 0
     alphas = model.alphas_cumprod.float().to(model.device)
@@ -122,13 +122,14 @@ def train(
             z0 = torch.cat([z0, prior_latents[torch.randint(len(prior_latents), (config.batch,), generator=stream)]])
         t = torch.randint(len(alphas), (len(z0),), generator=stream).to(model.device)
         noise = torch.randn(z0.shape, generator=stream).to(model.device)
-        eps_hat = model.predict_noise(add_noise(z0, noise, alphas[t]), t, text)
-        loss, instance, prior = prior_preservation_loss(eps_hat, noise, config.prior_weight)
+        with memory_advice(f"lower batch_size (now {config.batch}) or use smaller pictures"):
+            eps_hat = model.predict_noise(add_noise(z0, noise, alphas[t]), t, text)
+            loss, instance, prior = prior_preservation_loss(eps_hat, noise, config.prior_weight)
+            loss.backward()
         if not bool(torch.isfinite(loss)):
             raise TrainingError(
                 f"step {step}: the loss is {loss.item()}; lower the learning rate ({config.learning_rate:g})."
             )
-        loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)

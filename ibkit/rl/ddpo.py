@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -24,20 +24,24 @@ from PIL import Image
 
 from ibkit.data.prompts import Prompt
 from ibkit.device import generator
-from ibkit.errors import TrainingError
-from ibkit.models import TextToImage
+from ibkit.errors import ArtifactError, IbkitError, ParameterError, TrainingError
+from ibkit.models import TextToImage, load_model, model_fingerprint
 from ibkit.rl.advantages import PromptStats
 from ibkit.rl.ddim import Schedule, log_prob, step_mean
 from ibkit.rl.guard import Guard
+from ibkit.rl.processes import Processes
 from ibkit.rl.rollout import Trajectories, rollout
-from ibkit.runs import Checkpoints
+from ibkit.runs import Checkpoints, hash_json
 from ibkit.sample import Sampler
-from ibkit.training import load_optimizer_tensors, optimizer_tensors, part
+from ibkit.scorers import make_scorer
+from ibkit.training import load_optimizer_tensors, memory_advice, optimizer_tensors, part
 
 # (images, prompts) -> scores (B,); any scorer makes one, see `scorer_reward`
 Reward = Callable[[list[Image.Image], list[Prompt]], torch.Tensor]
 # (images, prompts) -> numbers to watch; never part of the objective
 Monitor = Callable[[list[Image.Image], list[Prompt]], dict[str, float]]
+# settings that may change when a training goes on: how long, and what only costs memory
+MAY_CHANGE = ("n_epochs", "checkpoint_every", "micro_batch")
 
 
 @dataclass(frozen=True)
@@ -142,6 +146,7 @@ def train(
     monitor: Monitor | None = None,
     guard: Guard | None = None,
     on_epoch: Callable[[dict[str, float], TextToImage], None] | None = None,
+    processes: Processes | None = None,
 ) -> list[dict[str, float]]:
     """Fine-tune `model` in place (it gains a LoRA adapter) and return one row of numbers an epoch.
 
@@ -151,6 +156,8 @@ def train(
         monitor: watches the epoch's images (subject fidelity, the judge); never part of the objective.
         guard: warns, may end the training early, and then the result is the best policy it saw; see `rl.guard`.
         on_epoch: called after each epoch with its row and the model (progress, sample grids).
+        processes: that train together, each in a call of its own with the same arguments; only the first watches
+            (monitor, on_epoch) and writes. See `rl.processes.start` and `help_train`.
 
     Returns:
         Rows with epoch, reward, reward_identifier, reward_class, the monitor's numbers, the guard's (frontier, alarm),
@@ -158,8 +165,18 @@ def train(
         log_prob_t000 ... (mean of each step), grad_norm, loss, kl (0 without `kl_weight`), seconds.
 
     Raises:
-        TrainingError: a non-finite reward, loss or gradient; the adapter of the last checkpoint stays.
+        TrainingError: a reward, loss or gradient that is not finite, a reward function that fails, memory that does not
+            suffice, or another process that ended; the last checkpoint stays.
+        ArtifactError: the checkpoints in `folder` are of another training.
+        ParameterError: fewer images an epoch than processes.
     """
+    processes = processes or Processes()
+    if config.images_per_epoch < processes.count:
+        raise ParameterError(
+            f"{config.images_per_epoch} images an epoch cannot be shared by {processes.count} processes: use fewer."
+        )
+    origin = {k: hash_json(v) for k, v in asdict(config).items() if k not in MAY_CHANGE}
+    origin |= {"model": model_fingerprint(model), "prompts": hash_json([p.text for p in prompts]), "seed": str(seed)}
     schedule = config.sampler.schedule(model)
     trainable = model.add_lora(config.lora_rank, generator(seed, "lora"))
     optimizer = torch.optim.AdamW(
@@ -170,8 +187,13 @@ def train(
     stats = PromptStats(config.stats_buffer, config.stats_min_count)
     history: list[dict[str, float]] = []
     checkpoints = Checkpoints(folder / "checkpoints")
-    if (found := checkpoints.latest()) is not None:
+    if (found := processes.share(checkpoints.latest() if processes.first else None)) is not None:
         _, tensors, state = found
+        if other := [k for k in origin if state["origin"].get(k) != origin[k]]:
+            raise ArtifactError(
+                f"the checkpoints in {checkpoints.folder} are of a training with another {', another '.join(other)}: "
+                "go on with what it was started with, or train in another folder."
+            )
         model.load_lora_state(part(tensors, "lora"))
         average, best = (
             [tensors[f"{name}.{i}"].to(p.device) for i, p in enumerate(trainable)] for name in ("average", "best")
@@ -180,16 +202,16 @@ def train(
         stats.load(state["stats"])
         history = state["history"]
 
+    advice = f"lower micro_batch (now {config.micro_batch}), which changes nothing but memory and speed"
     ended = len(history) >= config.n_epochs or bool(guard and guard.gives_up(history))
     while not ended:
         epoch = len(history)
         started = time.perf_counter()
         chosen = epoch_prompts(prompts, config.images_per_epoch, seed, epoch)
-        streams = [generator(seed, "rollout", epoch, i) for i in range(len(chosen))]
         texts = [p.text for p in chosen]
-        trajectories = rollout(model, texts, schedule, config.sampler.guidance, streams, config.micro_batch)
-        images = model.decode(trajectories.latents[-1])
-        rewards = reward(images, chosen).float()
+        streams = [generator(seed, "rollout", epoch, i) for i in range(len(chosen))]
+        with memory_advice(advice):
+            trajectories, images, rewards = collect(model, chosen, reward, schedule, config, streams, processes)
         if not bool(torch.isfinite(rewards).all()):
             bad = int((~torch.isfinite(rewards)).nonzero()[0])
             raise TrainingError(
@@ -201,23 +223,17 @@ def train(
         for name, kind in (("reward_identifier", True), ("reward_class", False)):
             of_kind = rewards[[p.identifier is kind for p in chosen]]
             row[name] = of_kind.mean().item() if len(of_kind) else float("nan")
-        row |= monitor(images, chosen) if monitor else {}
+        row |= processes.share(monitor(images, chosen) if monitor else {})
         row |= {"log_prob": trajectories.log_probs.mean().item()}
         row |= {
             f"log_prob_t{int(t):03d}": v
             for t, v in zip(schedule.timesteps, trajectories.log_probs.mean(1).tolist(), strict=True)
         }
-        row |= _update(
-            model,
-            optimizer,
-            trainable,
-            average,
-            trajectories,
-            advantages,
-            schedule,
-            config,
-            generator(seed, "update", epoch),
-        )
+        stream = generator(seed, "update", epoch)
+        with memory_advice(advice):
+            row |= update(
+                model, optimizer, trainable, average, trajectories, advantages, schedule, config, stream, processes
+            )
         row["seconds"] = time.perf_counter() - started
         history.append(row)
         if guard:
@@ -225,11 +241,11 @@ def train(
             if guard.best(history) == epoch:
                 best = [v.clone() for v in average]
         ended = epoch + 1 == config.n_epochs or bool(guard and guard.gives_up(history))
-        if (epoch + 1) % config.checkpoint_every == 0 or ended:
+        if processes.first and ((epoch + 1) % config.checkpoint_every == 0 or ended):
             tensors = {f"lora.{k}": v for k, v in model.lora_state().items()} | optimizer_tensors(optimizer)
             for name, adapter in (("average", average), ("best", best)):
                 tensors |= {f"{name}.{i}": v.cpu() for i, v in enumerate(adapter)}
-            checkpoints.save(epoch + 1, tensors, {"stats": stats.state(), "history": history})
+            checkpoints.save(epoch + 1, tensors, {"origin": origin, "stats": stats.state(), "history": history})
         if on_epoch:
             on_epoch(row, model)
     with torch.no_grad():
@@ -239,7 +255,53 @@ def train(
     return history
 
 
-def _update(
+def collect(
+    model: TextToImage,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    schedule: Schedule,
+    config: DDPOConfig,
+    streams: Sequence[torch.Generator],
+    processes: Processes,
+) -> tuple[Trajectories, list[Image.Image], torch.Tensor]:
+    """An epoch's trajectories, images and rewards (B,): each process makes its share and gets everybody's."""
+    chunks = torch.arange(len(prompts)).split(processes.chunk(len(prompts), config.micro_batch))
+    mine = []
+    for members in processes.deal(chunks):
+        asked = [prompts[i] for i in members]
+        made = rollout(
+            model, [p.text for p in asked], schedule, config.sampler.guidance, [streams[i] for i in members], len(asked)
+        )
+        images = model.decode(made.latents[-1])
+        mine.append((made.latents, made.log_probs, images, _rewarded(reward, images, asked)))
+    latents, log_probs, images, rewards = zip(*processes.gather(mine), strict=True)
+    trajectories = Trajectories(
+        torch.cat(latents, 1).to(model.device),
+        torch.cat(log_probs, 1).to(model.device),
+        model.encode_text([p.text for p in prompts]),
+    )
+    return trajectories, [image for part in images for image in part], torch.cat(rewards)
+
+
+def _rewarded(reward: Reward, images: list[Image.Image], prompts: list[Prompt]) -> torch.Tensor:
+    """The rewards (B,) fp32; a reward function that fails says so."""
+    try:
+        rewards = torch.as_tensor(reward(images, prompts)).float().cpu()
+    except (IbkitError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # of any kind, since anybody's function may be the reward
+        raise TrainingError(
+            f"the reward function failed with {type(error).__name__}: {error}; mend it and resume."
+        ) from error
+    if rewards.shape != (len(images),):
+        raise TrainingError(
+            f"the reward function returned shape {tuple(rewards.shape)} for {len(images)} images: "
+            "it must give each one number."
+        )
+    return rewards
+
+
+def update(
     model,
     optimizer,
     trainable,
@@ -249,17 +311,18 @@ def _update(
     schedule: Schedule,
     config: DDPOConfig,
     stream: torch.Generator,
+    processes: Processes,
 ) -> dict[str, float]:
-    """The gradient steps of an epoch: trajectories in random order, `batch` of them (all timesteps) to a step."""
+    """The gradient steps of an epoch: trajectories in random order, `batch` of them to a step."""
     n_steps = config.n_trained_steps(len(schedule))
     n_drawn = max(1, round(config.subsample * n_steps))
     advantages = advantages.to(model.device)
     order = torch.randperm(len(advantages), generator=stream)
-    losses, divergences, clipped, norms, ratio_first = [], [], [], [], None
+    measured, norms, ratio_first = [], [], None
     for members in order.split(config.batch):
         steps = torch.stack([torch.randperm(n_steps, generator=stream)[:n_drawn] for _ in members])
         pairs = torch.stack([members.repeat_interleave(n_drawn), steps.flatten()], 1)
-        for micro in pairs.split(config.micro_batch):
+        for micro in processes.deal(pairs.split(processes.chunk(len(pairs), config.micro_batch))):
             image, step = micro[:, 0].to(model.device), micro[:, 1].to(model.device)
             loss, ratio, kl = pair_loss(model, trajectories, image, step, advantages[image], schedule, config)
             if not bool(torch.isfinite(loss).all()):
@@ -270,9 +333,8 @@ def _update(
             ((loss + config.kl_weight * kl).sum() / len(pairs)).backward()
             deviation = (ratio.detach() - 1).abs()
             ratio_first = deviation.max().item() if ratio_first is None else ratio_first
-            losses.append(loss.detach())
-            divergences.append(kl.detach())
-            clipped.append(deviation > config.clip_range)
+            measured.append(torch.stack([loss.detach(), kl.detach(), (deviation > config.clip_range).float()]))
+        processes.add_gradients(trainable)
         norm = torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
         if not bool(torch.isfinite(norm)):
             raise TrainingError("the gradient is not finite: lower the learning rate.")
@@ -281,13 +343,38 @@ def _update(
         for mean, parameter in zip(average, trainable, strict=True):
             mean.lerp_(parameter.detach(), 1 - config.ema_decay)
         norms.append(norm.item())
+    everybodys = [of_chunk for share in processes.gather([measured]) for of_chunk in share]
+    loss, kl, clip_fraction = torch.cat(everybodys, 1).mean(1).tolist()
     return {
-        "ratio_first": ratio_first,
-        "clip_fraction": torch.cat(clipped).float().mean().item(),
+        "ratio_first": processes.share(ratio_first),
+        "clip_fraction": clip_fraction,
         "grad_norm": sum(norms) / len(norms),
-        "loss": torch.cat(losses).mean().item(),
-        "kl": torch.cat(divergences).mean().item(),
+        "loss": loss,
+        "kl": kl,
     }
+
+
+def help_train(
+    processes: Processes,
+    device: torch.device,
+    model: str,
+    prompts: Sequence[Prompt],
+    reward: str,
+    weights: str,
+    config: DDPOConfig,
+    folder: Path,
+    seed: int,
+    guard: Guard | None,
+) -> None:
+    """Be one of the processes that help the first, whose `train` has the same arguments; for `rl.processes.start`.
+
+    Args:
+        model: as `load_model` takes it.
+        reward, weights: the scorer, as `make_scorer` takes it.
+    """
+    scorer = make_scorer(reward, weights, device)
+    network = load_model(model, device=device)
+    train(network, prompts, scorer_reward(scorer), config, folder, seed, guard=guard, processes=processes)
 
 
 def pair_loss(

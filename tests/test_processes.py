@@ -1,0 +1,123 @@
+"""Several processes train as one: the same weights, statistics and numbers; one that dies ends the job cleanly."""
+
+import dataclasses
+import os
+import signal
+
+import pytest
+import torch
+from transformers import CLIPTokenizer
+
+from ibkit.data.prompts import training_prompts
+from ibkit.errors import ParameterError, TrainingError
+from ibkit.models import POCKET_PIPELINE
+from ibkit.rl import ddpo
+from ibkit.rl.processes import Processes, start
+from ibkit.runs import Checkpoints
+from ibkit.sample import Sampler
+from tests.tiny import tiny_model
+
+CPU = torch.device("cpu")
+CONFIG = ddpo.DDPOConfig(
+    n_epochs=3, images_per_epoch=8, batch=4, sampler=Sampler(4, 3.0, 1.0), learning_rate=1e-3, micro_batch=3,
+    stats_min_count=2, checkpoint_every=1,
+)  # fmt: skip
+PROMPTS = training_prompts(["playing soccer", "dancing"], "cat", "sks")
+
+
+def brightness(images, prompts):
+    return torch.tensor([sum(i.convert("L").tobytes()) / (i.width * i.height * 255) for i in images])
+
+
+def train_tiny(processes, device, folder, config, reward=brightness, **options):
+    torch.set_num_threads(1)
+    model = tiny_model(CLIPTokenizer.from_pretrained(POCKET_PIPELINE / "tokenizer"))
+    rows = ddpo.train(model, PROMPTS, reward, config, folder, processes=processes, **options)
+    return model.lora_state(), rows
+
+
+def difference(a: dict, b: dict) -> float:
+    return max((a[k] - b[k]).abs().max().item() for k in a)
+
+
+def die_in_epoch_two(processes, device, folder, config):
+    def reward(images, prompts):
+        reward.calls += 1
+        if reward.calls > 2:  # the second of three chunks of pictures is its, in every epoch
+            os.kill(os.getpid(), signal.SIGKILL)
+        return brightness(images, prompts)
+
+    reward.calls = 0
+    train_tiny(processes, device, folder, config, reward)
+
+
+# --- one process ------------------------------------------------------------------------------------------------
+
+
+def test_one_process_is_the_whole_group():
+    alone = Processes()
+    assert alone.first and alone.chunk(10, 4) == 4 and alone.deal([1, 2, 3]) == [1, 2, 3]
+    assert alone.gather([1, 2]) == [1, 2] and alone.share({"a": 1}) == {"a": 1}
+
+
+@pytest.mark.parametrize("n, largest, count", [(8, 3, 2), (8, 48, 2), (7, 48, 3), (5, 2, 4), (4, 4, 4)])
+def test_everybody_gets_a_chunk_and_nothing_is_lost(n, largest, count):
+    chunks = torch.arange(n).split(Processes(0, count).chunk(n, largest))
+    shares = [Processes(i, count).deal(chunks) for i in range(count)]
+    assert all(shares) and max(len(c) for c in chunks) <= largest
+    assert sorted(torch.cat([c for share in shares for c in share]).tolist()) == list(range(n))
+
+
+# --- two processes ----------------------------------------------------------------------------------------------
+
+
+def test_two_processes_end_as_one(tmp_path):
+    seen = []
+
+    def monitor(images, prompts):
+        seen.append([p.text for p in prompts])
+        return {"monitor": float(len(images))}
+
+    alone, rows_alone = train_tiny(Processes(), CPU, tmp_path / "one", CONFIG, monitor=monitor)
+    seen_alone, seen = seen, []
+    with start(2, CPU, train_tiny, tmp_path / "two", CONFIG) as processes:
+        both, rows = train_tiny(processes, CPU, tmp_path / "two", CONFIG, monitor=monitor)
+    assert difference(alone, both) <= 1e-6
+    moved = difference(alone, tiny_adapter())
+    assert moved > 1e-3  # or the comparison would be of two adapters that learned nothing
+    assert seen == seen_alone and [r["monitor"] for r in rows] == [8.0] * 3
+    for one, two in zip(rows_alone, rows, strict=True):
+        assert one.keys() == two.keys()
+        assert all(two[k] == pytest.approx(one[k], rel=1e-3, abs=1e-6) for k in one.keys() - {"seconds"})
+
+
+def tiny_adapter():
+    from ibkit.device import generator
+
+    model = tiny_model(CLIPTokenizer.from_pretrained(POCKET_PIPELINE / "tokenizer"))
+    model.add_lora(CONFIG.lora_rank, generator(0, "lora"))
+    return model.lora_state()
+
+
+def test_a_killed_process_ends_the_job_and_one_process_goes_on(tmp_path):
+    with (
+        pytest.raises(TrainingError, match="one of the 2 processes.*resume to continue"),
+        start(2, CPU, die_in_epoch_two, tmp_path / "killed", CONFIG) as processes,
+    ):
+        train_tiny(processes, CPU, tmp_path / "killed", CONFIG)
+    assert Checkpoints(tmp_path / "killed" / "checkpoints").latest()[0] == 2
+    resumed, rows = train_tiny(Processes(), CPU, tmp_path / "killed", CONFIG)
+    whole, _ = train_tiny(Processes(), CPU, tmp_path / "whole", CONFIG)
+    assert len(rows) == 3 and difference(resumed, whole) <= 1e-6
+
+
+def test_more_processes_than_pictures_are_refused(tmp_path):
+    config = dataclasses.replace(CONFIG, images_per_epoch=1)
+    with pytest.raises(ParameterError, match="1 images an epoch cannot be shared by 2 processes"):
+        train_tiny(Processes(0, 2), CPU, tmp_path, config)
+
+
+def test_an_accelerator_that_cannot_be_shared_out_is_refused():
+    with pytest.raises(ParameterError, match="2 processes cannot train together on mps"):
+        with start(2, torch.device("mps"), train_tiny):
+            pass
