@@ -9,6 +9,7 @@ from ibkit.data.prompts import check_identifier, make_prompt, training_prompts
 from ibkit.device import generator
 from ibkit.errors import ModelError, ParameterError
 from ibkit.models import load_model, use_quick_attention
+from ibkit.rl.rollout import rollout
 from ibkit.sample import Sampler, sample
 from tests.tiny import tiny_model
 
@@ -70,6 +71,22 @@ def test_an_adapter_starts_as_the_identity_and_travels(tiny, folder, tmp_path):
 def test_only_the_adapter_is_trainable(tiny):
     trainable = tiny.add_lora(4, generator(0))
     assert {id(p) for p in tiny.unet.parameters() if p.requires_grad} == {id(p) for p in trainable}
+
+
+def test_the_policy_is_kept_in_fp32(tiny):
+    """Also where the U-Net computes in bf16: half precision would move log-probabilities far beyond the clip range."""
+    tiny.autocast = torch.bfloat16
+    trainable = tiny.add_lora(2, generator(0, "lora"))
+    schedule = Sampler(4, 3.0, 1.0).schedule(tiny)
+    made = rollout(tiny, ["a cat"] * 2, schedule, 3.0, [generator(0, i) for i in range(2)])
+    assert {v.dtype for v in (*trainable, made.latents, made.log_probs, made.text)} == {torch.float32}
+    assert not torch.equal(made.latents, made.latents.bfloat16().float())
+
+
+def test_a_scheduler_that_clips_is_loaded_without_clipping(folder):
+    path = folder / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"clip_sample": True}))
+    assert load_model(str(folder)).scheduler.config.clip_sample is False
 
 
 def test_prompts_that_do_not_fit_are_refused(tiny):

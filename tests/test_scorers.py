@@ -602,6 +602,26 @@ def test_scores_do_not_depend_on_the_batch(all_scorers):
         torch.testing.assert_close(shuffled, together[order], atol=1e-5, rtol=0)
 
 
+def test_scorers_are_in_evaluation_mode(all_scorers):
+    """Dropout in a scorer would make the reward of a picture a matter of chance."""
+    networks = [m for scorer in all_scorers for m in modules(scorer)]
+    assert len(networks) >= 4 and not any(part.training for network in networks for part in network.modules())
+    for scorer in all_scorers:
+        arguments = make_images(2), TEXTS[:2], make_images(1)
+        assert torch.equal(scorer(*arguments), scorer(*arguments))
+
+
+def modules(thing) -> list[torch.nn.Module]:
+    """The networks that a scorer holds, itself or in its parts."""
+    found = []
+    for value in vars(thing).values():
+        if isinstance(value, torch.nn.Module):
+            found.append(value)
+        elif type(value).__module__.startswith("ibkit."):
+            found += modules(value)
+    return found
+
+
 def test_bad_calls_are_refused_in_a_sentence(all_scorers):
     images, references = make_images(2), make_images(1)
     for scorer in all_scorers:
