@@ -48,20 +48,23 @@ POCKET = Preset(
         checkpoint_every=150,
     ),
     ddpo=DDPOConfig(
-        n_epochs=50,
+        n_epochs=60,
         images_per_epoch=48,  # 12 for each of 2 activities x 2 kinds of prompt
         batch=24,  # half of them a gradient step, as in the paper
-        sampler=Sampler(15, 3.0, 1.0),  # stronger guidance burns the subject's colours
+        sampler=Sampler(10, 2.0, 1.0),
+        clip_range=2e-4,  # for larger steps than the paper's; at 1e-3 it learns faster and falls apart after 30 epochs
         learning_rate=4e-3,  # minutes instead of hours
-        trained_share=0.87,  # 13 of 15 steps: the last but one would drown all others (notebook 02)
-        subsample=0.46,  # 6 of those 13 for each image and gradient step: half the time of an epoch
+        trained_share=0.8,  # 8 of 10 steps: the last but one would drown all others (notebook 02)
+        subsample=0.6,  # 5 of those 8 for each image and gradient step
         ema_decay=0.9,  # evens out single gradient steps
         lora_rank=8,
         micro_batch=48,  # with guidance 96 rows of the U-Net, where two CPU cores are fastest a row (benchmarks/rl.py)
         stats_buffer=48,  # four epochs of a prompt, so the baseline follows the policy
         stats_min_count=8,
     ),
-    sampler=Sampler(15, 3.0, 1.0),
+    # The base model follows prompts at 10 steps as well as at 15, and at guidance 2 as well as at 3; the overfitted
+    # model does not, and stronger guidance hides that (its activity: 0.5 at 3, 0.1 at 2) and burns colours.
+    sampler=Sampler(10, 2.0, 1.0),
     scorers="pocket",
     activities=("playing soccer", "dancing"),  # poses that leave the subject in sight, so that identity can be judged
     n_images=30,
