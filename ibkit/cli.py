@@ -16,6 +16,7 @@ from ibkit.errors import IbkitError
 
 COMMANDS = {  # name: (module, what it does)
     "run": ("ibkit.main_job", "personalize, fine-tune by RL, evaluate, and write the report"),
+    "plan": ("ibkit.plan", "predict the time and memory that `ibkit run` will take on this machine"),
     "claims": ("ibkit.claims", "read the papers' claims against a finished run"),
     "check": ("ibkit.check", "look at this machine: what can run here, and what to do about what cannot"),
 }

@@ -258,6 +258,45 @@ def _mark_guard(axis: Axes, history: pd.DataFrame) -> None:
         axis.axvline(best, color=INK, lw=1, ls=":", label="Best frontier")
 
 
+def trajectory(
+    beliefs: Mapping[int, Image.Image], steps: pd.DataFrame, clip_range: float, title: str = ""
+) -> tuple[Figure, pd.DataFrame]:
+    """One episode of the RL stage along its denoising steps: what the model believes, and what an update reads.
+
+    Args:
+        beliefs: t -> x̂0, decoded, of some steps, first to last.
+        steps: one row for each step: t, log_prob (of the policy that drew the episode), ratio (of the
+            policy as it is now), clip_fraction (share of all episodes whose ratio is outside the range).
+        clip_range: ε, drawn around a ratio of 1.
+        title: above the figure, such as the prompt and the advantage.
+
+    Returns:
+        The figure, and `steps`.
+    """
+    panels = (
+        ("Log-probability of the step", "log_prob", METHOD_COLOURS["base"]),
+        ("Ratio, new over old policy", "ratio", METHOD_COLOURS["instructbooth"]),
+        ("Clip fraction, all episodes", "clip_fraction", METHOD_COLOURS["dreambooth"]),
+    )
+    with matplotlib.rc_context(HOUSE_STYLE):
+        figure = NotebookFigure(figsize=(9.6, 4.2), layout="constrained")
+        above, below = figure.subfigures(2, 1, height_ratios=(1, 1.9))
+        axes = above.subplots(1, len(beliefs), squeeze=False)[0]
+        for axis, (t, picture) in zip(axes, beliefs.items(), strict=True):
+            _draw_picture(axis, picture)
+            axis.set_xlabel(f"t = {t}", fontsize=8)
+        for axis, (name, column, colour) in zip(below.subplots(1, len(panels)), panels, strict=True):
+            seaborn.lineplot(steps, x="t", y=column, marker="o", color=colour, ax=axis)
+            axis.set(title=name, xlabel="t, from noise to picture", ylabel="")
+            axis.invert_xaxis()
+            if column == "ratio":
+                axis.axhspan(1 - clip_range, 1 + clip_range, color=FAINT, lw=0)
+            if column == "clip_fraction":
+                axis.set_ylim(0, 1)
+        _head(figure, title)
+    return figure, steps
+
+
 def fidelity_plane(
     scores: pd.DataFrame, text: str = "judge_activity", subject: str = "judge_identity", title: str = ""
 ) -> tuple[Figure, pd.DataFrame]:

@@ -136,6 +136,13 @@ def given(arguments: Namespace) -> dict[str, Any]:
     return settings
 
 
+def complete(wanted: dict[str, Any]) -> dict[str, Any]:
+    """The settings of a new job: those that are wanted, and for the others the notebooks' defaults."""
+    settings = defaults() | wanted
+    settings.setdefault("rl_seeds", [settings["01_personalize.seed"]])
+    return settings
+
+
 def _literal(text: str) -> Any:
     """A value of the command line as Python or JSON would read it; text that neither reads stays text."""
     for read in (literal_eval, json.loads):
@@ -359,6 +366,11 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--resume", action="store_true",
         help="go on with an interrupted or failed run, by default the newest, with the settings it was started with",
     )  # fmt: skip
+    add_settings(parser)
+
+
+def add_settings(parser: ArgumentParser) -> None:
+    """Add the arguments that say what is run; `given` reads them."""
     helps = {row.name: row.help.replace("%", "%%") for notebook in reversed(JOB) for row in schema(notebook)}
     for name, kind in SHARED.items():
         options = (
@@ -392,8 +404,7 @@ def main(arguments: Namespace) -> int:
         _wait_for_orphans(folder)
     else:
         folder = _folder(arguments.name or f"run-{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
-        settings = defaults() | wanted
-        settings.setdefault("rl_seeds", [settings["01_personalize.seed"]])
+        settings = complete(wanted)
     stages = plan(settings, folder, arguments.resume)
     again = f"go on with:  ibkit run --resume --name {folder.name}"
     with _sigterm_is_ctrl_c():

@@ -256,6 +256,17 @@ def test_plane_and_bars_draw_the_intervals_of_the_table():
     assert len(bars) == 9 and bars["n"].eq(20).all() and set(bars["text"]) == set(PROMPTS.values())
 
 
+def test_a_trajectory_shows_every_belief_and_every_step():
+    steps = pd.DataFrame(
+        {"t": [901, 501, 1], "log_prob": [1.0, 2.0, 3.0], "ratio": [1.0, 1.1, 0.9], "clip_fraction": [0.0, 0.5, 1.0]}
+    )
+    figure, data = figures.trajectory({901: scene("base", "bike", 0), 1: scene("base", "bike", 1)}, steps, 0.05, "one")
+    pictures, panels = (part.axes for part in figure.subfigs)
+    assert [axis.get_xlabel() for axis in pictures] == ["t = 901", "t = 1"]
+    assert [list(axis.lines[0].get_ydata()) for axis in panels] == [list(steps[c][::-1]) for c in steps.columns[1:]]
+    assert all(axis.xaxis_inverted() for axis in panels) and data.equals(steps)
+
+
 def test_a_figure_shows_itself_in_a_notebook():
     figure, _ = figures.reference_strip([scene("base", "bike", 0)])
     assert figure._repr_png_().startswith(b"\x89PNG")

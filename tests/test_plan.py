@@ -1,0 +1,123 @@
+"""`ibkit plan`: it counts the passes that the methods make, and its arithmetic is that of its words."""
+
+import json
+from argparse import ArgumentParser
+
+import pytest
+import torch
+from diffusers import UNet2DConditionModel
+
+from ibkit import main_job, plan
+from ibkit.cli import main
+from ibkit.data.prompts import training_prompts
+from ibkit.personalize import dreambooth
+from ibkit.personalize.class_images import class_images
+from ibkit.plan import Costs, Passes, Work, count
+from ibkit.presets import POCKET, override
+from ibkit.rl import ddpo
+
+SMALL = [
+    "01_personalize.n_steps=2", "01_personalize.batch_size=3", "01_personalize.n_class_images=4",
+    "02_rl_finetune.n_epochs=2", "02_rl_finetune.images_per_epoch=4", "02_rl_finetune.n_inference_steps=5",
+    "03_evaluate.n_images=2",
+]  # fmt: skip
+
+
+def works(*words):
+    parser = ArgumentParser()
+    main_job.add_settings(parser)
+    settings = main_job.complete(main_job.given(parser.parse_args(list(words))))
+    return {work.name: work for work in map(count, main_job.plan(settings, main_job.OUTPUTS / "plan"))}
+
+
+def small(*words):
+    return works(*words, *(word for value in SMALL for word in ("-p", value)))
+
+
+@pytest.fixture
+def rows_passed(tiny, monkeypatch):
+    """Rows of the tiny model's U-Net passes: with and without a graph."""
+    seen = {True: 0, False: 0}
+    forward = tiny.unet.forward
+
+    def counted(x, *arguments, **options):
+        seen[torch.is_grad_enabled()] += len(x)
+        return forward(x, *arguments, **options)
+
+    monkeypatch.setattr(tiny.unet, "forward", counted)
+    return seen
+
+
+def test_rl_is_counted_as_it_is_done(tiny, rows_passed, tmp_path):
+    sampler = override(POCKET.ddpo.sampler, n_steps=5)
+    config = override(POCKET.ddpo, n_epochs=2, images_per_epoch=4, sampler=sampler)
+    prompts = training_prompts(POCKET.activities, "cat", "sks")
+    ddpo.train(tiny, prompts, lambda images, prompts: torch.arange(len(images)).float(), config, tmp_path)
+    work = small()["02_rl_finetune"]
+    assert work.tuned == rows_passed[True] == 2 * 4 * 2 * 2  # epochs x images x steps drawn (0.6 of 4) x guidance
+    grid = 4 * len(prompts)  # before RL
+    assert work.forward - (grid * 5 + plan.FIXED_PICTURES * POCKET.sampler.n_steps) * 2 == rows_passed[False]
+    assert work.pictures == 2 * 4 + grid
+
+
+def test_dreambooth_is_counted_as_it_is_done(tiny, rows_passed, tmp_path):
+    config = override(POCKET.dreambooth, n_steps=2, batch=3, n_class_images=4)
+    pictures = class_images(tiny, "a cat", 4, POCKET.sampler, tmp_path / "cache")
+    drawn = rows_passed[False]
+    dreambooth.train(tiny, pictures, "a sks cat", "a cat", pictures, config, tmp_path)
+    work = small()["01_personalize"]
+    assert work.trained == rows_passed[True] and work.graph_rows == 6
+    measured = (2 * 2 * 16 + plan.FIXED_PICTURES) * POCKET.sampler.n_steps * 2
+    assert work.forward - measured == drawn
+    assert small("-p", "01_personalize.prior_weight=0")["01_personalize"].trained == work.trained / 2
+
+
+def test_the_evaluation_draws_for_every_method_and_seed():
+    one, three = (small("--rl-seeds", *seeds)["03_evaluate"] for seeds in (["0"], ["0", "1", "2"]))
+    assert one.pictures == 2 * (5 * 2 * 2) and three.pictures == 2 * (9 * 2 * 2)  # drawn and scored; 2 activities
+
+
+def test_the_arithmetic():
+    costs = Costs(1.0, 10.0, 100.0, 0.5, 7.0, 1000.0, 50.0, 2.0, 3.0, 1e9, "")
+    assert costs.seconds(Work("", forward=3, tuned=2, trained=1, pictures=4)) == 7 + 3 + 20 + 100 + 2
+    assert costs.peak_bytes(Work("", tuned=1, graph_rows=10)) == 1000 + 20
+    assert costs.peak_bytes(Work("", trained=1, graph_rows=10)) == 1000 + 30 + 4 * 50
+
+
+def test_operations_and_bytes_of_a_layer_by_hand():
+    class Out:
+        def __init__(self, sample):
+            self.sample = sample
+
+    class Layer(torch.nn.Linear):
+        def forward(self, x, t, encoder_hidden_states):
+            return Out(super().forward(x))
+
+    passes = Passes(Layer(8, 5, bias=False), (8,), torch.zeros(1, 1), torch.device("cpu"))
+    assert passes.flop() == 2 * 8 * 5
+    assert passes.weight_bytes == 4 * 8 * 5
+    assert passes.graph_bytes("all") == 4 * (8 + 5)  # the input for the weight's gradient, the output for the square's
+
+
+def test_stable_diffusion_has_its_published_size():
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**plan.SD15_UNET)
+    assert sum(p.numel() for p in unet.parameters()) == 859_520_964
+    passes = Passes(unet, (4, 64, 64), torch.zeros(plan.SD15_TEXT, device="meta"), torch.device("meta"))
+    assert passes.flop() / 1e9 == pytest.approx(2 * 401, rel=0.02)  # some 400 G multiplications and additions
+
+
+def test_the_command_says_where_its_numbers_come_from(capsys, monkeypatch):
+    monkeypatch.setattr(plan, "REPEATS", 1)
+    assert main(["plan", "--device", "cpu", "--json", *(w for v in SMALL for w in ("-p", v))]) == 0
+    result = json.loads(capsys.readouterr().out)
+    assert [row["stage"] for row in result["stages"]] == ["01_personalize", "02_rl_finetune", "03_evaluate"]
+    assert result["seconds"] == pytest.approx(sum(row["seconds"] for row in result["stages"]))
+    assert 0.3 < result["peak_gib"] < 4
+    assert main(["plan", "--model", "sd15", "--device", "cpu"]) == 0
+    assert "scaled from the pocket model by operations" in capsys.readouterr().out
+
+
+def test_bad_settings_are_refused_as_in_a_run(capsys):
+    assert main(["plan", "-p", "02_rl_finetune.n_epoch=3"]) == 2
+    assert "did you mean 'n_epochs'" in capsys.readouterr().err
