@@ -85,29 +85,27 @@ def count(stage: main_job.Stage) -> Work:
     """The work of a stage of the main job, from its parameters and the model's preset."""
     given = stage.parameters
     preset = preset_of(given["model"])
-    rows_each = 2 if preset.sampler.guidance != 1 else 1
-    picture_rows = preset.sampler.n_steps * rows_each
+    picture_rows = preset.sampler.rows
     fixed = FIXED_PICTURES * picture_rows
     if stage.notebook.stem == "01_personalize":
         config = override(preset.dreambooth, **_of(given, preset.dreambooth), batch=given["batch_size"])
         drawn = config.n_class_images if given["prior_weight"] else 0
         batch = config.batch * (2 if given["prior_weight"] else 1)
         measured = 2 * 2 * 16 if preset.world else 2 * 2 * 4
-        pictures = FIXED_PICTURES + measured
-        return Work(stage.name, (drawn + measured) * picture_rows + fixed, 0, config.n_steps * batch, pictures, batch)
+        forward = drawn * preset.class_sampler.rows + measured * picture_rows + fixed
+        return Work(stage.name, forward, 0, config.n_steps * batch, FIXED_PICTURES + measured, batch)
     if stage.notebook.stem == "02_rl_finetune":
         sampler = override(preset.ddpo.sampler, n_steps=given["n_inference_steps"], guidance=given["guidance"])
         config = override(preset.ddpo, **_of(given, preset.ddpo), sampler=sampler)
         every = given["sample_every"] or preset.sample_every
         prompts = (2 if given["use_class_prompts"] else 1) * len(given["prompts"] or preset.activities)
         grids = (1 + config.n_epochs // every) * 4 * prompts
-        rows_each = 2 if sampler.guidance != 1 else 1
         trained_steps = config.n_trained_steps(sampler.n_steps)
         pairs = config.n_epochs * config.images_per_epoch * max(1, round(config.subsample * trained_steps))
         pictures = config.n_epochs * config.images_per_epoch
-        forward = (pictures + grids) * sampler.n_steps * rows_each + fixed
-        graph = rows_each * min(config.micro_batch, pairs)
-        return Work(stage.name, forward, pairs * rows_each, 0, pictures + grids, graph)
+        forward = (pictures + grids) * sampler.rows + fixed
+        graph = sampler.rows_per_step * min(config.micro_batch, pairs)
+        return Work(stage.name, forward, pairs * sampler.rows_per_step, 0, pictures + grids, graph)
     methods = 1 + 2 + 2 * len(given["run_rl"])  # base; DreamBooth and each RL seed with and without the identifier
     pictures = methods * (given["n_images"] or preset.n_images) * len(given["prompts"] or preset.activities)
     return Work(stage.name, pictures * picture_rows + fixed, 0, 0, 2 * pictures)

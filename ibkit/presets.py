@@ -19,7 +19,8 @@ class Preset:
     """Everything that depends on the scale.
 
     Attributes:
-        sampler: for evaluation, class images and sample grids.
+        sampler: for evaluation and sample grids.
+        class_sampler: for the class images of prior preservation, which should be as good as the base model draws.
         scorers: where the scorers' weights come from, see `ibkit.scorers.make_scorer`.
         activities: what RL trains on when the user names none.
         n_images: pictures for each prompt, method and seed in the evaluation.
@@ -31,6 +32,7 @@ class Preset:
     dreambooth: DreamBoothConfig
     ddpo: DDPOConfig
     sampler: Sampler
+    class_sampler: Sampler
     scorers: str
     activities: tuple[str, ...]
     n_images: int
@@ -65,6 +67,7 @@ POCKET = Preset(
     # The base model follows prompts at 10 steps as well as at 15, and at guidance 2 as well as at 3; the overfitted
     # model does not, and stronger guidance hides that (its activity: 0.5 at 3, 0.1 at 2) and burns colours.
     sampler=Sampler(10, 2.0, 1.0),
+    class_sampler=Sampler(15, 3.0, 1.0),
     scorers="pocket",
     activities=("playing soccer", "dancing"),  # poses that leave the subject in sight, so that identity can be judged
     n_images=30,
@@ -77,6 +80,7 @@ SD15 = Preset(
     dreambooth=DreamBoothConfig(),
     ddpo=DDPOConfig(),
     sampler=Sampler(50, 7.5, 1.0),
+    class_sampler=Sampler(50, 7.5, 1.0),
     scorers="official",
     activities=("playing soccer", "riding a bike", "cooking a gourmet meal"),  # of the paper's own set
     n_images=10,  # the paper's 10 pictures for each of its 40 prompts

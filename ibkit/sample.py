@@ -27,6 +27,15 @@ class Sampler:
         offset = model.scheduler.config.steps_offset
         return make_schedule(model.alphas_cumprod, self.n_steps, self.eta, offset, model.device)
 
+    @property
+    def rows(self) -> int:
+        """Rows of the U-Net's passes that a picture takes; guidance makes two of a step."""
+        return self.n_steps * self.rows_per_step
+
+    @property
+    def rows_per_step(self) -> int:
+        return 1 if self.guidance == 1 else 2
+
     def __str__(self) -> str:
         return f"DDIM, {self.n_steps} steps, guidance {self.guidance:g}, eta {self.eta:g}"
 

@@ -1,6 +1,7 @@
 """DDPO: hand-worked losses, exact ratios, advantages, learning, and checkpoints."""
 
 import dataclasses
+import itertools
 import math
 
 import pytest
@@ -307,6 +308,27 @@ def test_a_gradient_step_draws_some_of_the_steps_anew_for_each_image(tiny, tmp_p
     ]
     assert {len(d) for d in drawn} == {2}  # half of four steps, none twice
     assert len(set(drawn)) > 3 and frozenset.union(*drawn) == {0, 1, 2, 3}
+
+
+def test_a_subsampled_gradient_is_right_on_average(tiny):
+    """The mean of the gradients of all draws, each as likely, is the gradient of all steps."""
+    trainable = with_adapter(tiny)
+    schedule, trajectories = rolled(tiny, n=1)
+    steps = range(len(schedule))
+
+    def gradient(some):
+        step = torch.tensor(some)
+        image = torch.zeros_like(step)
+        loss, *_ = pair_loss(tiny, trajectories, image, step, torch.ones(len(step)), schedule, CONFIG)
+        (loss.sum() / len(step)).backward()
+        found = torch.cat([p.grad.flatten() for p in trainable])
+        tiny.unet.zero_grad(set_to_none=True)
+        return found
+
+    draws = [gradient(some) for some in itertools.combinations(steps, 2)]
+    whole = gradient(list(steps))
+    torch.testing.assert_close(torch.stack(draws).mean(0), whole, rtol=1e-3, atol=1e-5 * whole.abs().max().item())
+    assert (draws[0] - whole).norm() > 0.1 * whole.norm()  # a single draw is another gradient
 
 
 @pytest.mark.parametrize("share, n_steps, trained", [(1.0, 50, 50), (0.4, 15, 6), (0.4, 3, 1), (0.4, 1, 1)])

@@ -62,7 +62,7 @@ def test_rl_is_counted_as_it_is_done(tiny, rows_passed, tmp_path):
 
 def test_dreambooth_is_counted_as_it_is_done(tiny, rows_passed, tmp_path):
     config = override(POCKET.dreambooth, n_steps=2, batch=3, n_class_images=4)
-    pictures = class_images(tiny, "a cat", 4, POCKET.sampler, tmp_path / "cache")
+    pictures = class_images(tiny, "a cat", 4, POCKET.class_sampler, tmp_path / "cache")
     drawn = rows_passed[False]
     dreambooth.train(tiny, pictures, "a sks cat", "a cat", pictures, config, tmp_path)
     work = small()["01_personalize"]
