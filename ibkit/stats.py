@@ -239,7 +239,7 @@ class Metric:
 
     Attributes:
         label: name for people, with the unit.
-        kind: what it measures, "text" or "subject" fidelity.
+        kind: what it measures: "text" or "subject" fidelity, or "text and subject" together.
         is_share: True for 0/1 answers, shown in per cent.
     """
 
@@ -261,8 +261,12 @@ METRICS: dict[str, Metric] = {
     "image_reward": Metric("ImageReward", "text"),
     "clip_t": Metric("CLIP-T", "text"),
     "pick_score": Metric("PickScore", "text"),
+    "align_t": Metric("ALIGN-T", "text"),
+    "weak_reward": Metric("Weak reward", "text"),
     "clip_i": Metric("CLIP-I", "subject"),
     "dino": Metric("DINO", "subject"),
+    "align_i": Metric("ALIGN-I", "subject"),
+    "harmonic": Metric("λ-harmonic mean of ALIGN-I and ALIGN-T", "text and subject"),
 }
 
 KEYS = ("method", "rl_seed", "subject", "prompt_id", "identifier", "image_seed")

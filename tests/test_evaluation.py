@@ -29,9 +29,9 @@ from ibkit.evaluation import (
 from ibkit.models import load_model
 from ibkit.runs import Run, read_run
 from ibkit.sample import Sampler, sample
-from ibkit.scorers import Scorer
+from ibkit.scorers import SCORERS, Scorer
 from ibkit.scorers.judge import Judge, JudgeNet
-from ibkit.stats import as_compared, check_scores, pair_up
+from ibkit.stats import METRICS, as_compared, check_scores, pair_up
 from tests.tiny import tiny_model
 
 ACTIVITIES = ["playing soccer", "riding a bike"]
@@ -75,6 +75,10 @@ def judge():
 
 
 # --- which images --------------------------------------------------------------------------------------------------
+
+
+def test_every_scorer_is_a_metric_with_a_label():
+    assert set(SCORERS) <= set(METRICS)
 
 
 def test_every_method_has_its_rows(rows):

@@ -17,14 +17,27 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch.nn import functional as F
 from torchvision import transforms
-from transformers import AutoTokenizer, PreTrainedTokenizerFast, ViTConfig, ViTModel
+from transformers import (
+    AlignConfig,
+    AlignModel,
+    AutoTokenizer,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    EfficientNetImageProcessor,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+    ViTModel,
+)
 
 from ibkit.errors import IbkitError, ModelError, ScoreError
 from ibkit.scorers import SCORERS, Scorer, make_scorer
+from ibkit.scorers.align import AlignEncoder, AlignI, AlignT, Harmonic
 from ibkit.scorers.base import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, from_hub, rgb_square, to_pixel_values
 from ibkit.scorers.clip import ClipEncoder, ClipI, ClipT
 from ibkit.scorers.dino import Dino
 from ibkit.scorers.image_reward import ImageReward, ImageRewardModel, RewardConfig, map_official
+from ibkit.scorers.pick_score import PickScore
 
 WORDS = "a the cat dog pot cup plays soccer rides bike reads book in on snow beach forest red blue".split()
 VOCABULARY = ["[PAD]", "[UNK]", *WORDS, "[BOS]", "[EOS]"]  # end of text last: CLIP pools at the highest id
@@ -580,13 +593,115 @@ def test_references_are_embedded_once_and_recognised_by_their_pixels():
     assert counted == [2, 2] and not torch.equal(other, first)
 
 
+# ---------------------------------------------------------------------------------------------- PickScore, ALIGN
+
+
+def tuned_clip():
+    ids = {"eos_token_id": VOCABULARY.index("[EOS]"), "bos_token_id": VOCABULARY.index("[BOS]"), "pad_token_id": 0}
+    text = {"vocab_size": len(VOCABULARY), "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+    vision = {"image_size": 32, "patch_size": 8, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 3, "max_position_embeddings": 12, **ids}
+    config = CLIPConfig(text_config=text, vision_config=vision | {"num_attention_heads": 3}, projection_dim=16)
+    return strong_weights(CLIPModel(config))
+
+
+def small_align():
+    text = {"vocab_size": len(VOCABULARY), "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 3}
+    text |= {"intermediate_size": 40, "max_position_embeddings": 70}
+    vision = {"image_size": 48, "width_coefficient": 0.25, "depth_coefficient": 0.2, "hidden_dim": 16}
+    config = AlignConfig(text_config=text, vision_config=vision, projection_dim=80)
+    return strong_weights(AlignModel(config))
+
+
+@pytest.fixture
+def more_weights(tmp_path):
+    """A local weights folder with `pick_score/` and `align/` in transformers' format."""
+    for name, model in (("pick_score", tuned_clip()), ("align", small_align())):
+        model.save_pretrained(tmp_path / "more" / name)
+        make_tokenizer().save_pretrained(tmp_path / "more" / name)
+    return tmp_path / "more"
+
+
+def test_pick_score_is_the_published_logit_without_its_temperature(more_weights):
+    images = make_images(3, (50, 70))
+    scorer = make_scorer("pick_score", more_weights)
+    model = CLIPModel.from_pretrained(more_weights / "pick_score").eval()
+    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=32)
+    tokens = make_tokenizer()(TEXTS, padding="max_length", max_length=12, truncation=True, return_tensors="pt")
+    pixels = to_pixel_values(images, 32, 32, CLIP_MEAN, CLIP_STD)
+    with torch.no_grad():
+        logits = model(pixel_values=pixels, **tokens).logits_per_image
+    expected = logits.diagonal() / model.logit_scale.exp()
+    torch.testing.assert_close(scorer(images, TEXTS), expected, atol=1e-5, rtol=0)
+    theirs = processor(images, return_tensors="pt")["pixel_values"]  # torchvision's bicubic on tensors, not PIL's
+    torch.testing.assert_close(pixels, theirs, atol=2.1 / 255 / min(CLIP_STD), rtol=0)
+    assert "unscaled" in scorer.evaluator and len(set(scorer(images, TEXTS).tolist())) == 3
+
+
+def test_align_is_the_models_own_similarity(more_weights):
+    images, references = make_images(3, (50, 70)), make_images(2, seed=7)
+    model = AlignModel.from_pretrained(more_weights / "align").eval()
+    processor = EfficientNetImageProcessor(
+        size={"height": 57, "width": 57}, crop_size={"height": 48, "width": 48}, do_center_crop=True,
+        resample=Image.Resampling.BILINEAR, rescale_factor=1 / 127.5, rescale_offset=True, do_normalize=False,
+        include_top=False,
+    )  # fmt: skip
+    tokens = make_tokenizer()(TEXTS, padding="max_length", max_length=64, truncation=True, return_tensors="pt")
+    encoder = AlignEncoder(model, make_tokenizer())
+    pixels = torch.stack([encoder.pixels(image) for image in images + references])
+    theirs = processor(images + references, return_tensors="pt")["pixel_values"]
+    torch.testing.assert_close(pixels, theirs, atol=2.1 / 127.5, rtol=0)
+    with torch.no_grad():
+        out = model(pixel_values=pixels, **tokens)
+    text = ((out.image_embeds[:3] * out.text_embeds).sum(1) + 1) / 2
+    subject = ((out.image_embeds[:3] @ out.image_embeds[3:].T).mean(1) + 1) / 2
+    torch.testing.assert_close(make_scorer("align_t", more_weights)(images, TEXTS), text, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        make_scorer("align_i", more_weights)(images, references=references), subject, atol=1e-5, rtol=0
+    )
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.3, 0.5, 0.7, 1.0])
+def test_the_harmonic_reward_by_hand(clip_weights, weight):
+    encoder, images, references = ClipEncoder.load(clip_weights), make_images(3), make_images(2, seed=7)
+    text, subject = AlignT(encoder)(images, TEXTS), AlignI(encoder)(images, references=references)
+    expected = [1 / (weight / i + (1 - weight) / t) for i, t in zip(subject.tolist(), text.tolist(), strict=True)]
+    scores = Harmonic(encoder, weight)(images, TEXTS, references)
+    assert scores.tolist() == pytest.approx(expected, rel=1e-5)
+    torch.testing.assert_close(AlignT(encoder)(images, TEXTS), (ClipT(encoder)(images, TEXTS) + 1) / 2)
+
+
+def test_a_weight_outside_its_range_is_refused(clip_weights):
+    with pytest.raises(ValueError, match="weight must lie in"):
+        Harmonic(ClipEncoder.load(clip_weights), 1.1)
+
+
+def test_the_pocket_world_has_no_pick_score():
+    with pytest.raises(ModelError, match="pocket weights have none: use weights='official'"):
+        make_scorer("pick_score", "pocket")
+
+
+@pytest.mark.parametrize("name, folder", [("pick_score", "pick_score"), ("align_t", "align")])
+def test_weights_that_are_not_all_there_are_refused(more_weights, name, folder):
+    path = more_weights / folder / "model.safetensors"
+    state = load_file(path)
+    state.pop(sorted(k for k in state if k.endswith("weight"))[0])
+    save_file(state, path, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match="1 weights are missing"):
+        make_scorer(name, more_weights)
+    (more_weights / folder / "tokenizer_config.json").unlink()
+    with pytest.raises(ModelError, match="has no tokenizer_config.json"):
+        make_scorer(name, more_weights)
+
+
 # ---------------------------------------------------------------------------------------------- all scorers
 
 
 @pytest.fixture
 def all_scorers(clip_weights, reward_scorer):
-    encoder = ClipEncoder.load(clip_weights)
-    return [ClipT(encoder), ClipI(encoder), Dino(small_vit(64, 16)), reward_scorer]
+    encoder, align = ClipEncoder.load(clip_weights), AlignEncoder(small_align(), make_tokenizer())
+    plain = [ClipT(encoder), ClipI(encoder), Dino(small_vit(64, 16)), reward_scorer]
+    return [*plain, PickScore(tuned_clip(), make_tokenizer()), AlignT(align), AlignI(align), Harmonic(align)]
 
 
 def test_scores_do_not_depend_on_the_batch(all_scorers):

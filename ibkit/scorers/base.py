@@ -150,6 +150,37 @@ def batches(items: Sequence, size: int) -> Iterator[Sequence]:
         yield items[start : start + size]
 
 
+def embed_texts(texts: Sequence[str], embed: Callable[[list[str]], torch.Tensor], batch_size: int) -> torch.Tensor:
+    """Embed texts, each different one once.
+
+    Args:
+        texts: N texts.
+        embed: up to `batch_size` texts to their features (B, D).
+
+    Returns:
+        (N, D) float32 of unit length.
+    """
+    unique = list(dict.fromkeys(texts))
+    features = torch.cat([embed(list(batch)) for batch in batches(unique, batch_size)])
+    rows = {text: row for row, text in enumerate(unique)}
+    return torch.nn.functional.normalize(features.float(), dim=-1)[[rows[text] for text in texts]]
+
+
+def load_transformer(metric: str, architecture: type, source: str | Path, **options) -> torch.nn.Module:
+    """transformers' `architecture.from_pretrained` in fp32, where every weight must come from the files.
+
+    Raises:
+        ModelError: A weight is missing or has another shape; from_pretrained only logs that, and leaves it random.
+    """
+    model, report = architecture.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
+    if lacking := sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"])):
+        raise ModelError(
+            f"{metric}: {len(lacking)} weights are missing from {source} or misfit, the first {lacking[0]}: "
+            "restore them."
+        )
+    return model
+
+
 def mean_cosine(embeddings: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
     """Mean cosine similarity of each embedding with all references.
 
@@ -265,6 +296,10 @@ SCORERS: dict[str, Callable[[str | Path, str | torch.device], Scorer]] = {
     "clip_t": _lazy("ibkit.scorers.clip", "ClipT"),
     "clip_i": _lazy("ibkit.scorers.clip", "ClipI"),
     "dino": _lazy("ibkit.scorers.dino", "Dino"),
+    "pick_score": _lazy("ibkit.scorers.pick_score", "PickScore"),
+    "align_t": _lazy("ibkit.scorers.align", "AlignT"),
+    "align_i": _lazy("ibkit.scorers.align", "AlignI"),
+    "harmonic": _lazy("ibkit.scorers.align", "Harmonic"),
     "image_reward": _lazy("ibkit.scorers.image_reward", "ImageReward"),
     "weak_reward": _lazy("ibkit.scorers.image_reward", "WeakReward"),
 }

@@ -26,6 +26,7 @@ from ibkit.scorers.base import (
     TruncationWarning,
     batches,
     check_vocabulary,
+    embed_texts,
     from_hub,
     mean_cosine,
     reading,
@@ -159,15 +160,13 @@ class ClipEncoder:
 
         A text over the model's context is cut, as is usual for CLIP-T, and named in a warning.
         """
-        unique = list(dict.fromkeys(texts))
-        features = []
-        for batch in batches(unique, self.batch_size):
+
+        def embed(batch: list[str]) -> torch.Tensor:
             for text in batch:
                 self._warn_truncated(text, self.count_tokens(text))
-            features.append(self.model.encode_text(self.tokenize(batch).to(self.device)))
-        rows = {text: row for row, text in enumerate(unique)}
-        embeddings = normalize(torch.cat(features).float(), dim=-1)
-        return embeddings[[rows[text] for text in texts]]
+            return self.model.encode_text(self.tokenize(batch).to(self.device))
+
+        return embed_texts(texts, embed, self.batch_size)
 
 
 class ClipT(Scorer):

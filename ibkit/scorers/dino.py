@@ -16,7 +16,6 @@ from PIL import Image
 from torch import nn
 from torch.nn.functional import normalize
 
-from ibkit.errors import ModelError
 from ibkit.scorers.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
@@ -24,6 +23,7 @@ from ibkit.scorers.base import (
     Scorer,
     batches,
     from_hub,
+    load_transformer,
     mean_cosine,
     reading,
     require_files,
@@ -103,16 +103,7 @@ class Dino(Scorer):
 
 
 def _load_vit(source: str | Path) -> nn.Module:
-    """transformers' ViT without a pooler, in fp32; every weight must come from the files."""
+    """transformers' ViT without a pooler."""
     from transformers import ViTModel
 
-    model, report = ViTModel.from_pretrained(
-        source, add_pooling_layer=False, dtype=torch.float32, output_loading_info=True
-    )
-    # from_pretrained only logs what it could not find, and leaves it random
-    lacking = sorted(report["missing_keys"]) + sorted(str(key) for key in report["mismatched_keys"])
-    if lacking:
-        raise ModelError(
-            f"dino: {len(lacking)} weights are missing from {source} or misfit, the first {lacking[0]}: restore them."
-        )
-    return model
+    return load_transformer(Dino.name, ViTModel, source, add_pooling_layer=False)
