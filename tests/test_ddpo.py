@@ -19,6 +19,7 @@ from ibkit.rl.processes import Processes
 from ibkit.rl.rollout import rollout
 from ibkit.runs import Checkpoints
 from ibkit.sample import Sampler
+from ibkit.scorers import Scorer
 from tests.tiny import tiny_model
 
 PROMPTS = training_prompts(["playing soccer", "dancing"], "cat", "sks")
@@ -113,6 +114,19 @@ def test_group_relative_advantages_know_only_their_own_batch():
     stats.advantages(["a", "a"], torch.tensor([100.0, 200.0]))
     advantages = stats.advantages(["a", "b", "a", "b"], torch.tensor([1.0, 5.0, 3.0, 5.0]))
     torch.testing.assert_close(advantages, torch.tensor([-1.0, 0.0, 1.0, 0.0]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_scorer_as_reward_reads_the_clean_prompt_and_sees_the_photos():
+    class Both(Scorer):
+        name, evaluator, needs = "both", "", frozenset({"text", "references"})
+
+        def _score(self, images, texts, references):
+            assert texts == [p.clean for p in PROMPTS] and references == [photo]
+            return torch.arange(float(len(images)))
+
+    photo = Image.new("RGB", (4, 4))
+    rewards = ddpo.scorer_reward(Both(), [photo])([photo] * len(PROMPTS), PROMPTS)
+    assert rewards.tolist() == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_an_epoch_uses_every_prompt_equally_often():

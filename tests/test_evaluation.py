@@ -29,7 +29,7 @@ from ibkit.evaluation import (
 from ibkit.models import load_model
 from ibkit.runs import Run, read_run
 from ibkit.sample import Sampler, sample
-from ibkit.scorers import SCORERS, Scorer
+from ibkit.scorers import Scorer
 from ibkit.scorers.judge import Judge, JudgeNet
 from ibkit.stats import METRICS, as_compared, check_scores, pair_up
 from tests.tiny import tiny_model
@@ -78,7 +78,7 @@ def judge():
 
 
 def test_every_scorer_is_a_metric_with_a_label():
-    assert set(SCORERS) <= set(METRICS)
+    assert set(scorers_base.SCORERS) <= set(METRICS)
 
 
 def test_every_method_has_its_rows(rows):

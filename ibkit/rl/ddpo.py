@@ -33,7 +33,7 @@ from ibkit.rl.processes import Processes
 from ibkit.rl.rollout import Trajectories, rollout
 from ibkit.runs import Checkpoints, hash_json
 from ibkit.sample import Sampler
-from ibkit.scorers import make_scorer
+from ibkit.scorers import Scorer, make_scorer
 from ibkit.training import load_optimizer_tensors, memory_advice, optimizer_tensors, part
 
 # (images, prompts) -> scores (B,); any scorer makes one, see `scorer_reward`
@@ -125,9 +125,13 @@ def gaussian_kl(mean: torch.Tensor, reference: torch.Tensor, std: torch.Tensor) 
     return ((mean - reference) ** 2 / (2 * s**2)).mean(dim=(1, 2, 3))
 
 
-def scorer_reward(scorer) -> Reward:
-    """Use a text scorer as the reward; it reads the prompt without the identifier."""
-    return lambda images, prompts: scorer(images, texts=[p.clean for p in prompts])
+def scorer_reward(scorer: Scorer, references: Sequence[Image.Image] = ()) -> Reward:
+    """Use a scorer as the reward; it reads the prompt without the identifier, and sees the subject's photos.
+
+    Args:
+        references: photos of the subject, for a scorer that compares with them, such as RPO's λ-harmonic reward.
+    """
+    return lambda images, prompts: scorer(images, [p.clean for p in prompts], list(references))
 
 
 def epoch_prompts(prompts: Sequence[Prompt], n: int, seed: int, epoch: int) -> list[Prompt]:
@@ -361,6 +365,7 @@ def help_train(
     prompts: Sequence[Prompt],
     reward: str,
     weights: str,
+    references: Sequence[Image.Image],
     config: DDPOConfig,
     folder: Path,
     seed: int,
@@ -370,11 +375,11 @@ def help_train(
 
     Args:
         model: as `load_model` takes it.
-        reward, weights: the scorer, as `make_scorer` takes it.
+        reward, weights: the scorer, as `make_scorer` takes it; references: the subject's photos.
     """
     scorer = make_scorer(reward, weights, device)
     network = load_model(model, device=device)
-    train(network, prompts, scorer_reward(scorer), config, folder, seed, guard=guard, processes=processes)
+    train(network, prompts, scorer_reward(scorer, references), config, folder, seed, guard=guard, processes=processes)
 
 
 def pair_loss(
