@@ -224,17 +224,20 @@ def generate(
 
 def make_scorers(
     names: Sequence[str], weights: str | Path, device: torch.device | str, judged: bool
-) -> dict[str, Scorer]:
-    """Make the scorers of the evaluation.
+) -> tuple[dict[str, Scorer], dict[str, str]]:
+    """Make the scorers of the evaluation; one whose weights cannot be had leaves a gap, not an end.
 
     Args:
         names: as in `ibkit.scorers.SCORERS`; empty = CLIP-T, ImageReward, CLIP-I and DINO.
         weights: the preset's `scorers`, see `ibkit.scorers.make_scorer`.
         judged: whether the judge scores too; without it, both text and subject fidelity need a scorer.
 
+    Returns:
+        The scorers by name, and for each that could not be made the sentence that says why and what to do.
+
     Raises:
-        ParameterError: an unknown name (the nearest one is named), or an axis that nothing measures.
-        ModelError: a scorer's weights are missing or damaged; says how to leave it out.
+        ParameterError: an unknown name (the nearest one is named), or an axis that nothing was asked to measure.
+        ModelError: no scorer is left, or none that measures one of the axes.
     """
     for name in names:
         if name not in SCORERS:
@@ -242,17 +245,22 @@ def make_scorers(
             hint = f"did you mean {near[0]!r}?" if near else f"it is one of {', '.join(SCORERS)}."
             raise ParameterError(f"There is no scorer {name!r}; {hint}")
     names = list(dict.fromkeys(names or DEFAULT_SCORERS))
-    for kind in ("text", "subject"):
-        if not judged and not any(METRICS[name].kind == kind for name in names):
+    axes = () if judged else ("text", "subject")
+    for kind in axes:
+        if not any(METRICS[name].kind == kind for name in names):
             raise ParameterError(f"None of the scorers {', '.join(names)} measures {kind} fidelity: add one that does.")
-    scorers = {}
+    scorers, gaps = {}, {}
     for name in names:
         try:
             scorers[name] = make_scorer(name, weights, device)
         except ModelError as error:
-            others = [other for other in names if other != name]
-            raise ModelError(f"{error} To go on without {name}: scorers={others}.") from error
-    return scorers
+            gaps[name] = str(error)
+    for kind in axes:
+        if not any(METRICS[name].kind == kind for name in scorers):
+            raise ModelError(f"Nothing is left that measures {kind} fidelity. {' '.join(gaps.values())}")
+    if not scorers:
+        raise ModelError(f"No scorer is left. {' '.join(gaps.values())}")
+    return scorers, gaps
 
 
 def score(

@@ -104,6 +104,7 @@ def render(name: str, stages: list[CompletedRun]) -> str:
         figures=known,
         more_figures=others,
         results=_results(scores, evaluation) if evaluation else [],
+        gaps=evaluation.metrics.get("gaps", {}) if evaluation else {},
         published=_published_tables(),
         paper=PAPER,
         paper_evaluators={_published_label(metric): words for metric, words in EVALUATORS.items()},
@@ -518,6 +519,9 @@ This run's numbers compare with the published ones only where model, evaluator, 
 </div>
 {% else %}
 <p>This run holds no scores.</p>
+{% endfor %}
+{% for metric, why in gaps.items() %}
+<p class="note"><strong>{{ metric }} was not measured.</strong> {{ why }}</p>
 {% endfor %}
 <details>
 <summary>All numbers the paper publishes</summary>

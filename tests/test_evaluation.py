@@ -1,6 +1,7 @@
 """The images of the evaluation: which there are, that the same seed makes the same picture, and what is scored."""
 
 import io
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -248,12 +249,19 @@ def test_every_number_has_its_evaluator(judge):
     assert set(evaluators(SCORERS)) == {"clip_t", "dino"}
 
 
-def test_missing_weights_are_refused_with_the_way_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(scorers_base, "POCKET_WEIGHTS", tmp_path / "none")
-    with pytest.raises(ModelError, match=r"there is no weights folder .*To go on without clip_t: scorers=\['dino'\]"):
-        make_scorers(["clip_t", "dino"], "pocket", "cpu", judged=True)
-    with pytest.raises(ModelError, match="To go on without clip_t: scorers=.*'image_reward', 'clip_i', 'dino'"):
-        make_scorers([], "pocket", "cpu", judged=True)
+def test_missing_weights_leave_a_gap_with_its_name_and_the_way_out(tmp_path, monkeypatch):
+    weights = tmp_path / "some"
+    shutil.copytree(scorers_base.POCKET_WEIGHTS / "dino", weights / "dino")
+    scorers, gaps = make_scorers(["clip_t", "dino"], weights, "cpu", judged=True)
+    assert list(scorers) == ["dino"] and "some/clip: name an existing one" in gaps["clip_t"]
+
+
+def test_missing_weights_of_an_axis_are_refused(tmp_path):
+    shutil.copytree(scorers_base.POCKET_WEIGHTS / "dino", tmp_path / "dino")
+    with pytest.raises(ModelError, match=r"Nothing is left that measures text fidelity.*CLIP: there is no weights"):
+        make_scorers(["clip_t", "dino"], tmp_path, "cpu", judged=False)
+    with pytest.raises(ModelError, match="No scorer is left.*there is no weights folder"):
+        make_scorers([], tmp_path / "none", "cpu", judged=True)
 
 
 def test_an_unknown_scorer_is_refused_with_the_nearest():

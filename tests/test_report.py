@@ -114,6 +114,7 @@ def make_run(folder):
     third.save_figure(*swap(figures.prompt_bars(compared), "figures/bars"))
     third.save_figure(*swap(figures.prompt_bars(compared, "clip_t"), "figures/clip_by_prompt"))
     third.record(evaluators={"judge_activity": f"pocket judge, 99 % on held-out renders {ODD}"})
+    third.record(gaps={"pick_score": "its official weights are not in the local cache"})
     third.finish()
     return folder
 
@@ -178,6 +179,11 @@ def test_page_needs_nothing_from_outside(page, report):
     assert all(image["src"].startswith("data:image/png;base64,") for image in page.all("img"))
     styles = re.findall("<style>(.*?)</style>", report.read_text(encoding="utf-8"), re.S)
     assert len(styles) == 1 and "url(" not in styles[0] and "@import" not in styles[0]
+
+
+def test_a_metric_that_was_not_measured_is_named(page):
+    text = " ".join(" ".join(page.text).split())
+    assert "pick_score was not measured. its official weights are not in the local cache" in text
 
 
 def test_page_holds_all_figures_once_in_the_order_of_the_story(page):
