@@ -226,7 +226,7 @@ def learning_curves(history: pd.DataFrame, title: str = "") -> tuple[Figure, pd.
     names = ["epoch"] + (["rl_seed"] if "rl_seed" in history.columns else [])
     parts = []
     with matplotlib.rc_context(HOUSE_STYLE):
-        figure = NotebookFigure(figsize=(9.6, 3.6), layout="constrained")
+        figure = NotebookFigure(figsize=(9.6, 4.4), layout="constrained")
         for axis, (panel, label, all_series) in zip(figure.subplots(1, 2), panels, strict=True):
             for column, (series, colour, dash) in all_series.items():
                 if column not in history.columns or history[column].isna().all():
@@ -240,8 +240,8 @@ def learning_curves(history: pd.DataFrame, title: str = "") -> tuple[Figure, pd.
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
             if "rl_seed" not in names:
                 _mark_guard(axis, history)
-            if axis.get_legend():
-                axis.legend(loc="best")
+            if axis.get_legend():  # below, where no curve runs
+                axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
         _head(figure, title)
     data = pd.concat(parts, ignore_index=True)
     return figure, data[["panel", "series", *names, "value"]]
@@ -292,7 +292,7 @@ def trajectory(
             if column == "ratio":
                 axis.axhspan(1 - clip_range, 1 + clip_range, color=FAINT, lw=0)
             if column == "clip_fraction":
-                axis.set_ylim(0, 1)
+                axis.set_ylim(-0.05, 1.05)
         _head(figure, title)
     return figure, steps
 
