@@ -232,6 +232,12 @@ def test_the_reward_rises(tiny, tmp_path, monkeypatch):
 # --- faults -----------------------------------------------------------------------------------------------------
 
 
+def test_a_kind_of_prompt_that_is_not_there_has_no_number(tiny, tmp_path):
+    rows = train(tiny, [p for p in PROMPTS if p.identifier], brightness, CONFIG, tmp_path)
+    assert all("reward_class" not in row and row["reward_identifier"] == pytest.approx(row["reward"]) for row in rows)
+    assert all(math.isfinite(value) for row in rows for value in row.values())
+
+
 def test_only_the_noisiest_steps_are_trained(tiny, tmp_path, monkeypatch):
     seen = set()
     whole = ddpo.pair_loss

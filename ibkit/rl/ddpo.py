@@ -164,9 +164,10 @@ def train(
             (monitor, on_epoch) and writes. See `rl.processes.start` and `help_train`.
 
     Returns:
-        Rows with epoch, reward, reward_identifier, reward_class, the monitor's numbers, the guard's (frontier, alarm),
-        ratio_first (largest |ratio - 1| of the first micro-batch before any update), clip_fraction, log_prob,
-        log_prob_t000 ... (mean of each step), grad_norm, loss, kl (0 without `kl_weight`), seconds.
+        Rows with epoch, reward, reward_identifier and reward_class (where there is such a prompt), the monitor's
+        numbers, the guard's (frontier, alarm), ratio_first (largest |ratio - 1| of the first micro-batch before any
+        update), clip_fraction, log_prob, log_prob_t000 ... (mean of each step), grad_norm, loss, kl (0 without
+        `kl_weight`), seconds.
 
     Raises:
         TrainingError: a reward, loss or gradient that is not finite, a reward function that fails, memory that does not
@@ -226,7 +227,7 @@ def train(
         row = {"epoch": epoch, "reward": rewards.mean().item()}
         for name, kind in (("reward_identifier", True), ("reward_class", False)):
             of_kind = rewards[[p.identifier is kind for p in chosen]]
-            row[name] = of_kind.mean().item() if len(of_kind) else float("nan")
+            row |= {name: of_kind.mean().item()} if len(of_kind) else {}
         row |= processes.share(monitor(images, chosen) if monitor else {})
         row |= {"log_prob": trajectories.log_probs.mean().item()}
         row |= {
