@@ -7,12 +7,12 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from ibkit import main_job, plan
+from ibkit import costs, main_job
 from ibkit.cli import main
+from ibkit.costs import Costs, Passes, Work, count
 from ibkit.data.prompts import training_prompts
 from ibkit.personalize import dreambooth
 from ibkit.personalize.class_images import class_images
-from ibkit.plan import Costs, Passes, Work, count
 from ibkit.presets import POCKET, override
 from ibkit.rl import ddpo
 
@@ -56,7 +56,7 @@ def test_rl_is_counted_as_it_is_done(tiny, rows_passed, tmp_path):
     work = small()["02_rl_finetune"]
     assert work.tuned == rows_passed[True] == 2 * 4 * 2 * 2  # epochs x images x steps drawn (0.6 of 4) x guidance
     grid = 4 * len(prompts)  # before RL
-    assert work.forward - (grid * 5 + plan.FIXED_PICTURES * POCKET.sampler.n_steps) * 2 == rows_passed[False]
+    assert work.forward - (grid * 5 + costs.FIXED_PICTURES * POCKET.sampler.n_steps) * 2 == rows_passed[False]
     assert work.pictures == 2 * 4 + grid
 
 
@@ -67,7 +67,7 @@ def test_dreambooth_is_counted_as_it_is_done(tiny, rows_passed, tmp_path):
     dreambooth.train(tiny, pictures, "a sks cat", "a cat", pictures, config, tmp_path)
     work = small()["01_personalize"]
     assert work.trained == rows_passed[True] and work.graph_rows == 6
-    measured = (2 * 2 * 16 + plan.FIXED_PICTURES) * POCKET.sampler.n_steps * 2
+    measured = (2 * 2 * 16 + costs.FIXED_PICTURES) * POCKET.sampler.n_steps * 2
     assert work.forward - measured == drawn
     assert small("-p", "01_personalize.prior_weight=0")["01_personalize"].trained == work.trained / 2
 
@@ -78,10 +78,10 @@ def test_the_evaluation_draws_for_every_method_and_seed():
 
 
 def test_the_arithmetic():
-    costs = Costs(1.0, 10.0, 100.0, 0.5, 7.0, 1000.0, 50.0, 2.0, 3.0, 1e9, "")
-    assert costs.seconds(Work("", forward=3, tuned=2, trained=1, pictures=4)) == 7 + 3 + 20 + 100 + 2
-    assert costs.peak_bytes(Work("", tuned=1, graph_rows=10)) == 1000 + 20
-    assert costs.peak_bytes(Work("", trained=1, graph_rows=10)) == 1000 + 30 + 4 * 50
+    cost = Costs(1.0, 10.0, 100.0, 0.5, 7.0, 1000.0, 50.0, 2.0, 3.0, 1e9, "")
+    assert cost.seconds(Work("", forward=3, tuned=2, trained=1, pictures=4)) == 7 + 3 + 20 + 100 + 2
+    assert cost.peak_bytes(Work("", tuned=1, graph_rows=10)) == 1000 + 20
+    assert cost.peak_bytes(Work("", trained=1, graph_rows=10)) == 1000 + 30 + 4 * 50
 
 
 def test_operations_and_bytes_of_a_layer_by_hand():
@@ -101,14 +101,14 @@ def test_operations_and_bytes_of_a_layer_by_hand():
 
 def test_stable_diffusion_has_its_published_size():
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**plan.SD15_UNET)
+        unet = UNet2DConditionModel(**costs.SD15_UNET)
     assert sum(p.numel() for p in unet.parameters()) == 859_520_964
-    passes = Passes(unet, (4, 64, 64), torch.zeros(plan.SD15_TEXT, device="meta"), torch.device("meta"))
+    passes = Passes(unet, (4, 64, 64), torch.zeros(costs.SD15_TEXT, device="meta"), torch.device("meta"))
     assert passes.flop() / 1e9 == pytest.approx(2 * 401, rel=0.02)  # some 400 G multiplications and additions
 
 
 def test_the_command_says_where_its_numbers_come_from(capsys, monkeypatch):
-    monkeypatch.setattr(plan, "REPEATS", 1)
+    monkeypatch.setattr(costs, "REPEATS", 1)
     assert main(["plan", "--device", "cpu", "--json", *(w for v in SMALL for w in ("-p", v))]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [row["stage"] for row in result["stages"]] == ["01_personalize", "02_rl_finetune", "03_evaluate"]

@@ -1,0 +1,98 @@
+"""DreamBench as published: prompts are counted and filled in, folders are checked, the photos stay where they are."""
+
+import json
+import shutil
+
+import pytest
+from PIL import Image
+
+from ibkit.cli import main
+from ibkit.data import dreambench
+from ibkit.data.dreambench import differences, fill, read
+from ibkit.errors import PhotoError
+from ibkit.runs import hash_file
+from tests.test_photos import DREAMBENCH
+
+
+def prompts_file(n_subjects=30, n_object=25, n_live=25):
+    names = [f"thing{i},toy" for i in range(n_subjects - 2)] + ["cat,cat", "dog2,dog"]
+    line = "'a {{0}} {{1}} in place {}'.format(unique_token, class_token),"
+    kinds = [[line.format(i) for i in range(n)] for n in (n_object, n_live)]
+    return "\n".join(
+        ["Classes", "", "subject_name,class", *names, "", "Prompts", "", "Object Prompts", "", "prompt_list = ["]
+        + [*kinds[0], "]", "", "Live Subject Prompts", "", "prompt_list = [", *kinds[1], "]"]
+    )
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A small folder of the published layout."""
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "prompts_and_classes.txt").write_text(prompts_file())
+    for name in ("cat", "thing3"):
+        (tmp_path / "dataset" / name).mkdir()
+        for i in range(2):
+            Image.new("RGB", (8, 8), (90 * i, 0, 0)).save(tmp_path / "dataset" / name / f"{i:02d}.jpg")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "template, noun, text, clean",
+    [
+        ("a {0} {1} in the snow", "cat", "a sks cat in the snow", "a cat in the snow"),
+        ("a red {0} {1}", "toy", "a red sks toy", "a red toy"),
+        ("a {0} {1} on a mirror", "umbrella", "a sks umbrella on a mirror", "an umbrella on a mirror"),
+    ],
+)
+def test_a_prompt_without_the_identifier_reads_well(template, noun, text, clean):
+    prompt = fill(template, noun, "sks")
+    assert (prompt.text, prompt.clean, prompt.identifier) == (text, clean, True)
+
+
+def test_a_part_of_it_can_be_read(folder):
+    for place in (folder, folder / "dataset"):
+        bench = read(place)
+        assert [(s.name, s.live, len(s.photos)) for s in bench.subjects] == [("thing3", False, 2), ("cat", True, 2)]
+        assert len(bench.object_prompts) == len(bench.live_prompts) == 25
+    assert bench.prompts(bench.subjects[1], "sks")[3].text == "a sks cat in place 3"
+
+
+def test_what_is_missing_or_altered_is_named(folder, monkeypatch, tmp_path, capsys):
+    hashes = tmp_path / "hashes.json"
+    cat = folder / "dataset" / "cat"
+    hashes.write_text(json.dumps({"cat/00.jpg": hash_file(cat / "00.jpg"), "cat/01.jpg": hash_file(cat / "00.jpg")}))
+    monkeypatch.setattr(dreambench, "HASHES", hashes)
+    assert differences(folder, read(folder)) == [
+        "2 subjects instead of 30", "1 live subjects instead of 9", "4 photos instead of 158",
+        f"{cat / '01.jpg'} is not the published file",
+    ]  # fmt: skip
+    assert main(["data", "dreambench", str(folder)]) == 1
+    assert "differs: 2 subjects instead of 30" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("counts", [(29, 25, 25), (30, 24, 25), (30, 25, 0)])
+def test_a_damaged_list_is_refused(folder, counts):
+    (folder / "dataset" / "prompts_and_classes.txt").write_text(prompts_file(*counts))
+    with pytest.raises(PhotoError, match="lists {} subjects, {} prompts for objects and {} for live".format(*counts)):
+        read(folder)
+
+
+def test_another_folder_is_refused_and_says_where_to_get_it(tmp_path, capsys):
+    assert main(["data", "dreambench", str(tmp_path)]) == 2
+    told = capsys.readouterr().err
+    assert "has no prompts_and_classes.txt" in told and "git clone https://" in told
+    assert main(["data", "dreambench"]) == 0
+    assert "git clone" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not DREAMBENCH.is_dir(), reason="the real photos in ../shared are not here")
+def test_the_real_files(tmp_path):
+    bench = read(DREAMBENCH)
+    assert {s.name for s in bench.subjects if s.live} == {"cat", "dog", "dog6"}
+    assert bench.live_prompts[10] == "a {0} {1} wearing a red hat"
+    assert bench.object_prompts[-1] == "a cube shaped {0} {1}"
+    assert not [line for line in differences(DREAMBENCH, bench) if "published file" in line]
+    shutil.copytree(DREAMBENCH, tmp_path / "copy")
+    photo = next((tmp_path / "copy" / "cat").glob("*.jpg"))
+    photo.write_bytes(photo.read_bytes() + b"\0")
+    assert f"{photo} is not the published file" in differences(tmp_path / "copy", read(tmp_path / "copy"))
