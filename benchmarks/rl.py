@@ -39,12 +39,13 @@ from ibkit.scorers import make_scorer
 
 MICRO_BATCHES = (2, 8)  # of the plain loop: a memory-bound user's, and the paper's batch
 FLOOR_BATCHES = (32, 64, 96)  # rows of a U-Net pass
+FLOOR_PASSES = 4
 
 
 class Epoch:
     """What both loops are given: model with a fresh adapter, prompts, settings, reward."""
 
-    def __init__(self, n_images: int, device: torch.device, model: TextToImage, reward):
+    def __init__(self, n_images: int, device: torch.device, model: TextToImage, reward, micro_batch: int):
         self.model, self.reward, self.device = model.copy(), reward, device
         self.config = replace(POCKET.ddpo, images_per_epoch=n_images, batch=n_images // 2, subsample=1.0)
         self.trainable = self.model.add_lora(self.config.lora_rank, generator(0, "lora"))
@@ -57,6 +58,14 @@ class Epoch:
         self.prompts = [kinds[i % len(kinds)] for i in range(n_images)]
         self.streams = [generator(0, "rollout", i) for i in range(n_images)]
         self.stats = PromptStats(min_count=2)
+        self.warm_up(micro_batch)
+
+    def warm_up(self, micro_batch: int) -> None:
+        """Touch what every pass but the first finds ready: an epoch is one of many."""
+        text = self.model.encode_text([p.text for p in self.prompts])[:micro_batch]
+        x = torch.zeros((len(text), *self.model.latent_shape), device=self.device)
+        self.model.predict_noise(x, torch.full((len(text),), 500, device=self.device), text).sum().backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def advantages(self, rewards: torch.Tensor) -> torch.Tensor:
         return self.stats.advantages([p.text for p in self.prompts], rewards).clamp(-5, 5)
@@ -174,19 +183,20 @@ def plain(epoch: Epoch, micro_batch: int) -> dict[str, float]:
     return seconds
 
 
-def floor(model: TextToImage, config: ddpo.DDPOConfig, repeats: int) -> dict[str, float]:
+def floor(model: TextToImage, config: ddpo.DDPOConfig) -> dict[str, float]:
     """Seconds that the bare passes of an epoch take, each at its best batch size."""
     per_row = {}
     for name, grad in (("rollout", False), ("train", True)):
         bare = model.copy()
         if grad:
             bare.add_lora(config.lora_rank, generator(0, "lora"))
-        best = float("inf")
+        of_rows = []
         for rows in FLOOR_BATCHES:
             x = torch.randn((rows, *model.latent_shape), generator=generator(0, "floor")).to(model.device)
             t = torch.full((rows,), 500, device=model.device)
             text = model.encode_text(["a cat"]).expand(rows, -1, -1)
-            for _ in range(repeats + 1):  # the first warms up
+            seconds = []
+            for _ in range(FLOOR_PASSES):
                 started = time.perf_counter()
                 with torch.set_grad_enabled(grad):
                     out = bare.predict_noise(x, t, text)
@@ -194,8 +204,9 @@ def floor(model: TextToImage, config: ddpo.DDPOConfig, repeats: int) -> dict[str
                         out.square().mean().backward()
                 if torch.cuda.is_available():
                     torch.cuda.synchronize()
-                best = min(best, (time.perf_counter() - started) / rows)
-        per_row[name] = best
+                seconds.append(time.perf_counter() - started)
+            of_rows.append(statistics.median(seconds[1:]) / rows)  # the first warms up
+        per_row[name] = min(of_rows)
     n, steps = config.images_per_epoch, config.sampler.n_steps
     rows_each = 2 if config.sampler.guidance != 1 else 1
     return {
@@ -205,8 +216,9 @@ def floor(model: TextToImage, config: ddpo.DDPOConfig, repeats: int) -> dict[str
 
 
 def one_epoch(kind: str, n_images: int, device: torch.device, model: TextToImage, reward) -> tuple[dict, list]:
-    epoch = Epoch(n_images, device, model, reward)
-    seconds = ours(epoch) if kind == "ours" else plain(epoch, int(kind.removeprefix("plain")))
+    micro_batch = POCKET.ddpo.micro_batch if kind == "ours" else int(kind.removeprefix("plain"))
+    epoch = Epoch(n_images, device, model, reward, micro_batch)
+    seconds = ours(epoch) if kind == "ours" else plain(epoch, micro_batch)
     seconds["epoch"] = sum(seconds.values())
     return seconds, [p.detach().cpu() for p in epoch.trainable]
 
@@ -240,13 +252,15 @@ def measure(n_images: int, repeats: int, device: torch.device) -> dict:
     runs: dict[str, list[dict]] = {kind: [] for kind in kinds}
     adapters = {}
     one_epoch("ours", 4, device, model, reward)  # warms up
+    config = replace(POCKET.ddpo, images_per_epoch=n_images)
+    floors = []
     for _ in range(repeats):
         for kind in kinds:  # alternating, so that a busy moment hits all
             seconds, adapters[kind] = one_epoch(kind, n_images, device, model, reward)
             runs[kind].append(seconds)
+        floors.append(floor(model, config))
     medians = {k: {p: statistics.median(r[p] for r in rows) for p in rows[0]} for k, rows in runs.items()}
-    config = replace(POCKET.ddpo, images_per_epoch=n_images)
-    bare = floor(model, config, repeats + 1)
+    bare = {phase: statistics.median(seconds[phase] for seconds in floors) for phase in floors[0]}
     memory = peak_memory_mib(kinds, n_images)
     mine = medians["ours"]
     result = {"device": describe_device(device), "images": n_images, "seconds": medians, "floor_seconds": bare}
