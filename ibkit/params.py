@@ -2,8 +2,9 @@
 
 A notebook's parameters cell holds flat literals, which papermill replaces. papermill only warns about a name that it
 does not know, and reads `1e-4` as text, so the cell after it calls `collect`. Types are plain (`int`, `float`, `str`,
-`bool`, `list` of text), because that is what papermill's reader of the cell understands. The values 0, 0.0, "" and []
-stand for "the preset's own value" where the help says so; the presets are looked up later, by the notebook.
+`bool`, `list` of texts or of whole numbers), because that is what papermill's reader of the cell understands. The
+values 0, 0.0, "" and [] stand for "the preset's own value" where the help says so; the presets are looked up later, by
+the notebook.
 """
 
 import ast
@@ -12,7 +13,7 @@ import difflib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from ibkit.errors import ParameterError
 
@@ -118,11 +119,60 @@ class Evaluate(Measured):
     scorers: list[str] = param([], "metrics: clip_t, image_reward, clip_i, dino; empty = all of them")
 
 
+@dataclass(frozen=True, kw_only=True)
+class AttentionMaps(Measured):
+    """04_attention_maps: what the words attend to, and what a detailed description does for a rare subject."""
+
+    subject: str = param("", "folder of photos; empty = the pocket world's rare subject")
+    class_noun: str = param("monster toy", "what the subject is, in a word or two")
+    identifier: str = param("sks", "the rare word that will name the subject")
+    description: str = param("triangular", "detailed description of the subject, left out in one of the two arms")
+    prompts: list[str] = param([], "activities to draw; empty = the preset's")
+    n_steps: int = param(0, "personalization steps of each arm; 0 = the preset's", low=0, high=100_000)
+    train_seeds: list[int] = param([0], "each trains both arms once", low=0, high=2**31 - 1)
+    n_images: int = param(0, "images for each prompt, arm and training seed; 0 = the preset's", low=0, high=100_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DinoMetric(Measured):
+    """05_dino_metric: what subject metrics do when only the pose changes, or only the subject."""
+
+    subject: str = param("", "folder of photos; empty = the pocket world's subjects")
+    class_nouns: list[str] = param([], "classes of the pocket world to measure on; empty = all eight")
+    n_pairs: int = param(24, "pairs of pictures for each class and change", low=1, high=100_000)
+    n_individuals: int = param(400, "individuals that the learned head is trained on", low=8, high=100_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptAblation(Measured):
+    """06_prompt_ablation: RL with identifier prompts only against both kinds of prompts."""
+
+    class_nouns: list[str] = param(["cat"], "classes whose demonstration subjects are trained")
+    prompts: list[str] = param([], "activities to train on; empty = the preset's")
+    dreambooth_steps: list[int] = param([950], "how long each model is personalized first", low=1, high=100_000)
+    train_seeds: list[int] = param([0], "RL seeds of every arm", low=0, high=2**31 - 1)
+    n_epochs: int = param(12, "RL epochs of an arm", low=1, high=100_000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class HumanStudy(Common):
+    """07_human_study: people compare the methods' pictures; in the pocket world simulated raters stand in."""
+
+    run_evaluate: list[str] = param([], "folders of finished 03 runs; empty = outputs/notebook-03_evaluate")
+    rater: str = param("", "who rates in this notebook, such as a nickname; empty = nobody does")
+    ratings: list[str] = param([], "files of ratings to merge, one or more a rater; empty = the simulated raters")
+    n_items: int = param(0, "pictures or pairs a question and method; 0 = all", low=0, high=100_000)
+
+
 SCHEMAS: dict[str, type[Common]] = {
     "00_start_here": StartHere,
     "01_personalize": Personalize,
     "02_rl_finetune": RLFinetune,
     "03_evaluate": Evaluate,
+    "04_attention_maps": AttentionMaps,
+    "05_dino_metric": DinoMetric,
+    "06_prompt_ablation": PromptAblation,
+    "07_human_study": HumanStudy,
 }
 
 
@@ -137,6 +187,7 @@ class Parameter:
     low: float | None
     high: float | None
     choices: tuple[str, ...]
+    items: type | None = None  # of a list
 
     @property
     def allowed(self) -> str:
@@ -148,7 +199,8 @@ class Parameter:
             int: "a whole number",
             float: "a number",
             str: "a text" if self.default == "" else "a text that is not empty",
-            list: "a list of texts that are not empty",
+            list: ("a list of one or more " if self.default else "a list of ")
+            + ("whole numbers" if self.items is int else "texts that are not empty"),
         }[self.type]
         if self.low is not None and self.high is not None:
             return f"{noun} from {self.low} to {self.high}"
@@ -164,15 +216,17 @@ class Parameter:
         elif kind is not self.type:
             raise ValueError(value)
         if self.type is list:
-            if not all(type(item) is str and item.strip() for item in value):
+            if not all(type(item) is self.items and (self.items is not str or item.strip()) for item in value):
                 raise ValueError(value)
             value = list(value)
-        if self.type is str and self.default != "" and not value.strip():
+        needed = bool(self.default) and self.type in (str, list)
+        if needed and not (value.strip() if self.type is str else value):
             raise ValueError(value)
         if self.choices and value not in self.choices:
             raise ValueError(value)
-        if (self.low is not None and value < self.low) or (self.high is not None and value > self.high):
-            raise ValueError(value)
+        for number in value if self.type is list else [value]:
+            if (self.low is not None and number < self.low) or (self.high is not None and number > self.high):
+                raise ValueError(value)
         return value
 
 
@@ -190,7 +244,8 @@ def schema(notebook: str) -> list[Parameter]:
     rows = []
     for field in dataclasses.fields(SCHEMAS[notebook]):
         default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        rows.append(Parameter(name=field.name, type=type(default), default=default, **field.metadata))
+        items = next(iter(get_args(field.type)), None)
+        rows.append(Parameter(name=field.name, type=type(default), default=default, items=items, **field.metadata))
     return rows
 
 

@@ -43,6 +43,17 @@ def test_the_evaluation_takes_a_choice_of_scorers():
         collect("03_evaluate", cell("03_evaluate", scorers="clip_t"))
 
 
+def test_a_list_holds_what_its_default_says():
+    seeds = collect("06_prompt_ablation", cell("06_prompt_ablation", train_seeds=[2, 0])).train_seeds
+    assert seeds == [2, 0]
+    allowed = "'train_seeds' must be a list of one or more whole numbers from 0 to 2147483647"
+    for wrong in ([], [-1], ["0"], [0.0], [True], 0):
+        with pytest.raises(ParameterError, match=allowed):
+            collect("06_prompt_ablation", cell("06_prompt_ablation", train_seeds=wrong))
+    with pytest.raises(ParameterError, match="'class_nouns' must be a list of one or more texts that are not empty, not"):
+        collect("06_prompt_ablation", cell("06_prompt_ablation", class_nouns=[]))
+
+
 def test_a_float_written_as_text_is_read_as_a_number():
     parameters = collect("01_personalize", cell("01_personalize", learning_rate="1e-4"))
     assert parameters.learning_rate == 1e-4
