@@ -50,7 +50,7 @@ def test_a_list_holds_what_its_default_says():
     for wrong in ([], [-1], ["0"], [0.0], [True], 0):
         with pytest.raises(ParameterError, match=allowed):
             collect("06_prompt_ablation", cell("06_prompt_ablation", train_seeds=wrong))
-    with pytest.raises(ParameterError, match="'class_nouns' must be a list of one or more texts that are not empty, not"):
+    with pytest.raises(ParameterError, match="'class_nouns' must be a list of one or more texts that are not empty"):
         collect("06_prompt_ablation", cell("06_prompt_ablation", class_nouns=[]))
 
 
