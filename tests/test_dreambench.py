@@ -8,7 +8,7 @@ from PIL import Image
 
 from ibkit.cli import main
 from ibkit.data import dreambench
-from ibkit.data.dreambench import differences, fill, read
+from ibkit.data.dreambench import differences, read
 from ibkit.errors import PhotoError
 from ibkit.runs import hash_file
 from tests.test_photos import DREAMBENCH
@@ -34,19 +34,6 @@ def folder(tmp_path):
         for i in range(2):
             Image.new("RGB", (8, 8), (90 * i, 0, 0)).save(tmp_path / "dataset" / name / f"{i:02d}.jpg")
     return tmp_path
-
-
-@pytest.mark.parametrize(
-    "template, noun, text, clean",
-    [
-        ("a {0} {1} in the snow", "cat", "a sks cat in the snow", "a cat in the snow"),
-        ("a red {0} {1}", "toy", "a red sks toy", "a red toy"),
-        ("a {0} {1} on a mirror", "umbrella", "a sks umbrella on a mirror", "an umbrella on a mirror"),
-    ],
-)
-def test_a_prompt_without_the_identifier_reads_well(template, noun, text, clean):
-    prompt = fill(template, noun, "sks")
-    assert (prompt.text, prompt.clean, prompt.identifier) == (text, clean, True)
 
 
 def test_a_part_of_it_can_be_read(folder):
@@ -89,7 +76,7 @@ def test_another_folder_is_refused_and_says_where_to_get_it(tmp_path, capsys):
 def test_the_real_files(tmp_path):
     bench = read(DREAMBENCH)
     assert {s.name for s in bench.subjects if s.live} == {"cat", "dog", "dog6"}
-    assert bench.live_prompts[10] == "a {0} {1} wearing a red hat"
+    assert bench.live_prompts[10] == "a {subject} wearing a red hat"
     assert bench.object_prompts[-1] == "a cube shaped {0} {1}"
     assert not [line for line in differences(DREAMBENCH, bench) if "published file" in line]
     shutil.copytree(DREAMBENCH, tmp_path / "copy")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ibkit.data.photos import photo_files
-from ibkit.data.prompts import Prompt, article
+from ibkit.data.prompts import SLOT, Prompt, make_prompt
 from ibkit.errors import PhotoError
 from ibkit.runs import hash_file
 
@@ -37,7 +37,7 @@ class BenchSubject:
 
 @dataclass(frozen=True)
 class DreamBench:
-    """The subjects that are there, and the prompts as templates with `{0}` the identifier and `{1}` the class noun."""
+    """The subjects that are there, and the prompts as templates such as "a {subject} in the snow" (`make_prompt`)."""
 
     subjects: tuple[BenchSubject, ...]
     object_prompts: tuple[str, ...]
@@ -46,18 +46,7 @@ class DreamBench:
     def prompts(self, subject: BenchSubject, identifier: str) -> list[Prompt]:
         """The 25 prompts of a subject, each with its clean text for the scorers."""
         templates = self.live_prompts if subject.live else self.object_prompts
-        return [fill(template, subject.class_noun, identifier) for template in templates]
-
-
-def fill(template: str, class_noun: str, identifier: str) -> Prompt:
-    """A prompt from a template such as "a {0} {1} in the snow"; its clean text has no identifier, and no gap."""
-
-    def written(*words: str) -> str:
-        said = template.replace("{0} {1}", " ".join(word for word in words if word))
-        first, _, rest = said.partition(" ")
-        return f"{article(rest)} {rest}" if first in ("a", "an") else said
-
-    return Prompt(written(identifier, class_noun), written("", class_noun), template, True)
+        return [make_prompt(template, subject.class_noun, identifier) for template in templates]
 
 
 def read(folder: str | Path) -> DreamBench:
@@ -78,7 +67,7 @@ def read(folder: str | Path) -> DreamBench:
     rows = [line.strip().split(",", 1) for line in head.splitlines() if "," in line]
     classes = {name: noun for name, noun in rows if name != "subject_name"}
     kinds = [
-        tuple(match["text"] for line in part.splitlines() if (match := TEMPLATE.match(line)))
+        tuple(match["text"].replace("{0} {1}", SLOT) for line in part.splitlines() if (match := TEMPLATE.match(line)))
         for part in tail.partition("Live Subject Prompts")[::2]
     ]
     if len(classes) != N_SUBJECTS or [len(kind) for kind in kinds] != [N_PROMPTS, N_PROMPTS]:

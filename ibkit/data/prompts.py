@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from ibkit.errors import ParameterError
 
 if TYPE_CHECKING:
     from ibkit.models import TextToImage
+
+
+SLOT = "{subject}"  # where the subject stands in a template
 
 
 @dataclass(frozen=True)
@@ -41,10 +45,66 @@ def subject_phrase(class_noun: str, identifier: str = "", description: str = "")
 
 
 def make_prompt(activity: str, class_noun: str, identifier: str = "", description: str = "") -> Prompt:
-    """One prompt of either kind; the clean text is built without the identifier rather than by removing it."""
-    phrase, clean = subject_phrase(class_noun, identifier, description), subject_phrase(class_noun, "", description)
-    tail = f" {activity}" if activity else ""
-    return Prompt(phrase + tail, clean + tail, activity, bool(identifier))
+    """One prompt of either kind.
+
+    Args:
+        activity: what follows the subject, "playing soccer"; or a template that says where the subject stands, such as
+            "a red {subject} in the snow"; empty for the bare subject.
+
+    Raises:
+        ParameterError: a template with the subject twice.
+    """
+    if activity.count(SLOT) > 1:
+        raise ParameterError(f"prompt {activity!r} has {SLOT} more than once: name the subject once.")
+    if SLOT in activity:
+        words = " ".join(w for w in (identifier, description, class_noun) if w)
+        before, _, after = activity.partition(SLOT)
+        text = _fix_article(before, words) + words + after
+    else:
+        text = f"{subject_phrase(class_noun, identifier, description)} {activity}".strip()
+    clean = without_identifier(text, identifier) if identifier else text
+    return Prompt(text, clean, activity, bool(identifier))
+
+
+def without_identifier(text: str, identifier: str) -> str:
+    """The text as scorers and rewards read it: the identifier taken out wherever it stands, the article mended.
+
+    The identifier is matched as whole words and literally ("[V]" and "<sks>" are no patterns, "sks" is no part of
+    "tasks"), in any case, with any spaces between the words of one that has several.
+
+    Args:
+        text: "an [V] cat next to an [V] cup".
+        identifier: "[V]"; one or more words.
+
+    Raises:
+        ParameterError: nothing is left of the text.
+    """
+    words = r"\s+".join(map(re.escape, identifier.split()))
+    found = re.compile(rf"(?P<article>\ban?\s+)?(?<!\w){words}(?!\w)(?:['’]s\b)?\s*(?P<next>\S*)", re.IGNORECASE)
+
+    def mend(match: re.Match) -> str:
+        following = match["next"]
+        if not following:
+            return ""
+        return _fix_article(match["article"] or "", following) + following
+
+    clean = text
+    while (shorter := found.sub(mend, clean, count=1)) != clean:
+        clean = shorter
+    clean = re.sub(r"\s+([,.;:!?])", r"\1", " ".join(clean.split()))
+    if not clean:
+        raise ParameterError(f"prompt {text!r} is nothing but the identifier {identifier!r}: add what it is.")
+    return clean
+
+
+def _fix_article(before: str, word: str) -> str:
+    """`before`, its last word "a" or "an" made to fit the word that now follows; with its case and spaces."""
+
+    def fitting(match: re.Match) -> str:
+        right = article(word)
+        return (right.capitalize() if match[1][0].isupper() else right) + match[2]
+
+    return re.sub(r"\b(an?)(\s+)$", fitting, before, flags=re.IGNORECASE)
 
 
 def training_prompts(
