@@ -1,8 +1,8 @@
 """The judge of the pocket world: which class, activity, place, accessory, and which individual of a line-up.
 
 It answers from the picture alone, was trained apart from every scorer (`ibkit.pocket.build.judge`) and is never a
-reward. Where seven of them vote they
-stand in for the paper's human raters, and are called simulated.
+reward. Seven smaller ones, each of its own seed, vote in notebook 07 in the place of the paper's human raters, and are
+called simulated.
 
 Shapes: N pictures, D = 64 identity dimensions.
 """
@@ -41,13 +41,18 @@ ANSWERS: dict[str, tuple[str, ...]] = {
     "accessory": (NO_ACCESSORY, *ACCESSORIES),
 }
 IDENTITY_DIM = 64
+JUDGE_WIDTHS = (24, 48, 96, 128)  # channels of the judge's four resolutions
+# The seven that vote as simulated raters in notebook 07: smaller networks, each of its own seed.
+RATERS = tuple(f"rater-{k}" for k in range(1, 8))
+RATER_WIDTHS = (8, 16, 24, 32)
 
 
 class JudgeNet(nn.Module):
     """Residual convolutional trunk, one linear head per question and an identity embedding."""
 
-    def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 128)):
+    def __init__(self, widths: tuple[int, ...] = JUDGE_WIDTHS):
         super().__init__()
+        self.widths = tuple(widths)
         self.stem = nn.Conv2d(3, widths[0], 3, 2, 1)
         blocks, previous = [], widths[0]
         for i, width in enumerate(widths):
@@ -95,7 +100,7 @@ class Judge:
     Attributes:
         net: the trained network.
         card: its accuracy by question on held-out renders and on reconstructions, with n; printed beside every number
-            it gives.
+            it gives; and the widths of its network.
     """
 
     net: JudgeNet
@@ -108,17 +113,18 @@ class Judge:
 
     @classmethod
     def load(cls, device: str | torch.device = "cpu", folder: str | Path = "", name: str = "judge") -> Judge:
-        """Load the shipped judge, or another one of the folder (`name`)."""
+        """Load the shipped judge, or another one of the folder (`name`, such as one of `RATERS`)."""
         import json
 
         from safetensors.torch import load_file
 
         folder = Path(folder) if folder else weights_folder("judge", "pocket", "judge")
         require_files("judge", folder, f"{name}.safetensors", f"{name}.json")
-        net = JudgeNet()
-        with reading("judge", f"{name}.safetensors", folder):
+        with reading("judge", f"{name}.safetensors and {name}.json", folder):
+            card = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+            net = JudgeNet(tuple(card["widths"]))
             net.load_state_dict({k: v.float() for k, v in load_file(folder / f"{name}.safetensors").items()})
-        return cls(net, json.loads((folder / f"{name}.json").read_text(encoding="utf-8")), device)
+        return cls(net, card, device)
 
     @property
     def evaluator(self) -> str:

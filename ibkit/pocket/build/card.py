@@ -10,24 +10,28 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
+from PIL import Image
 
 from ibkit.pocket.build.autoencoder import psnr
 from ibkit.pocket.build.clip import with_activity, zero_shot_activity
 from ibkit.pocket.build.common import load_float, save_half
 from ibkit.pocket.build.data import facts
 from ibkit.pocket.build.reward import ranks_activity
+from ibkit.pocket.draw import render
 from ibkit.pocket.world import (
     CLASSES,
     HELD_OUT,
     NO_ACCESSORY,
     NO_ACTIVITY,
     PLACES,
+    Subject,
     activities_of,
     line_up,
     sample_scene,
     sample_subject,
 )
 from ibkit.runs import hash_file
+from ibkit.scorers.judge import ANSWERS, JUDGE_WIDTHS, RATER_WIDTHS, RATERS, Judge, JudgeNet, to_tensor
 
 if TYPE_CHECKING:
     from ibkit.pocket.build.stages import Build
@@ -40,26 +44,11 @@ def write_card(build: Build) -> None:
     accuracy file.
     """
     from ibkit.models import load_model
-    from ibkit.scorers.judge import ANSWERS, Judge, JudgeNet
 
-    net = JudgeNet()
-    net.load_state_dict(load_float(build.folder / "judge.safetensors"))
-    judge = Judge(net, {}, build.device)
+    measure_judges(build, {"judge": JUDGE_WIDTHS})
+    judge = Judge.load(build.device, build.weights / "judge")
+    accuracy = judge.card["accuracy"]
     model = load_model(str(build.weights / "pipeline"), device=build.device)
-    renders, decoded = _pictures(build)
-    scenes = build.test_pictures.scenes[:N_PICTURES]
-    accuracy = {
-        q: {
-            "renders": judge.agrees(renders, q, [facts(s)[q] for s in scenes]).mean().item(),
-            "reconstructions": judge.agrees(decoded, q, [facts(s)[q] for s in scenes]).mean().item(),
-            "n": len(scenes),
-        }
-        for q in ANSWERS
-    }
-    accuracy["identity"] = _identity(build, judge, model)
-    save_half(net.state_dict(), build.weights / "judge" / "judge.safetensors")
-    (build.weights / "judge" / "judge.json").write_text(json.dumps({"accuracy": accuracy}, indent=2) + "\n")
-
     numbers = [(f"judge, {q}, renders", a["renders"], 0.98, a["n"]) for q, a in accuracy.items()]
     numbers += [(f"judge, {q}, reconstructions", a["reconstructions"], 0.95, a["n"]) for q, a in accuracy.items()]
     numbers.append(("autoencoder PSNR, dB", _psnr(build), 27.0, N_PICTURES))
@@ -68,20 +57,54 @@ def write_card(build: Build) -> None:
     _write(build, numbers)
 
 
-def _pictures(build: Build):
-    from PIL import Image
+def write_raters(build: Build) -> None:
+    """Measure the simulated raters and, where there is a card already, put them on it; its other numbers stay."""
+    measure_judges(build, dict.fromkeys(RATERS, RATER_WIDTHS))
+    path = build.weights / "card.json"
+    if path.exists():
+        _write(build, [(r["name"], r["value"], r["target"], r["n"]) for r in json.loads(path.read_text())["numbers"]])
 
-    vae, pictures = build.vae(True), build.test_pictures
-    renders = [Image.fromarray(pictures.images[i]) for i in range(N_PICTURES)]
-    decoded = []
+
+def measure_judges(build: Build, widths: dict[str, tuple[int, ...]]) -> None:
+    """Measure judges on pictures that no stage trained on: held-out renders, and the finished autoencoder's pictures of
+    them.
+
+    Writes `judge/<name>.safetensors`, and `judge/<name>.json` with the network's widths and its accuracy.
+
+    Args:
+        widths: name of a trained judge -> widths of its network.
+    """
+    scenes = build.test_pictures.scenes[:N_PICTURES]
+    renders = [Image.fromarray(build.test_pictures.images[i]) for i in range(N_PICTURES)]
+    kinds, parades = {"renders": renders, "reconstructions": _reconstruct(build, renders)}, _parades(build)
+    for name, width in widths.items():
+        net = JudgeNet(width)
+        net.load_state_dict(load_float(build.folder / f"{name}.safetensors"))
+        judge = Judge(net, {}, build.device)
+        accuracy = {
+            q: {
+                kind: judge.agrees(images, q, [facts(s)[q] for s in scenes]).mean().item()
+                for kind, images in kinds.items()
+            }
+            | {"n": N_PICTURES}
+            for q in ANSWERS
+        }
+        found = [{kind: judge.identifies(images, who) for kind, images in shown.items()} for who, shown in parades]
+        accuracy["identity"] = {kind: torch.cat([f[kind] for f in found]).mean().item() for kind in kinds}
+        accuracy["identity"]["n"] = N_PARADES
+        save_half(net.state_dict(), build.weights / "judge" / f"{name}.safetensors")
+        card = json.dumps({"widths": width, "accuracy": accuracy}, indent=2)
+        (build.weights / "judge" / f"{name}.json").write_text(card + "\n")
+
+
+def _reconstruct(build: Build, images: list[Image.Image]) -> list[Image.Image]:
+    vae, decoded = build.vae(True), []
     with torch.inference_mode():
-        for i in range(0, N_PICTURES, 100):
-            x = vae.decode(vae.encode(pictures.batch(range(i, i + 100), build.device)).latent_dist.mode()).sample
-            decoded += [
-                Image.fromarray(p)
-                for p in ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-            ]
-    return renders, decoded
+        for i in range(0, len(images), 100):
+            x = vae.decode(vae.encode(to_tensor(images[i : i + 100]).to(build.device)).latent_dist.mode()).sample
+            pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            decoded += [Image.fromarray(p) for p in pixels]
+    return decoded
 
 
 def _psnr(build: Build) -> float:
@@ -94,17 +117,16 @@ def _psnr(build: Build) -> float:
     return torch.cat(values).mean().item()
 
 
-def _identity(build: Build, judge, model) -> dict[str, float]:
-    """How often the judge picks the right one of eight, over fresh individuals in any activity, place and accessory."""
-    from ibkit.pocket.draw import render
-
-    rng, shares = random.Random("identity parades"), {"renders": [], "reconstructions": []}
+def _parades(build: Build) -> list[tuple[Subject, dict[str, list[Image.Image]]]]:
+    """Ten pictures each of fresh individuals in any activity, place and accessory: does a judge pick the right one of
+    eight?
+    """
+    rng, parades = random.Random("identity parades"), []
     for _ in range(N_PARADES // 10):
-        parade = line_up(sample_subject(rng))
-        images = [render(sample_scene(rng, parade[0])) for _ in range(10)]
-        shares["renders"].append(judge.identifies(images, parade[0]))
-        shares["reconstructions"].append(judge.identifies(model.decode(model.encode_images(images)), parade[0]))
-    return {k: torch.cat(v).mean().item() for k, v in shares.items()} | {"n": N_PARADES}
+        subject = line_up(sample_subject(rng))[0]
+        images = [render(sample_scene(rng, subject)) for _ in range(10)]
+        parades.append((subject, {"renders": images, "reconstructions": _reconstruct(build, images)}))
+    return parades
 
 
 def _prompt_following(model, judge) -> list[tuple[str, float, float, int]]:
@@ -153,8 +175,6 @@ def _same_individual(dino) -> tuple[int, int]:
     """(right, asked): a photo is more like another photo of the same individual than like one of another of its class
     in the very same setting.
     """
-    from ibkit.pocket.draw import render
-
     rng, photos = random.Random("same individual"), []
     for _ in range(N_PARADES):
         me, other = line_up(sample_subject(rng), 2)
@@ -168,6 +188,7 @@ def _same_individual(dino) -> tuple[int, int]:
 def _write(build: Build, numbers: list[tuple[str, float, float | None, int]]) -> None:
     files = sorted(p for p in build.weights.rglob("*") if p.is_file() and p.name not in ("card.json", "MODEL_CARD.md"))
     seconds = json.loads((build.folder / "seconds.json").read_text())
+    raters = {name: json.loads((build.weights / "judge" / f"{name}.json").read_text()) for name in RATERS}
     card = {
         "numbers": [
             {"name": n, "value": v, "target": t, "n": k, "reached": t is None or v >= t} for n, v, t, k in numbers
@@ -176,6 +197,7 @@ def _write(build: Build, numbers: list[tuple[str, float, float | None, int]]) ->
             str(p.relative_to(build.weights)): {"sha256": hash_file(p), "bytes": p.stat().st_size} for p in files
         },
         "stages": seconds,
+        "raters": raters,
     }
     (build.weights / "card.json").write_text(json.dumps(card, indent=2) + "\n")
     lines = [
@@ -188,6 +210,17 @@ def _write(build: Build, numbers: list[tuple[str, float, float | None, int]]) ->
     lines += [
         f"| {n} | {v:.3f} | {'–' if t is None else format(t, 'g')} | {k} | {_verdict(v, t)} |" for n, v, t, k in numbers
     ]
+    lines += [
+        "",
+        "Seven small judges vote as **simulated** raters in notebook 07; share of right answers on the same pictures,",
+        f"renders / reconstructions (n = {N_PICTURES}; identity {N_PARADES}):",
+        "",
+        f"| rater | {' | '.join(raters[RATERS[0]]['accuracy'])} |",
+        "|---" * (len(raters[RATERS[0]]["accuracy"]) + 1) + "|",
+    ]
+    for name, rater in raters.items():
+        shares = [f"{a['renders']:.3f} / {a['reconstructions']:.3f}" for a in rater["accuracy"].values()]
+        lines.append(f"| {name} | {' | '.join(shares)} |")
     lines += [
         "",
         f"{sum(p.stat().st_size for p in files) / 1e6:.1f} MB in all, fp16.",

@@ -1,5 +1,5 @@
-"""Stage 3: the judge, trained apart from every scorer and never used as a reward. See `ibkit.scorers.judge` for what
-it answers.
+"""Stage 3: the judge, trained apart from every scorer and never used as a reward, and the seven small judges that vote
+as simulated raters. See `ibkit.scorers.judge` for what they answer.
 
 A small convolutional network on renders with noise, blur and the autoencoder's own reconstructions. Identity is an
 embedding trained by
@@ -15,12 +15,13 @@ import torch
 import torch.nn.functional as F
 
 from ibkit.pocket.build.clip import degrade
-from ibkit.pocket.build.common import Budget, fit
+from ibkit.pocket.build.common import Budget, fit, hash_seed
 from ibkit.pocket.build.data import GROUP, Pictures, facts
 from ibkit.pocket.world import COLOURS, PATTERNS
-from ibkit.scorers.judge import ANSWERS, JudgeNet
+from ibkit.scorers.judge import ANSWERS, JUDGE_WIDTHS, JudgeNet
 
 BUDGET = Budget(steps=900, batch=128, ema=0.99)
+RATER_BUDGET = Budget(steps=700, batch=64, ema=0.99)
 ATTRIBUTES = {
     "body": list(COLOURS),
     "second": list(COLOURS),
@@ -29,8 +30,19 @@ ATTRIBUTES = {
 }
 
 
-def train(folder: Path, pictures: Pictures, vae, device, dtype, name: str = "judge") -> JudgeNet:
-    net = JudgeNet()
+def train(
+    folder: Path,
+    pictures: Pictures,
+    vae,
+    device,
+    dtype,
+    name: str = "judge",
+    widths: tuple[int, ...] = JUDGE_WIDTHS,
+    budget: Budget = BUDGET,
+) -> JudgeNet:
+    """Train one; its first weights and its batches are drawn from its name."""
+    torch.manual_seed(hash_seed(f"{name} weights"))
+    net = JudgeNet(widths)
     heads = torch.nn.ModuleDict({k: torch.nn.Linear(net.identity.out_features, len(v)) for k, v in ATTRIBUTES.items()})
     whole = torch.nn.ModuleDict({"net": net, "heads": heads})
     labels = {q: torch.tensor([ANSWERS[q].index(facts(s)[q]) for s in pictures.scenes]) for q in ANSWERS}
@@ -38,7 +50,7 @@ def train(folder: Path, pictures: Pictures, vae, device, dtype, name: str = "jud
     vae = vae.to(device=device, dtype=dtype).requires_grad_(False)
 
     def loss_fn(work, average, step, generator):
-        groups = torch.randint(len(pictures) // GROUP, (BUDGET.batch // GROUP,), generator=generator)
+        groups = torch.randint(len(pictures) // GROUP, (budget.batch // GROUP,), generator=generator)
         indices = (groups[:, None] * GROUP + torch.arange(GROUP)).flatten()
         x = pictures.batch(indices, device)
         part = slice(None, None, 4) if step % 2 else slice(1, None, 4)
@@ -58,5 +70,5 @@ def train(folder: Path, pictures: Pictures, vae, device, dtype, name: str = "jud
             "pattern": losses["pattern"].item(),
         }
 
-    fit(name, folder, whole, loss_fn, BUDGET, device, dtype)
+    fit(name, folder, whole, loss_fn, budget, device, dtype)
     return net

@@ -18,6 +18,7 @@ from ibkit.pocket.build import autoencoder, clip, dino, judge, reward, unet
 from ibkit.pocket.build.common import Budget, compute_dtype, load_float, save_half
 from ibkit.pocket.build.data import Pictures
 from ibkit.pocket.build.tokenizer import save_tokenizer
+from ibkit.scorers.judge import RATER_WIDTHS, RATERS
 
 TRAIN_SEED, N_TRAIN_GROUPS = 0, 10_000
 TEST_SEED, N_TEST_GROUPS = 1, 500
@@ -105,6 +106,25 @@ class Build:
         if not (self.folder / "judge.safetensors").exists():
             net = judge.train(self.folder, self.train_pictures, self.vae(False), self.device, self.dtype)
             save_half(net.state_dict(), self.folder / "judge.safetensors")
+
+    def raters(self) -> None:
+        """The judges that vote as simulated raters; measured here, so that the rest of a card need not be again."""
+        from ibkit.pocket.build.card import write_raters
+
+        for name in RATERS:
+            if not (self.folder / f"{name}.safetensors").exists():
+                net = judge.train(
+                    self.folder,
+                    self.train_pictures,
+                    self.vae(False),
+                    self.device,
+                    self.dtype,
+                    name,
+                    RATER_WIDTHS,
+                    judge.RATER_BUDGET,
+                )
+                save_half(net.state_dict(), self.folder / f"{name}.safetensors")
+        write_raters(self)
 
     def image_reward(self) -> None:
         self._reward("image_reward", reward.BUDGET, hard_negatives=True)
