@@ -31,7 +31,7 @@ from ibkit.stats import (
 REPRODUCED, NOT_REPRODUCED, NOT_TESTED = "reproduced", "not reproduced", "not tested"
 
 # The first measure a run has is used: the judge knows the truth; the others stand in where there is no ground truth.
-TEXT_METRICS = ("judge_activity", "image_reward", "clip_t")
+TEXT_METRICS = ("judge_text", "image_reward", "clip_t")
 SUBJECT_METRICS = ("judge_identity", "dino", "clip_i")
 # C3: subject fidelity counts as kept when at most this much is lost: 5 points of the judge's line-up. On the DINO and
 # CLIP-I scale 0.05 is what the paper itself loses and calls competitive (table 2: .699 to .650).

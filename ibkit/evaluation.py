@@ -24,7 +24,7 @@ from ibkit.data.subject import PersonalizedSubject, choose_activities
 from ibkit.device import generator
 from ibkit.errors import ArtifactError, ModelError, ParameterError, ScoreError
 from ibkit.models import TextToImage, load_model
-from ibkit.pocket.world import ACTIVITIES, PLACES
+from ibkit.pocket.world import said_in
 from ibkit.runs import CompletedRun, Run, identify, read_run, resolve
 from ibkit.sample import Sampler, sample
 from ibkit.scorers import SCORERS, Scorer, make_scorer
@@ -35,7 +35,7 @@ from ibkit.stats import METRICS
 DEFAULT_SCORERS = ("clip_t", "image_reward", "clip_i", "dino")
 # What rl_seed is for a method without RL: no seed is negative, and statistics compare it with every RL seed.
 NO_RL_SEED = -1
-JUDGED = ("class", "activity", "place", "identity")
+JUDGED = ("class", "activity", "place", "accessory", "identity")
 
 
 @dataclass(frozen=True)
@@ -57,9 +57,13 @@ class Inputs:
         Raises:
             ParameterError: an activity that the subject's class does not have in the pocket world.
         """
+        return choose_activities(self.subject, asked or self.trained(usual), usual)
+
+    def trained(self, usual: Sequence[str]) -> list[str]:
+        """The activities that RL was trained on; `usual` is what the preset trains on."""
         prompts = [run.parameters["prompts"] for run in self.rl.values()]
-        trained = [activity for given in prompts for activity in choose_activities(self.subject, given, usual)]
-        return choose_activities(self.subject, asked or trained, usual)
+        chosen = [activity for given in prompts for activity in choose_activities(self.subject, given, usual)]
+        return list(dict.fromkeys(chosen))
 
     def load_method(self, method: str, rl_seed: int, device: torch.device | str) -> TextToImage:
         """The model of a method; the RL seed says which adapter is put on the personalized model."""
@@ -118,7 +122,12 @@ def default_batch(image_px: int) -> int:
 
 
 def jobs(
-    subject: PersonalizedSubject, activities: Sequence[str], n_images: int, rl_seeds: Sequence[int], seed: int = 0
+    subject: PersonalizedSubject,
+    activities: Sequence[str],
+    n_images: int,
+    rl_seeds: Sequence[int],
+    seed: int = 0,
+    trained: Sequence[str] = (),
 ) -> pd.DataFrame:
     """List the images of the evaluation, one row each, without scores.
 
@@ -130,11 +139,12 @@ def jobs(
         n_images: noise seeds for each prompt and method.
         rl_seeds: of the RL runs; empty evaluates base and DreamBooth only.
         seed: the notebook's, from which the noise seeds are derived.
+        trained: activities that RL was trained on; the others test what it learned beyond them (paper, figures 6-9).
 
     Returns:
         Table with method, rl_seed (-1 without RL), subject, class_noun, prompt_id, prompt (what the model reads),
-        text (what scorers read), activity, identifier, image (path below the run folder), image_seed. Batches are cut
-        from its order.
+        text (what scorers read), activity, seen (whether RL was trained on it), identifier, image (path below the run
+        folder), image_seed. Batches are cut from its order.
 
     Raises:
         ParameterError: no activity, or no image.
@@ -159,6 +169,7 @@ def jobs(
                         "prompt": prompt.text,
                         "text": prompt.clean,
                         "activity": activity,
+                        "seen": activity in trained,
                         "identifier": identifier,
                         "image": f"images/{folder}/{prompt_id}-{name}-{i:03d}.png",
                         "image_seed": image_seed,
@@ -302,29 +313,19 @@ def score(
 
 
 def _judge(judge: Judge, images: list[Image.Image], subject: PersonalizedSubject, activities: list[str]) -> dict:
+    """The judge's answers, 1 right and 0 wrong: judge_text is right where all that the phrase names is shown."""
     expected = [{"class": subject.world.class_noun, **said_in(activity)} for activity in activities]
-    columns = {f"judge_{question}": np.full(len(images), np.nan) for question in JUDGED}
-    for question in ("class", "activity", "place"):
+    columns = {f"judge_{question}": np.full(len(images), np.nan) for question in ("text", *JUDGED)}
+    for question in ("class", "activity", "place", "accessory"):
         known = [i for i, answers in enumerate(expected) if answers[question]]
         if known:
             right = judge.agrees([images[i] for i in known], question, [expected[i][question] for i in known])
             columns[f"judge_{question}"][known] = right.numpy()
+    said = np.stack([columns[f"judge_{question}"] for question in ("activity", "place", "accessory")])
+    named = ~np.isnan(said).all(axis=0)
+    columns["judge_text"][named] = np.nanmin(said[:, named], axis=0)
     columns["judge_identity"][:] = judge.identifies(images, subject.world).numpy()
     return columns
-
-
-def said_in(activity: str) -> dict[str, str]:
-    """The pocket world's activity and place that a phrase names; empty where it names none, or more than one."""
-    words = f" {' '.join(re.findall(r'[a-z]+', activity.lower()))} "
-    ways = {
-        "activity": {name: phrases for name, (_, phrases) in ACTIVITIES.items()},
-        "place": PLACES,
-    }
-    said = {}
-    for question, table in ways.items():
-        named = [name for name, phrases in table.items() if any(f" {phrase} " in words for phrase in phrases)]
-        said[question] = named[0] if len(named) == 1 else ""
-    return said
 
 
 def evaluators(scorers: Mapping[str, Scorer], judge: Judge | None = None) -> dict[str, str]:
@@ -336,6 +337,8 @@ def evaluators(scorers: Mapping[str, Scorer], judge: Judge | None = None) -> dic
             f"pocket judge (simulated rater), itself right on {accuracy['renders']:.1%} of held-out renders and "
             f"{accuracy['reconstructions']:.1%} of their reconstructions (n = {accuracy['n']})"
         )
+    if judge is not None:
+        words["judge_text"] = "pocket judge (simulated rater): all that the prompt names (activity, place, accessory)"
     return words
 
 

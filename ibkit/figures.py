@@ -298,7 +298,7 @@ def trajectory(
 
 
 def fidelity_plane(
-    scores: pd.DataFrame, text: str = "judge_activity", subject: str = "judge_identity", title: str = ""
+    scores: pd.DataFrame, text: str = "judge_text", subject: str = "judge_identity", title: str = ""
 ) -> tuple[Figure, pd.DataFrame]:
     """Place every method on the plane of text fidelity against subject fidelity, with 95 % intervals.
 
@@ -343,7 +343,7 @@ def fidelity_plane(
     return figure, data
 
 
-def prompt_bars(scores: pd.DataFrame, metric: str = "judge_activity", title: str = "") -> tuple[Figure, pd.DataFrame]:
+def prompt_bars(scores: pd.DataFrame, metric: str = "judge_text", title: str = "") -> tuple[Figure, pd.DataFrame]:
     """Draw one metric for every prompt, a bar for each method, with 95 % intervals.
 
     Args:

@@ -12,6 +12,7 @@ from PIL import Image
 
 from ibkit.data.prompts import Prompt
 from ibkit.data.subject import PersonalizedSubject
+from ibkit.pocket.world import said_in
 from ibkit.scorers.base import Scorer
 from ibkit.scorers.judge import Judge
 
@@ -29,7 +30,7 @@ class SubjectMonitor:
     A call returns `monitor` and `text_monitor`, the two scorers' means over the pictures made with the identifier (the
     text scorer reads the prompt without it), and with a judge
     `judge_activity` and `judge_identity`, shares of those pictures, and `judge_activity_class`, of the others. A kind
-    of prompt that has no picture has no number.
+    of prompt that has no picture has no number, and only prompts that name an activity count in its shares.
     """
 
     def __init__(
@@ -55,11 +56,18 @@ class SubjectMonitor:
                 clean = [prompts[i].clean for i in named]
                 numbers["text_monitor"] = self.text_scorer(pictures, texts=clean).mean().item()
             if self.judge:
-                activities = [prompts[i].activity for i in named]
-                numbers["judge_activity"] = self.judge.agrees(pictures, "activity", activities).mean().item()
+                numbers |= self._activity_shown("judge_activity", pictures, [prompts[i].activity for i in named])
                 numbers["judge_identity"] = self.judge.identifies(pictures, self.subject.world).mean().item()
         if others and self.judge:
             asked = [prompts[i].activity for i in others]
-            answers = self.judge.agrees([images[i] for i in others], "activity", asked)
-            numbers["judge_activity_class"] = answers.mean().item()
+            numbers |= self._activity_shown("judge_activity_class", [images[i] for i in others], asked)
         return numbers
+
+    def _activity_shown(self, name: str, images: Sequence[Image.Image], phrases: Sequence[str]) -> dict[str, float]:
+        """The share of pictures that show the activity they were asked for, of those whose prompt names one."""
+        said = [said_in(phrase)["activity"] for phrase in phrases]
+        named = [i for i, activity in enumerate(said) if activity]
+        if not named:
+            return {}
+        answers = self.judge.agrees([images[i] for i in named], "activity", [said[i] for i in named])
+        return {name: answers.mean().item()}

@@ -43,7 +43,7 @@ EVALUATORS = {
 }
 
 # The paper's measure that stands closest to each of ours: the judge plays the part of the raters.
-COUNTERPART = {"judge_activity": "people_text", "judge_identity": "people_subject"}
+COUNTERPART = {"judge_text": "people_text", "judge_identity": "people_subject"}
 
 _METHODS = ("custom_diffusion", "dreambooth", "neti", "textual_inversion", "instructbooth")
 _COLUMNS: dict[int, dict[str, tuple[float, ...]]] = {

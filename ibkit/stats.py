@@ -254,10 +254,13 @@ class Metric:
 
 
 METRICS: dict[str, Metric] = {
+    "judge_text": Metric("Prompt shown (simulated judge)", "text", is_share=True),
     "judge_activity": Metric("Activity shown (simulated judge)", "text", is_share=True),
     "judge_identity": Metric("Same subject (simulated judge)", "subject", is_share=True),
+    "judge_shape": Metric("Right shape (simulated judge)", "subject", is_share=True),
     "judge_class": Metric("Right class (simulated judge)", "text", is_share=True),
     "judge_place": Metric("Right place (simulated judge)", "text", is_share=True),
+    "judge_accessory": Metric("Right accessory (simulated judge)", "text", is_share=True),
     "image_reward": Metric("ImageReward", "text"),
     "clip_t": Metric("CLIP-T", "text"),
     "pick_score": Metric("PickScore", "text"),

@@ -36,7 +36,7 @@ def images(method, identifier, activity, identity, rl_seed=0):
                     "identifier": identifier,
                     "image": f"{method}/{prompt}-{image_seed}.png",
                     "image_seed": image_seed,
-                    "judge_activity": int(image_seed < activity * N_IMAGES),
+                    "judge_text": int(image_seed < activity * N_IMAGES),
                     "judge_identity": int(image_seed < identity * N_IMAGES),
                 }  # fmt: skip
             )
@@ -116,8 +116,8 @@ def test_what_is_missing_is_not_tested_and_says_why():
     assert "no images of instructbooth" in without_rl["C3"].detail
     no_class_prompt = by_id(scores[(scores["method"] != "dreambooth") | scores["identifier"]])
     assert "class prompt (no identifier)" in no_class_prompt["C4"].detail
-    no_scores = by_id(scores.drop(columns=["judge_activity", "judge_identity"]))
-    assert "None of judge_activity, image_reward, clip_t was scored" in no_scores["C1"].detail
+    no_scores = by_id(scores.drop(columns=["judge_text", "judge_identity"]))
+    assert "None of judge_text, image_reward, clip_t was scored" in no_scores["C1"].detail
     other_seeds = scores.assign(image_seed=scores["image_seed"] + 100 * (scores["method"] == "base"))
     assert by_id(other_seeds)["C1"].verdict == "not tested"
 
@@ -125,9 +125,9 @@ def test_what_is_missing_is_not_tested_and_says_why():
 def test_without_a_judge_the_scorers_stand_in():
     noise = np.random.default_rng(0).normal(0, 0.02, 240)
     scores = story().assign(
-        image_reward=lambda t: t["judge_activity"] + noise[: len(t)],
+        image_reward=lambda t: t["judge_text"] + noise[: len(t)],
         dino=lambda t: 0.3 + 0.4 * t["judge_identity"] + noise[: len(t)],
-        judge_activity=np.nan,
+        judge_text=np.nan,
         judge_identity=np.nan,
     )
     claims = by_id(scores)
@@ -142,7 +142,7 @@ def test_without_a_judge_the_scorers_stand_in():
 
 
 def test_prompts_without_an_activity_do_not_enter_text_fidelity():
-    plain = images("base", False, 0, 0).assign(judge_activity=np.nan, prompt_id="plain", text="a cat")
+    plain = images("base", False, 0, 0).assign(judge_text=np.nan, prompt_id="plain", text="a cat")
     plain["image_seed"] = range(len(plain))
     drifted = plain.assign(method="dreambooth", judge_identity=1)
     claims = by_id(pd.concat([story(), plain, drifted]))
@@ -250,7 +250,7 @@ def test_text_table_shows_claims_that_were_not_tested():
 
 def test_published_numbers_stand_beside_ours():
     assert [number.value for number in published("instructbooth", "image_reward")] == [1.196, 0.651]
-    assert [number.value for number in published("dreambooth", "judge_activity")] == [0.813]
+    assert [number.value for number in published("dreambooth", "judge_text")] == [0.813]
     assert published("base", "clip_t") == []
     # 5 methods × (2 + 4) numbers in tables 1 and 2, and 3 methods × 4 in table 3.
     assert len(PUBLISHED) == 42 and len({(n.method, n.metric, n.table) for n in PUBLISHED}) == 42

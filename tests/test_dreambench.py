@@ -77,7 +77,7 @@ def test_the_real_files(tmp_path):
     bench = read(DREAMBENCH)
     assert {s.name for s in bench.subjects if s.live} == {"cat", "dog", "dog6"}
     assert bench.live_prompts[10] == "a {subject} wearing a red hat"
-    assert bench.object_prompts[-1] == "a cube shaped {0} {1}"
+    assert bench.object_prompts[-1] == "a cube shaped {subject}"
     assert not [line for line in differences(DREAMBENCH, bench) if "published file" in line]
     shutil.copytree(DREAMBENCH, tmp_path / "copy")
     photo = next((tmp_path / "copy" / "cat").glob("*.jpg"))

@@ -24,7 +24,6 @@ from ibkit.evaluation import (
     make_scorers,
     prompt_ids,
     read_inputs,
-    said_in,
     score,
 )
 from ibkit.models import load_model
@@ -97,6 +96,11 @@ def test_every_method_has_its_rows(rows):
     assert rows["image"].iloc[0] == "images/base/playing-soccer-class-000.png"
     assert rows["image"].iloc[-1] == "images/instructbooth-seed7/riding-a-bike-class-002.png"
     assert set(jobs(SUBJECT, ACTIVITIES, 1, [])["method"]) == {"base", "dreambooth"}
+    trained = jobs(SUBJECT, ACTIVITIES, 1, [], trained=["riding a bike"])
+    assert trained.groupby("activity")["seen"].unique().map(list).to_dict() == {
+        "playing soccer": [False],
+        "riding a bike": [True],
+    }
 
 
 def test_methods_share_prompts_and_noise(rows):
@@ -216,13 +220,14 @@ def test_scores_are_columns_whatever_the_batch(scored_folder, rows, judge):
     table = score(rows, scored_folder, photos, SUBJECT, SCORERS, judge, batch_size=5, on_image=counted.append)
     assert counted[-1] == len(rows) and counted[0] == 5
     assert list(table.columns[len(rows.columns) :]) == [
-        "clip_t", "dino", "judge_class", "judge_activity", "judge_place", "judge_identity",
+        "clip_t", "dino", "judge_text", "judge_class", "judge_activity", "judge_place", "judge_accessory",
+        "judge_identity",
     ]  # fmt: skip
     expected = [np.asarray(Image.open(scored_folder / path)).mean() / 255 for path in rows["image"]]
     assert table["clip_t"].to_numpy() == pytest.approx(expected, abs=1e-6)
     assert table["judge_place"].isna().all() and table["judge_activity"].isin((0, 1)).all()
     pd.testing.assert_frame_equal(table, score(rows, scored_folder, photos, SUBJECT, SCORERS, judge))
-    assert main_metrics(check_scores(table)) == ("judge_activity", "judge_identity")
+    assert main_metrics(check_scores(table)) == ("judge_text", "judge_identity")
 
 
 def test_photos_of_a_user_have_no_truth_to_judge_by(scored_folder, rows, judge):
@@ -234,17 +239,21 @@ def test_photos_of_a_user_have_no_truth_to_judge_by(scored_folder, rows, judge):
         main_metrics(table.drop(columns="dino"))
 
 
-def test_what_a_phrase_says_of_the_pocket_world():
-    assert said_in("playing soccer") == {"activity": "playing soccer", "place": ""}
-    assert said_in("Kicking a soccer ball, at the beach") == {"activity": "playing soccer", "place": "beach"}
-    assert said_in("playing chess") == {"activity": "", "place": ""}
-    assert said_in("sleeping or dancing in the snow") == {"activity": "", "place": "mountains"}
+def test_a_prompt_is_shown_when_all_that_it_names_is(scored_folder, rows, judge, monkeypatch):
+    right = {"class": [1, 1, 1, 1], "activity": [1, 1, 0, 0], "place": [1, 0, 1, 0]}
+    monkeypatch.setattr(Judge, "agrees", lambda self, images, question, expected: torch.tensor(right[question]))
+    rows = rows.iloc[:4].assign(activity="playing soccer at the beach")
+    table = score(rows, scored_folder, world_photos(SUBJECT.world, 2), SUBJECT, SCORERS, judge)
+    assert table["judge_text"].tolist() == [1, 0, 0, 0] and table["judge_accessory"].isna().all()
+    bare = score(rows.assign(activity=""), scored_folder, world_photos(SUBJECT.world, 2), SUBJECT, SCORERS, judge)
+    assert bare["judge_text"].isna().all() and bare["judge_identity"].notna().all()
 
 
 def test_every_number_has_its_evaluator(judge):
     words = evaluators(SCORERS, judge)
     assert words["clip_t"] == "mean brightness"
-    assert set(words) == {"clip_t", "dino", "judge_class", "judge_activity", "judge_place", "judge_identity"}
+    judged = {"text", "class", "activity", "place", "accessory", "identity"}
+    assert set(words) == {"clip_t", "dino", *(f"judge_{question}" for question in judged)}
     assert "99.1% of held-out renders and 97.5%" in words["judge_identity"] and "n = 400" in words["judge_identity"]
     assert set(evaluators(SCORERS)) == {"clip_t", "dino"}
 

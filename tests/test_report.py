@@ -62,7 +62,7 @@ def score_table(n_images=20):
                         "clip_t": rng.normal(0.2 + 0.1 * activity, 0.02),
                         "dino": rng.normal(0.3 + 0.4 * identity, 0.05),
                         "image_reward": rng.normal(2 * activity - 1, 0.3),
-                        "judge_activity": int(rng.random() < activity),
+                        "judge_text": int(rng.random() < activity),
                         "judge_identity": int(rng.random() < identity),
                     }  # fmt: skip
                 )
@@ -113,7 +113,7 @@ def make_run(folder):
     third.save_figure(*swap(figures.fidelity_plane(compared), "figures/plane"))
     third.save_figure(*swap(figures.prompt_bars(compared), "figures/bars"))
     third.save_figure(*swap(figures.prompt_bars(compared, "clip_t"), "figures/clip_by_prompt"))
-    third.record(evaluators={"judge_activity": f"pocket judge, 99 % on held-out renders {ODD}"})
+    third.record(evaluators={"judge_text": f"pocket judge, 99 % on held-out renders {ODD}"})
     third.record(gaps={"pick_score": "its official weights are not in the local cache"})
     third.finish()
     return folder

@@ -28,8 +28,10 @@ from ibkit.pocket.world import (
     View,
     activities_of,
     caption,
+    check_phrase,
     line_up,
     reference_scenes,
+    said_in,
     sample_scene,
     sample_subject,
     vocabulary,
@@ -173,3 +175,33 @@ def test_colours_are_far_apart():
     values = np.array(list(COLOURS.values()), float)
     distances = np.linalg.norm(values[:, None] - values[None], axis=2) + 1e9 * np.eye(len(values))
     assert distances.min() > 60
+
+
+def test_what_a_phrase_names():
+    nothing = {"activity": "", "place": "", "accessory": ""}
+    assert said_in("playing soccer") == nothing | {"activity": "playing soccer"}
+    both = said_in("Kicking a soccer ball, at the beach")
+    assert both == nothing | {"activity": "playing soccer", "place": "beach"}
+    assert said_in("wearing a golden crown on the moon") == nothing | {"place": "moon", "accessory": "crown"}
+    assert said_in("playing chess") == nothing
+    assert said_in("sleeping or dancing in the snow") == nothing | {"place": "mountains"}
+
+
+def test_a_phrase_that_no_judge_could_answer_for_is_refused():
+    for noun, phrase in (("cat", "dancing and wearing a crown at the beach"), ("pot", "tipped over in the snow")):
+        check_phrase(noun, phrase)
+    wrong = {
+        "cat": [
+            "",
+            "playing chess",
+            "dancing with a dragon",
+            "sleeping dancing",
+            "with popcorn in it",
+            "in the park on the moon",
+        ],  # fmt: skip
+        "pot": ["wearing a crown", "sleeping"],
+    }
+    for noun, phrases in wrong.items():
+        for phrase in phrases:
+            with pytest.raises(ValueError, match=f"knows no {noun} '{phrase}': choose prompts of .*in the park"):
+                check_phrase(noun, phrase)

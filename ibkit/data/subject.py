@@ -11,7 +11,7 @@ from PIL import Image
 
 from ibkit.data.prompts import Prompt, make_prompt, subject_phrase
 from ibkit.errors import ArtifactError, ParameterError
-from ibkit.pocket.world import DEMO_SUBJECTS, Subject, activities_of, reference_scenes
+from ibkit.pocket.world import DEMO_SUBJECTS, Subject, activities_of, check_phrase, reference_scenes
 from ibkit.runs import CompletedRun, Run
 
 FILE = "subject.json"
@@ -75,19 +75,20 @@ class PersonalizedSubject:
 def choose_activities(subject: PersonalizedSubject, asked: Sequence[str], usual: Sequence[str]) -> list[str]:
     """The activities to train or evaluate on: those asked for, else the usual ones, each once.
 
-    A subject of the pocket world takes the activities of its class; where none of the usual ones is (a pot plays no
-    soccer), its first two.
+    A subject of the pocket world takes what its world knows; where its class has none of the usual activities (a pot
+    plays no soccer), its first two.
 
     Raises:
-        ParameterError: an activity that the subject's class does not have in the pocket world.
+        ParameterError: one that the pocket world does not know of the subject's class.
     """
     if subject.world is None:
         return list(dict.fromkeys(asked or usual))
     possible = activities_of(subject.class_noun)
-    if unknown := [a for a in asked if a not in possible]:
-        raise ParameterError(
-            f"the pocket world knows no {subject.class_noun} {unknown[0]!r}: choose prompts of {', '.join(possible)}."
-        )
+    for phrase in asked:
+        try:
+            check_phrase(subject.class_noun, phrase)
+        except ValueError as error:
+            raise ParameterError(str(error)) from None
     return list(dict.fromkeys(asked)) or [a for a in usual if a in possible] or list(possible[:2])
 
 

@@ -8,6 +8,7 @@ Everything is a pure function of its arguments: the same scene gives the same pi
 from __future__ import annotations
 
 import random
+import re
 from dataclasses import dataclass, field, replace
 
 IMAGE_PX = 64
@@ -317,3 +318,43 @@ def vocabulary() -> list[str]:
         phrases += [p for ways in table.values() for p in ways]
     phrases += [p for _, ways in ACTIVITIES.values() for p in ways]
     return sorted({w for p in phrases for w in p.replace(",", " ,").split()}) + list(IDENTIFIERS)
+
+
+def said_in(phrase: str) -> dict[str, str]:
+    """The activity, place and accessory that a phrase names; empty where it names none, or more than one."""
+    return {question: found[0] if len(found) == 1 else "" for question, found in _named(phrase)[0].items()}
+
+
+def check_phrase(class_noun: str, phrase: str) -> None:
+    """Refuse a phrase of which the world could not say whether a picture shows it.
+
+    Raises:
+        ValueError: it names nothing, two of a kind, something the class cannot do or wear, or has other words.
+    """
+    named, rest = _named(phrase)
+    possible = {
+        "activity": activities_of(class_noun),
+        "place": tuple(PLACES),
+        "accessory": accessories_of(class_noun)[1:],
+    }
+    right = any(named.values()) and not rest
+    right &= all(len(found) <= 1 and set(found) <= set(possible[question]) for question, found in named.items())
+    if not right:
+        accessories = f", {', '.join(ACCESSORIES[a][0] for a in possible['accessory'])}" * bool(possible["accessory"])
+        raise ValueError(
+            f"the pocket world knows no {class_noun} {phrase!r}: choose prompts of {', '.join(possible['activity'])}"
+            f"{accessories}, {', '.join(ways[0] for ways in PLACES.values())}, or one of each kind."
+        )
+
+
+def _named(phrase: str) -> tuple[dict[str, list[str]], list[str]]:
+    """What a phrase names of each kind, and its words that name nothing ("and" aside)."""
+    words = f" {' '.join(re.findall(r'[a-z]+', phrase.lower()))} "
+    tables = {"activity": {name: ways for name, (_, ways) in ACTIVITIES.items()}, "place": PLACES}
+    tables["accessory"] = ACCESSORIES
+    named, rest = {}, words
+    for question, table in tables.items():
+        named[question] = [name for name, ways in table.items() if any(f" {way} " in words for way in ways)]
+        for way in sorted((way for name in named[question] for way in table[name]), key=len, reverse=True):
+            rest = rest.replace(f" {way} ", " ")
+    return named, [word for word in rest.split() if word != "and"]

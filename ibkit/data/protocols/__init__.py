@@ -1,0 +1,91 @@
+"""Protocols: which prompts an evaluation draws, and which of them RL may see. Each is a plain file beside this one.
+
+`dreambench` has no file: its prompts are read from the published folder that holds the subject's photos (see
+`ibkit.data.dreambench`). The paper trains RL on two prompts of its own there, one of each kind that DreamBench has.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from pathlib import Path
+
+from ibkit.data import dreambench
+from ibkit.errors import ParameterError
+
+FOLDER = Path(__file__).parent
+DREAMBENCH = "dreambench"
+# InstructBooth, appendix D: one recontextualization, one accessorization, none of the benchmark's. The words are ours.
+DREAMBENCH_TRAIN = {True: ("in a library", "wearing a raincoat"), False: ("in a library", "with a candle beside it")}
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """The prompts of one subject.
+
+    Attributes:
+        name: of the file, such as "actions".
+        title: in words, with the numbers of subjects, prompts and images.
+        train: activities that RL is trained on.
+        evaluate: activities (or templates, see `ibkit.data.prompts.make_prompt`) that pictures are drawn for.
+        images_per_prompt: pictures for each prompt and method.
+    """
+
+    name: str
+    title: str
+    train: tuple[str, ...]
+    evaluate: tuple[str, ...]
+    images_per_prompt: int
+
+
+def names() -> list[str]:
+    """The protocols there are."""
+    return [*sorted(path.stem for path in FOLDER.glob("*.toml")), DREAMBENCH]
+
+
+def class_nouns(name: str) -> list[str]:
+    """The classes that a protocol with a file has prompts for, in its order."""
+    return [noun for group in _read(name)["group"] for noun in group["class_nouns"]]
+
+
+def read_protocol(name: str, class_noun: str = "", photos: str | Path = "") -> Protocol:
+    """The prompts of a protocol for one subject.
+
+    Args:
+        name: see `names`.
+        class_noun: the subject's class; DreamBench knows it by its photos.
+        photos: the subject's folder, needed by DreamBench alone.
+
+    Raises:
+        ParameterError: no such protocol, or it has no prompts for the class.
+        PhotoError: the folder above `photos` is not DreamBench.
+    """
+    if name == DREAMBENCH:
+        return _dreambench(Path(photos).expanduser() if photos else None)
+    data = _read(name)
+    for group in data["group"]:
+        if class_noun in group["class_nouns"]:
+            return Protocol(
+                name, data["title"], tuple(group["train"]), tuple(group["evaluate"]), data["images_per_prompt"]
+            )
+    raise ParameterError(
+        f"protocol {name!r} has no prompts for {class_noun!r}: it knows {', '.join(class_nouns(name))}."
+    )
+
+
+def _read(name: str) -> dict:
+    if name not in names() or name == DREAMBENCH:
+        raise ParameterError(f"There is no protocol {name!r}: choose one of {', '.join(names())}.")
+    return tomllib.loads((FOLDER / f"{name}.toml").read_text(encoding="utf-8"))
+
+
+def _dreambench(photos: Path | None) -> Protocol:
+    if photos is None:
+        raise ParameterError("protocol 'dreambench' needs a subject: give the folder of one of its 30, with --subject.")
+    bench = dreambench.read(photos.parent)
+    subject = next((s for s in bench.subjects if s.name == photos.name), None)
+    if subject is None:
+        raise ParameterError(f"{photos} is not one of DreamBench's subjects; `ibkit data dreambench` lists them.")
+    prompts = bench.live_prompts if subject.live else bench.object_prompts
+    title = "DreamBench: 30 subjects x 25 prompts x 4 images"
+    return Protocol(DREAMBENCH, title, DREAMBENCH_TRAIN[subject.live], prompts, dreambench.IMAGES_PER_PROMPT)
