@@ -6,7 +6,7 @@ that lacks what a claim needs gets "not tested", with the reason.
 """
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from json import dumps
 from pathlib import Path
@@ -33,6 +33,14 @@ REPRODUCED, NOT_REPRODUCED, NOT_TESTED = "reproduced", "not reproduced", "not te
 # The first measure a run has is used: the judge knows the truth; the others stand in where there is no ground truth.
 TEXT_METRICS = ("judge_text", "image_reward", "clip_t")
 SUBJECT_METRICS = ("judge_identity", "dino", "clip_i")
+# What the claims read: name -> the notebook that makes it, and the file in its run folder.
+EVIDENCE = {
+    "scores": ("03_evaluate", "scores.csv"),
+    "description": ("04_attention_maps", "description.csv"),
+    "changes": ("05_dino_metric", "changes.csv"),
+    "prompt_kinds": ("06_prompt_ablation", "prompt_kinds.csv"),
+    "votes": ("07_human_study", "votes.csv"),
+}
 # C3: subject fidelity counts as kept when at most this much is lost: 5 points of the judge's line-up. On the DINO and
 # CLIP-I scale 0.05 is what the paper itself loses and calls competitive (table 2: .699 to .650).
 MARGIN = 0.05
@@ -45,7 +53,7 @@ class Claim:
     """One claim of the paper and what this run says about it.
 
     Attributes:
-        id: C1 … C4.
+        id: C1 … C9.
         claim: the claim in one sentence.
         source: where the paper makes it, and the paper's own number.
         value: our figure, None where the claim was not tested; fractions are fractions of 1.
@@ -92,6 +100,15 @@ class _Views:
     dreambooth_class: pd.DataFrame
     instructbooth: pd.DataFrame
 
+    @classmethod
+    def of(cls, scores: pd.DataFrame) -> "_Views":
+        def rows(method: str, identifier: bool) -> pd.DataFrame:
+            return scores[(scores["method"] == method) & (scores["identifier"] == identifier)]
+
+        return cls(
+            rows("base", False), rows("dreambooth", True), rows("dreambooth", False), rows("instructbooth", True)
+        )
+
 
 @dataclass(frozen=True)
 class _Outcome:
@@ -111,17 +128,21 @@ def evaluate_claims(run_or_folder: str | Path) -> list[Claim]:
     """Test every claim on a run.
 
     Args:
-        run_or_folder: a main run (`outputs/<run>`, read from its `03_evaluate`), that stage's own folder, or a folder
-            that holds `scores.csv` directly (`outputs/reference`).
+        run_or_folder: a main run (`outputs/<run>`, with a folder for each notebook), one notebook's own folder, or a
+            folder that holds the tables directly (`outputs/reference`). What each claim reads stands in `EVIDENCE`.
 
     Returns:
-        One `Claim` for each of C1 to C4, in order.
+        One `Claim` for each of C1 to C9, in order.
 
     Raises:
         ScoreError: there are no scores in the folder, or they are malformed.
         ArtifactError: the run is incomplete, or a file was altered.
     """
-    return claims_from_scores(load_scores(run_or_folder))
+    evidence = {"scores": load_scores(run_or_folder)}
+    for name in EVIDENCE:
+        if name != "scores" and (table := _find_table(Path(run_or_folder), *EVIDENCE[name])) is not None:
+            evidence[name] = table
+    return claims_from(evidence)
 
 
 def load_scores(run_or_folder: str | Path) -> pd.DataFrame:
@@ -129,43 +150,52 @@ def load_scores(run_or_folder: str | Path) -> pd.DataFrame:
     folder = Path(run_or_folder)
     if not folder.is_dir():
         raise ScoreError(f"There is no run folder {folder}: finish a run first, or give the path of one.")
-    stage = folder / "03_evaluate" if (folder / "03_evaluate").is_dir() else folder
-    table = stage / "scores.csv"
-    if not table.is_file():
+    table = _find_table(folder, *EVIDENCE["scores"])
+    if table is None:
         raise ScoreError(f"{folder} holds no scores: expected 03_evaluate/scores.csv of a finished run, or scores.csv.")
+    return check_scores(table, f"scores.csv of {folder}")
+
+
+def _find_table(folder: Path, notebook: str, file: str) -> pd.DataFrame | None:
+    """A table of a notebook's run in or at the folder; None where there is none."""
+    stage = folder / notebook if (folder / notebook).is_dir() else folder
+    path = stage / file
+    if not path.is_file():
+        return None
     if (stage / "manifest.json").is_file():
-        return check_scores(read_run(stage).table("scores.csv"), str(table))
+        return read_run(stage).table(file)
     try:
-        return check_scores(pd.read_csv(table, keep_default_na=False, na_values=[""]), str(table))
+        return pd.read_csv(path, keep_default_na=False, na_values=[""])
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ScoreError(f"{table} is not a readable CSV table ({error}).") from error
+        raise ScoreError(f"{path} is not a readable CSV table ({error}).") from error
 
 
-def claims_from_scores(scores: pd.DataFrame) -> list[Claim]:
-    """Test every claim on a checked score table (see `evaluate_claims`)."""
-    rows = {(method, with_id): part for (method, with_id), part in scores.groupby(["method", "identifier"])}
-    none = scores.iloc[:0]
-    views = _Views(
-        base_class=rows.get(("base", False), none),
-        dreambooth=rows.get(("dreambooth", True), none),
-        dreambooth_class=rows.get(("dreambooth", False), none),
-        instructbooth=rows.get(("instructbooth", True), none),
-    )
+def claims_from(evidence: Mapping[str, pd.DataFrame]) -> list[Claim]:
+    """Test every claim on the tables that are there, by the names of `EVIDENCE`; `scores` must be checked.
+
+    A claim whose table is missing is not tested, and says which notebook makes it.
+    """
     claims = []
-    for number, claim, quantity, source, test in _TESTS:
+    for test in _TESTS:
         try:
-            outcome = test(views)
+            if test.evidence not in evidence:
+                raise _CannotTest(f"Needs {EVIDENCE[test.evidence][1]} of notebook {EVIDENCE[test.evidence][0]}.")
+            table = evidence[test.evidence]
+            outcome = test.function(_Views.of(table) if test.evidence == "scores" else table)
         except _CannotTest as reason:
             claims.append(
-                Claim(number, claim, source, None, None, None, 0, 0, NOT_TESTED, "", "", quantity, str(reason))
-            )
+                Claim(
+                    test.id, test.claim, test.source, None, None, None, 0, 0, NOT_TESTED, "", "", test.quantity,
+                    str(reason),
+                )
+            )  # fmt: skip
             continue
         interval = outcome.interval
         claims.append(
             Claim(
-                id=number,
-                claim=claim,
-                source=source,
+                id=test.id,
+                claim=test.claim,
+                source=test.source,
                 value=interval.value,
                 low=interval.low,
                 high=interval.high,
@@ -174,11 +204,17 @@ def claims_from_scores(scores: pd.DataFrame) -> list[Claim]:
                 verdict=REPRODUCED if outcome.holds else NOT_REPRODUCED,
                 metric=outcome.metric,
                 unit=outcome.unit or ("fraction of images" if METRICS[outcome.metric].is_share else "score"),
-                quantity=quantity,
+                quantity=test.quantity,
                 detail=outcome.detail,
             )
         )
     return claims
+
+
+def claims_from_scores(scores: pd.DataFrame) -> list[Claim]:
+    """Test those claims that a checked score table alone can test."""
+    ids = {test.id for test in _TESTS if test.evidence == "scores"}
+    return [claim for claim in claims_from({"scores": scores}) if claim.id in ids]
 
 
 def _text_is_lost(views: _Views) -> _Outcome:
@@ -251,35 +287,83 @@ def _class_noun_drifts(views: _Views) -> _Outcome:
     return _Outcome(metric, difference, difference.low > 0, detail)
 
 
-# id, claim, what the figure is, where the paper says it, and the test.
-_TESTS: tuple[tuple[str, str, str, str, Callable[[_Views], _Outcome]], ...] = (
-    (
+def _text_is_won_back_on_unseen(views: _Views) -> _Outcome:
+    """C8. Reproduced when the whole interval of InstructBooth − DreamBooth on unseen prompts lies above zero."""
+    tables = {"instructbooth": views.instructbooth, "dreambooth": views.dreambooth}
+    if any("seen" not in table.columns for table in tables.values()):
+        raise _CannotTest("The scores do not say which prompts RL was trained on.")
+    unseen = {name: table[~table["seen"].fillna(True).astype(bool)] for name, table in tables.items()}
+    if any(table.empty for table in unseen.values()):
+        raise _CannotTest("RL was trained on all prompts that were drawn: evaluate on others, too (--protocol).")
+    metric, pairs = _pairs(unseen, TEXT_METRICS, "on unseen prompts")
+    gain = bootstrap_difference(unseen["instructbooth"], unseen["dreambooth"], metric)
+    detail = f"Unseen prompts: {_levels(metric, pairs)}"
+    seen = {name: table[table["seen"].fillna(False).astype(bool)] for name, table in tables.items()}
+    if all(len(table) for table in seen.values()):
+        on_seen = bootstrap_difference(seen["instructbooth"], seen["dreambooth"], metric)
+        detail += f"; on seen prompts the gain is {_signed(metric, on_seen)}"
+    return _Outcome(metric, gain, gain.low > 0, detail, _n_seeds(pairs))
+
+
+@dataclass(frozen=True)
+class _Test:
+    """A claim and how it is tested.
+
+    Attributes:
+        id, claim, source: see `Claim`.
+        quantity: what the figure is.
+        evidence: the table it reads, a name of `EVIDENCE`.
+        function: from that table (from `_Views` of the scores) to the outcome.
+    """
+
+    id: str
+    claim: str
+    quantity: str
+    source: str
+    evidence: str
+    function: Callable[..., _Outcome]
+
+
+_TESTS: tuple[_Test, ...] = (
+    _Test(
         "C1",
         "DreamBooth loses text fidelity against the base model.",
         "DreamBooth (with identifier) minus base model (class prompt), text fidelity",
         "§1, §2.2 and figure 3 (overfitting, low text fidelity); the paper gives no number for the base model",
+        "scores",
         _text_is_lost,
     ),
-    (
+    _Test(
         "C2",
         "RL fine-tuning wins the lost text fidelity back.",
         "Share of the loss won back, (InstructBooth − DreamBooth) / (base − DreamBooth)",
         "Table 1 (people: text 81.3 % → 97.3 %), table 2 (ImageReward 0.441 → 1.196, CLIP-T 0.310 → 0.323)",
+        "scores",
         _text_is_won_back,
     ),
-    (
+    _Test(
         "C3",
         "RL fine-tuning keeps subject fidelity.",
         "InstructBooth minus DreamBooth, subject fidelity",
         "Table 1 (people: subject 97.0 % and 97.0 %), table 2 (DINO 0.699 → 0.650)",
+        "scores",
         _subject_is_kept,
     ),
-    (
+    _Test(
         "C4",
         "Personalization makes the plain class noun drift towards the subject.",
         "DreamBooth minus base model, both with the class prompt: looks like the subject",
         "§2.1, the reason for the prior-preservation loss (language drift, Ruiz et al. 2023); no number in the paper",
+        "scores",
         _class_noun_drifts,
+    ),
+    _Test(
+        "C8",
+        "What RL teaches carries over to prompts that it never saw.",
+        "InstructBooth minus DreamBooth, text fidelity on unseen prompts",
+        "Appendix D and figures 6, 8 and 9 (pictures only; no number in the paper)",
+        "scores",
+        _text_is_won_back_on_unseen,
     ),
 )
 

@@ -29,6 +29,7 @@ from ibkit.runs import CompletedRun, Run, identify, read_run, resolve
 from ibkit.sample import Sampler, sample
 from ibkit.scorers import SCORERS, Scorer, make_scorer
 from ibkit.scorers.base import batches
+from ibkit.scorers.dino import Dino
 from ibkit.scorers.judge import Judge
 from ibkit.stats import METRICS
 
@@ -310,6 +311,60 @@ def score(
         if on_image:
             on_image(sum(map(len, parts)))
     return pd.concat(parts)
+
+
+def drift(scores: pd.DataFrame, folder: str | Path, dino: Dino, batch_size: int = 64) -> pd.Series:
+    """Language drift, picture by picture: 1 − cosine of DINO's embeddings of a class prompt's picture and of the base
+    model's picture from the same noise. 0 where personalization left the class noun as it was.
+
+    Args:
+        scores: rows from `jobs`.
+        folder: what the column `image` is relative to.
+
+    Returns:
+        One number for each row of a personalized model without the identifier, NaN for the others.
+    """
+    key = ["prompt_id", "image_seed"]
+    base = scores[(scores["method"] == "base") & ~scores["identifier"]].set_index(key)["image"]
+    asked = scores[(scores["method"] != "base") & ~scores["identifier"]]
+    paths = list(dict.fromkeys([*base, *asked["image"]]))
+    embedded = {}
+    for part in batches(paths, batch_size):
+        pictures = [_read(Path(folder) / path) for path in part]
+        with torch.inference_mode():
+            embedded |= dict(zip(part, dino.embed(pictures).double().cpu(), strict=True))
+    values = [
+        1 - float(embedded[row.image] @ embedded[base[row.prompt_id, row.image_seed]]) for row in asked.itertuples()
+    ]
+    return pd.Series(values, index=asked.index, dtype=float).reindex(scores.index)
+
+
+def real_photos(
+    photos: Sequence[Image.Image], subject: PersonalizedSubject, scorers: Mapping[str, Scorer]
+) -> pd.DataFrame:
+    """Rows of the method "real": each photo of the subject scored against the others, the ceiling of a subject metric.
+
+    Of the R cosines of a photo with all photos, whose mean is m, the one with itself is 1; the others' mean is
+    (R·m − 1)/(R − 1).
+
+    Returns:
+        Rows as in a score table with the columns of the metrics that read references alone; none for a single photo.
+    """
+    n = len(photos)
+    columns = {
+        name: (n * scorer(photos, references=photos).double().numpy() - 1) / (n - 1)
+        for name, scorer in scorers.items()
+        if n > 1 and scorer.needs == {"references"}
+    }
+    keys = {
+        "method": "real",
+        "rl_seed": NO_RL_SEED,
+        "subject": subject.name,
+        "class_noun": subject.class_noun,
+        "prompt_id": "photo",
+        "identifier": True,
+    }
+    return pd.DataFrame([keys | {"image_seed": i} | {k: v[i] for k, v in columns.items()} for i in range(n) if columns])
 
 
 def _judge(judge: Judge, images: list[Image.Image], subject: PersonalizedSubject, activities: list[str]) -> dict:

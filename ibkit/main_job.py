@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from ibkit import errors
+from ibkit.data.protocols import names, read_protocol
 from ibkit.errors import ArtifactError, IbkitError, ParameterError
 from ibkit.params import SCHEMAS, make, schema
 from ibkit.progress import duration
@@ -106,7 +107,8 @@ def given(arguments: Namespace) -> dict[str, Any]:
     """The settings that the command line names; `-p` is more specific than an option and wins.
 
     Raises:
-        ParameterError: `-p` is malformed, or names a notebook or a parameter that is not the user's to set.
+        ParameterError: `-p` is malformed, or names a notebook or a parameter that is not the user's to set; the
+            protocol does not exist or has no prompts for the subject.
     """
     known = defaults()
     settings = {}
@@ -133,6 +135,14 @@ def given(arguments: Namespace) -> dict[str, Any]:
         settings[f"{notebook}.{name}"] = value if types.get(name, str) is str else _literal(value)
     if hasattr(arguments, "rl_seeds"):
         settings["rl_seeds"] = arguments.rl_seeds
+    if hasattr(arguments, "protocol"):
+        about = known | settings
+        chosen = read_protocol(arguments.protocol, about["01_personalize.class_noun"], about["01_personalize.subject"])
+        settings = {
+            "02_rl_finetune.prompts": list(chosen.train),
+            "03_evaluate.prompts": list(chosen.evaluate),
+            "03_evaluate.n_images": chosen.images_per_prompt,
+        } | settings
     return settings
 
 
@@ -381,6 +391,10 @@ def add_settings(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--rl-seeds", type=int, nargs="+", metavar="N", default=SUPPRESS,
         help="one RL run for each of these seeds (default: --seed)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--protocol", default=SUPPRESS, metavar="NAME",
+        help="train and evaluate on the prompts that this protocol has for the subject: " + ", ".join(names()),
     )  # fmt: skip
     parser.add_argument(
         "-p", dest="parameters", action="append", default=[], metavar="NOTEBOOK.PARAMETER=VALUE",

@@ -178,6 +178,16 @@ def mean_interval(
     return bootstrap_mean(matrix, groups, n_resamples=n_resamples, level=level, seed=seed)
 
 
+def resample_weights(
+    groups: Sequence[Hashable] | Sequence[Sequence[Hashable]], n_units: int, n_resamples: int = 10_000, seed: int = 0
+) -> np.ndarray:
+    """How often each unit occurs in each resample, for statistics that are no function of means; shape (R, N).
+
+    Groups are as in `bootstrap_mean`: they are drawn with replacement, then the units within them.
+    """
+    return _unit_weights(_group_paths(groups, n_units), n_units, n_resamples, np.random.default_rng(seed))
+
+
 def _matrix(values: Sequence[float] | np.ndarray, name: str) -> np.ndarray:
     matrix = np.atleast_2d(np.asarray(values, dtype=float))
     if matrix.ndim != 2 or matrix.size == 0:
@@ -239,7 +249,7 @@ class Metric:
 
     Attributes:
         label: name for people, with the unit.
-        kind: what it measures: "text" or "subject" fidelity, or "text and subject" together.
+        kind: what it measures: "text" or "subject" fidelity, "text and subject" together, or the class noun's "drift".
         is_share: True for 0/1 answers, shown in per cent.
     """
 
@@ -270,6 +280,7 @@ METRICS: dict[str, Metric] = {
     "dino": Metric("DINO", "subject"),
     "align_i": Metric("ALIGN-I", "subject"),
     "harmonic": Metric("λ-harmonic mean of ALIGN-I and ALIGN-T", "text and subject"),
+    "drift": Metric("Drift of the class prompt (1 − DINO to the base model)", "drift"),
 }
 
 KEYS = ("method", "rl_seed", "subject", "prompt_id", "identifier", "image_seed")
@@ -282,6 +293,7 @@ METHOD_LABELS = {
     "textual_inversion": "Textual Inversion",
     "custom_diffusion": "Custom Diffusion",
     "neti": "NeTI",
+    "real": "Real photos",
 }
 
 
@@ -323,6 +335,11 @@ def check_scores(scores: pd.DataFrame, where: str = "the score table") -> pd.Dat
     if not answers.isin(("true", "false")).all():
         raise ScoreError(f"The column identifier of {where} must hold True or False.")
     scores["identifier"] = answers == "true"
+    if "seen" in scores.columns:
+        answers = scores["seen"].astype(str).str.strip().str.lower().replace(["nan", "<na>", "none"], "")
+        if not answers.isin(("true", "false", "")).all():
+            raise ScoreError(f"The column seen of {where} must hold True, False or nothing.")
+        scores["seen"] = answers.map({"true": True, "false": False}).astype("boolean")
     # The same base images may be listed once per RL seed run; they are still one set of images.
     scores = scores.drop_duplicates(subset=[*KEYS, *metrics])
     twice = scores[scores.duplicated(subset=list(KEYS), keep=False)]

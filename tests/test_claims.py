@@ -33,6 +33,7 @@ def images(method, identifier, activity, identity, rl_seed=0):
                     "prompt": f"a {'[v] ' if identifier else ''}cat {prompt}",
                     "text": f"a cat {prompt}",
                     "activity": prompt,
+                    "seen": prompt != "cooking",
                     "identifier": identifier,
                     "image": f"{method}/{prompt}-{image_seed}.png",
                     "image_seed": image_seed,
@@ -64,7 +65,7 @@ def by_id(scores):
     return {claim.id: claim for claim in claims_from_scores(check_scores(scores))}
 
 
-def test_all_four_are_reproduced_when_the_paper_is_right():
+def test_all_are_reproduced_when_the_paper_is_right():
     claims = by_id(story(n_seeds=3))
     assert {claim.verdict for claim in claims.values()} == {"reproduced"}
     assert claims["C1"].value == pytest.approx(-0.70) and claims["C1"].high < 0
@@ -75,6 +76,8 @@ def test_all_four_are_reproduced_when_the_paper_is_right():
     assert claims["C3"].value == 0 and claims["C3"].low < 0 < claims["C3"].high
     assert claims["C4"].value == pytest.approx(0.35) and claims["C4"].low > 0
     assert "text fidelity of the class prompt changed by −15.0" in claims["C4"].detail
+    assert claims["C8"].value == pytest.approx(0.65) and (claims["C8"].n, claims["C8"].seeds) == (60, 3)
+    assert "on seen prompts the gain is +65.0" in claims["C8"].detail
 
 
 def test_c1_needs_a_loss():
@@ -107,6 +110,17 @@ def test_c3_allows_a_loss_of_five_points_and_says_what_the_low_bound_allows():
 
 def test_c4_needs_drift():
     assert verdicts(story(db_class_identity=0.05))["C4"] == "not reproduced"
+
+
+def test_c8_asks_for_a_gain_where_rl_was_not_trained():
+    scores = story(ib_activity=0.3)
+    won = scores["method"] == "instructbooth"
+    only_seen = scores.assign(judge_text=scores["judge_text"].where(~(won & scores["seen"]), 1))
+    claim = by_id(only_seen)["C8"]
+    assert claim.verdict == "not reproduced" and "on seen prompts the gain is +70.0" in claim.detail
+    all_seen = by_id(scores.assign(seen=True))["C8"]
+    assert all_seen.verdict == "not tested" and "evaluate on others" in all_seen.detail
+    assert "do not say which prompts" in by_id(scores.drop(columns="seen"))["C8"].detail
 
 
 def test_what_is_missing_is_not_tested_and_says_why():
@@ -160,7 +174,7 @@ def test_figures_are_written_in_their_units():
 def test_summary_counts_verdicts():
     text = summary(list(by_id(story(db_activity=1.0)).values()))
     assert (
-        "Reproduced, 2 of 4: C3" in text and "Not reproduced, 1 of 4: C1" in text and "Not tested, 1 of 4: C2" in text
+        "Reproduced, 2 of 5: C3" in text and "Not reproduced, 2 of 5: C1" in text and "Not tested, 1 of 5: C2" in text
     )
 
 
@@ -215,7 +229,7 @@ def test_command_prints_json_with_the_agreed_keys(tmp_path, capsys):
     story(db_activity=1.0).to_csv(tmp_path / "scores.csv", index=False)
     assert claims_command(tmp_path, json=True) == 0
     printed = json.loads(capsys.readouterr().out)
-    assert [claim["id"] for claim in printed] == ["C1", "C2", "C3", "C4"]
+    assert [claim["id"] for claim in printed] == ["C1", "C2", "C3", "C4", "C8"]
     agreed = {"id", "claim", "source", "value", "low", "high", "n", "seeds", "verdict"}
     assert all(agreed <= set(claim) for claim in printed)
     assert printed[1]["value"] is None and printed[1]["verdict"] == "not tested"
@@ -228,7 +242,7 @@ def test_command_prints_a_plain_table(tmp_path, capsys):
     claims_module.add_arguments(parser)
     assert main(parser.parse_args([str(tmp_path)])) == 0
     printed = capsys.readouterr().out
-    assert printed.count("reproduced") == 4 and "−70.0 [" in printed and "Table 1 (people" in printed
+    assert printed.count("reproduced") == 5 and "−70.0 [" in printed and "Table 1 (people" in printed
     assert max(map(len, printed.splitlines()[1:])) <= 100
 
 

@@ -1,0 +1,178 @@
+"""Tables of results, for people: methods as rows, metrics as columns, each cell a mean with its interval.
+
+A difference between two methods is called one only where its paired interval says so. Every table is written three
+times: CSV, Markdown and LaTeX. `ibkit tables` makes them of several runs at once, such as one for each subject.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import pandas as pd
+
+from ibkit.claims import load_scores
+from ibkit.errors import ScoreError
+from ibkit.runs import resolve, write_atomically
+from ibkit.stats import (
+    METRICS,
+    as_compared,
+    bootstrap_difference,
+    check_scores,
+    in_method_order,
+    method_label,
+    summarise,
+)
+
+HIGHER, LOWER, NOT_TOLD_APART = "higher", "lower", "not told apart"
+SEEN_LABELS = {True: "seen in RL", False: "unseen"}
+LATEX_SPECIAL = str.maketrans({"%": r"\%", "&": r"\&", "_": r"\_", "λ": r"$\lambda$", "−": "$-$", "–": "--"})
+
+
+def fidelity(scores: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.DataFrame:
+    """The paper's tables 2 and 3: every method on every metric.
+
+    Args:
+        scores: a checked score table; rows that the paper does not compare are left out (`stats.as_compared`).
+        metrics: columns, by default all that were measured.
+
+    Returns:
+        Text table: one row a method, "value [low, high]" in a column for each metric, and the number of images.
+    """
+    return _wide(summarise(as_compared(scores), ("method",), metrics), ["method"])
+
+
+def by_prompts(scores: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.DataFrame:
+    """The same apart for prompts that RL was trained on and for unseen ones (the paper's figures 6 to 9).
+
+    Raises:
+        ScoreError: the scores do not say which prompts were seen.
+    """
+    if "seen" not in scores.columns:
+        raise ScoreError("The scores have no column seen: they are of an older evaluation; run 03_evaluate again.")
+    compared = as_compared(scores)
+    compared = compared[compared["seen"].notna()]
+    compared = compared.assign(prompts=compared["seen"].astype(bool).map(SEEN_LABELS))
+    return _wide(summarise(compared, ("method", "prompts"), metrics), ["method", "prompts"])
+
+
+def differences(
+    scores: pd.DataFrame, against: str = "dreambooth", metrics: Sequence[str] | None = None
+) -> pd.DataFrame:
+    """Every other method minus one, paired by prompt and noise.
+
+    Returns:
+        Tidy table: method, against, metric, value, low, high, n, and verdict: "higher" or "lower" where zero is
+        outside the 95 % interval, else "not told apart".
+    """
+    compared, rows = as_compared(scores), []
+    one = compared[compared["method"] == against]
+    for method in in_method_order(compared["method"].unique()):
+        other = compared[compared["method"] == method]
+        for metric in metrics or METRICS:
+            there = [metric in table.columns and table[metric].notna().any() for table in (one, other)]
+            if method in (against, "real") or not all(there):
+                continue
+            interval = bootstrap_difference(other, one, metric)
+            verdict = HIGHER if interval.low > 0 else LOWER if interval.high < 0 else NOT_TOLD_APART
+            rows.append({"method": method, "against": against, "metric": metric, **vars(interval), "verdict": verdict})
+    return pd.DataFrame(rows, columns=["method", "against", "metric", "value", "low", "high", "n", "verdict"])
+
+
+def differences_in_words(table: pd.DataFrame) -> pd.DataFrame:
+    """`differences` for people: one row a method and metric, the interval written out, and the verdict."""
+    return pd.DataFrame(
+        {
+            "Method": table["method"].map(method_label),
+            "Against": table["against"].map(method_label),
+            "Metric": [METRICS[name].label for name in table["metric"]],
+            "Difference [95 %]": [_cell(row, sign=True) for row in table.itertuples()],
+            "Verdict": table["verdict"],
+            "n": table["n"],
+        }
+    )
+
+
+def as_markdown(table: pd.DataFrame) -> str:
+    """A text table in Markdown."""
+    rows = [list(table.columns), ["---"] * len(table.columns), *table.astype(str).to_numpy().tolist()]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows) + "\n"
+
+
+def as_latex(table: pd.DataFrame) -> str:
+    """A text table as a LaTeX tabular, with booktabs' rules."""
+    rows = [" & ".join(str(cell).translate(LATEX_SPECIAL) for cell in row) + r" \\" for row in table.to_numpy()]
+    head = " & ".join(str(name).translate(LATEX_SPECIAL) for name in table.columns) + r" \\"
+    lines = [rf"\begin{{tabular}}{{{'l' * len(table.columns)}}}", r"\toprule", head, r"\midrule", *rows]
+    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+
+
+def in_all_formats(table: pd.DataFrame) -> dict[str, str]:
+    """The table as text, by the suffix of its file: csv, md, tex."""
+    return {"csv": table.to_csv(index=False), "md": as_markdown(table), "tex": as_latex(table)}
+
+
+def all_tables(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Name -> text table: `fidelity`, `differences`, and, where both kinds were drawn, `seen_and_unseen`."""
+    found = {"fidelity": fidelity(scores), "differences": differences_in_words(differences(scores))}
+    if "seen" in scores.columns and as_compared(scores)["seen"].dropna().nunique() == 2:
+        found["seen_and_unseen"] = by_prompts(scores)
+    return found
+
+
+def _wide(summary: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """One row for each cell of `by`, in the order of methods; n is that of the row's first metric."""
+    metrics = [name for name in METRICS if name in set(summary["metric"])]
+    rows = []
+    for method in in_method_order(summary["method"].unique()):
+        for cell, part in summary[summary["method"] == method].groupby(by, sort=False):
+            found = {row.metric: row for row in part.itertuples()}
+            labels = dict(zip(by, cell, strict=True)) | {"method": method_label(method)}
+            values = {METRICS[name].label: _cell(found[name]) if name in found else "–" for name in metrics}
+            rows.append({name.capitalize(): label for name, label in labels.items()} | values | {"n": part["n"].max()})
+    return pd.DataFrame(rows)
+
+
+def _cell(row, sign: bool = False) -> str:
+    show = METRICS[row.metric].show
+    return f"{show(row.value, sign)} [{show(row.low, sign)}, {show(row.high, sign)}]"
+
+
+# --- the command -----------------------------------------------------------------------------------------------------
+
+
+def combine(folders: Sequence[str | Path]) -> pd.DataFrame:
+    """The scores of several runs as one table, such as of runs on different subjects.
+
+    Raises:
+        ScoreError: a folder has no scores, or two runs evaluated the same image of the same subject and method.
+    """
+    return check_scores(pd.concat([load_scores(folder) for folder in folders], ignore_index=True), "the runs together")
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """Add the arguments of `ibkit tables`."""
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of evaluated runs, such as one a subject")
+    parser.add_argument(
+        "--out", default="", metavar="FOLDER",
+        help="write the tables there as CSV, Markdown and LaTeX, and all scores, on which `ibkit claims` can be run",
+    )  # fmt: skip
+
+
+def main(arguments: Namespace) -> int:
+    """Run `ibkit tables`."""
+    scores = combine(arguments.runs)
+    tables = all_tables(scores)
+    for name, table in tables.items():
+        print(f"{name.replace('_', ' ').capitalize()}\n\n{as_markdown(table)}")
+    if arguments.out:
+        folder = resolve(arguments.out)
+        folder.mkdir(parents=True, exist_ok=True)
+        files = {f"{name}.{suffix}": text for name, t in tables.items() for suffix, text in in_all_formats(t).items()}
+        files["scores.csv"] = scores.to_csv(index=False)
+        for name, text in files.items():
+            data = text.encode()
+            write_atomically(folder / name, len(data), lambda temporary, data=data: temporary.write_bytes(data))
+        print(f"written to {folder}: {', '.join(sorted(files))}")
+    return 0
