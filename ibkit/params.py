@@ -116,7 +116,7 @@ class Evaluate(Measured):
     prompts: list[str] = param([], "activities to evaluate on; empty = those that RL trained on")
     n_images: int = param(0, "images for each prompt and method; 0 = the preset's", low=0, high=100_000)
     batch_size: int = param(0, "images made at a time; 0 = what suits the model's picture size", low=0, high=1024)
-    scorers: list[str] = param([], "metrics: clip_t, image_reward, clip_i, dino; empty = all of them")
+    scorers: list[str] = param([], "metrics such as clip_t, image_reward, clip_i, dino, pick_score; empty = the first four")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +151,11 @@ class PromptAblation(Measured):
     prompts: list[str] = param([], "activities to train on; empty = the preset's")
     dreambooth_steps: list[int] = param([950], "how long each model is personalized first", low=1, high=100_000)
     train_seeds: list[int] = param([0], "RL seeds of every arm", low=0, high=2**31 - 1)
-    n_epochs: int = param(12, "RL epochs of an arm", low=1, high=100_000)
+    n_epochs: int = param(20, "RL epochs of an arm", low=1, high=100_000)
+    images_per_epoch: int = param(
+        0, "of the arm with both kinds, half of each kind; 0 = the preset's", low=0, high=100_000
+    )
+    n_images: int = param(16, "pictures on fixed noise that each epoch's policy is measured on", low=1, high=100_000)
 
 
 @dataclass(frozen=True, kw_only=True)
