@@ -1,0 +1,643 @@
+"""Prompts of both kinds, or only those with the identifier: InstructBooth's section 2.2 and figure 16 as an experiment.
+
+Three arms of RL start from the same personalized model, with the same settings and random streams:
+
+| arm | images an epoch | what it holds equal to "both" |
+|---|---|---|
+| `both` | n with the identifier + n of the class | |
+| `identifier_equal_identifier` | n with the identifier | images that show the subject; half the cost |
+| `identifier_equal_totals` | 2n with the identifier | images in all, so the cost |
+
+In every arm a gradient step takes half of the epoch's images, as InstructBooth does (8 of 16), so that each arm makes
+two gradient steps an epoch. All are watched on the same identifier prompts and the same noise.
+
+Shapes: E epochs of a run, N pictures.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+import pandas as pd
+import seaborn
+import torch
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
+from PIL import Image
+from safetensors.torch import load_file
+
+from ibkit.data.prompts import Prompt, training_prompts
+from ibkit.data.subject import PersonalizedSubject, choose_activities, demo_subject, world_photos
+from ibkit.device import generator
+from ibkit.errors import ArtifactError, ScoreError
+from ibkit.evaluation import image_seeds
+from ibkit.figures import HOUSE_STYLE, INK, METHOD_COLOURS, NotebookFigure
+from ibkit.models import TextToImage
+from ibkit.personalize import dreambooth
+from ibkit.personalize.dreambooth import DreamBoothConfig
+from ibkit.pocket.world import IDENTIFIERS
+from ibkit.rl import ddpo
+from ibkit.rl.ddpo import DDPOConfig, Monitor, Reward
+from ibkit.runs import Run
+from ibkit.sample import Sampler, sample
+from ibkit.scorers.judge import Judge
+from ibkit.stats import bootstrap_statistic
+
+# The columns of prompt_kinds.csv: what a row is about, how far the run had got, and what was measured there.
+RUN_KEYS = ("class_noun", "subject", "dreambooth_steps", "rl_seed")
+AXES = {"n_images": "images made", "n_identifier_images": "images made with the identifier"}
+MEASURED = ("reward_identifier", "judge_activity", "judge_identity", "monitor")
+# Half of the reward that personalization lost is to be won back; reached when this many epochs are there on average.
+SHARE, WINDOW = 0.5, 3
+MIN_PAIRS = 3  # of runs, below which an interval is not given
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to choose the prompts of an epoch.
+
+    Attributes:
+        label, short: for figures.
+        n_identifier, n_class: images an epoch for each prompt, as multiples of those of the arm "both".
+        axis: the column along which it is compared with "both": what the two hold equal.
+    """
+
+    label: str
+    short: str
+    n_identifier: int
+    n_class: int
+    colour: str
+    dash: str
+    axis: str
+
+    def prompts(self, subject: PersonalizedSubject, activities: Sequence[str]) -> list[Prompt]:
+        """What the arm trains on."""
+        return training_prompts(
+            activities, subject.class_noun, subject.identifier, subject.description, use_class_prompts=self.n_class > 0
+        )
+
+    def images(self, per_prompt: int, n_activities: int) -> dict[str, int]:
+        """Images an epoch of each kind."""
+        per_activity = per_prompt * n_activities
+        return {"identifier": self.n_identifier * per_activity, "class": self.n_class * per_activity}
+
+    def config(self, config: DDPOConfig, per_prompt: int, n_activities: int) -> DDPOConfig:
+        """The preset's settings with this arm's images; a gradient step takes half of them, rounded up."""
+        n = sum(self.images(per_prompt, n_activities).values())
+        return replace(config, images_per_epoch=n, batch=math.ceil(n / 2))
+
+
+ARMS = {
+    "both": Arm("both kinds of prompts", "both kinds", 1, 1, METHOD_COLOURS["instructbooth"], "-", ""),
+    "identifier_equal_totals": Arm(
+        "identifier only, as many images", "as many images", 2, 0, METHOD_COLOURS["dreambooth"], "--", "n_images"
+    ),
+    "identifier_equal_identifier": Arm(
+        "identifier only, half the images",
+        "half the images",
+        1,
+        0,
+        METHOD_COLOURS["custom_diffusion"],
+        ":",
+        "n_identifier_images",
+    ),
+}
+
+
+def images_per_prompt(n_images: int, n_prompts: int) -> int:
+    """Images of each prompt, at least one: as near to `n_images` in all as every prompt getting as many allows."""
+    return max(1, round(n_images / n_prompts))
+
+
+def on_fixed_noise(prompts: Sequence[Prompt], n_images: int, seed: int) -> tuple[list[Prompt], list[int]]:
+    """What to draw to look at a policy: every prompt with the same noise seeds; a prompt and a seed a picture.
+
+    Args:
+        n_images: pictures in all, see `images_per_prompt`.
+        seed: the notebook's; no picture repeats the noise of a training picture.
+    """
+    seeds = image_seeds(seed, images_per_prompt(n_images, len(prompts)))
+    return [prompt for prompt in prompts for _ in seeds], seeds * len(prompts)
+
+
+# --- the personalized models ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Case:
+    """A subject of the pocket world with its photos and the activities it is trained on."""
+
+    subject: PersonalizedSubject
+    photos: list[Image.Image]
+    activities: list[str]
+
+    def model_file(self, n_steps: int) -> str:
+        """Where the run keeps the U-Net after `n_steps` of DreamBooth."""
+        return f"models/{self._stem(n_steps)}.safetensors"
+
+    def arm_folder(self, arm: str, n_steps: int, rl_seed: int) -> str:
+        return f"arms/{self._stem(n_steps)}-{arm}-seed{rl_seed}"
+
+    def _stem(self, n_steps: int) -> str:
+        return f"{self.subject.class_noun.replace(' ', '-')}-{n_steps:05d}"
+
+
+def make_cases(
+    class_nouns: Sequence[str], asked: Sequence[str], usual: Sequence[str], model: str, revision: str, image_px: int
+) -> list[Case]:
+    """The demonstration subjects of the classes, each class once.
+
+    Args:
+        asked: activities for every class; usual: the preset's, where none is asked for (see `choose_activities`).
+        model, revision: the base model, as `load_model` takes it.
+        image_px: size of the model's pictures.
+
+    Raises:
+        ParameterError: the pocket world has no such class, or the class no such activity.
+    """
+    cases = []
+    for class_noun in dict.fromkeys(class_nouns):
+        world = demo_subject(class_noun)
+        name = f"{world.body} {class_noun}"
+        subject = PersonalizedSubject(name, class_noun, IDENTIFIERS[0], "", model, revision, world)
+        photos = [photo.resize((image_px, image_px)) for photo in world_photos(world)]
+        cases.append(Case(subject, photos, choose_activities(subject, asked, usual)))
+    return cases
+
+
+def personalize(
+    run: Run,
+    base: TextToImage,
+    case: Case,
+    priors: Sequence[Image.Image],
+    config: DreamBoothConfig,
+    steps: Sequence[int],
+    seed: int,
+    on_step: Callable[[dict[str, float]], None] | None = None,
+) -> None:
+    """Train DreamBooth once, to the largest of `steps`, and keep the U-Net at each of them as an output of the run.
+
+    A training of fewer steps is the same training stopped earlier: its random streams are named by the step, and the
+    learning rate is constant. What the run has already is not trained again, and an interrupted training goes on.
+
+    Args:
+        priors: class images.
+        config: its `n_steps` is not used.
+
+    Raises:
+        ArtifactError: the training is past a step whose U-Net has been lost.
+    """
+    files = {n: case.model_file(n) for n in steps}
+    if all(run.has(file) for file in files.values()):
+        return
+    model = base.copy()
+    folder = run.folder / "personalize" / case.subject.class_noun.replace(" ", "-")
+
+    def after_step(row: dict[str, float]) -> None:
+        n = row["step"] + 1
+        if n in files and not run.has(files[n]):
+            run.write_tensors(files[n], model.unet.state_dict())
+        if on_step:
+            on_step(row)
+
+    dreambooth.train(
+        model,
+        case.photos,
+        case.subject.instance_prompt,
+        case.subject.class_prompt,
+        priors,
+        replace(config, n_steps=max(files)),
+        folder,
+        seed,
+        on_step=after_step,
+    )
+    if lost := [n for n, file in files.items() if not run.has(file)]:
+        raise ArtifactError(f"the model of step {lost[0]} is lost, and {folder} is past it: remove it, then resume.")
+
+
+def load_personalized(run: Run, base: TextToImage, case: Case, n_steps: int) -> TextToImage:
+    """The base model with the U-Net that `personalize` kept."""
+    model = base.copy()
+    model.unet.load_state_dict(load_file(run.path(case.model_file(n_steps))))
+    return model
+
+
+# --- what is there to learn from ------------------------------------------------------------------------------------
+
+
+def draw_both_kinds(
+    model: TextToImage, case: Case, n_images: int, seed: int, sampler: Sampler, reward: Reward, judge: Judge
+) -> tuple[pd.DataFrame, list[Image.Image]]:
+    """Draw every prompt of the arm "both" on fixed noise and measure each picture.
+
+    Args:
+        n_images: pictures of each prompt.
+
+    Returns:
+        One row a picture: prompt, activity, identifier, reward, shown and same_subject (the judge's answers, 1 or 0);
+        and the pictures.
+    """
+    prompts = ARMS["both"].prompts(case.subject, case.activities)
+    asked, seeds = on_fixed_noise(prompts, n_images * len(prompts), seed)
+    pictures = sample(model, [p.text for p in asked], seeds, sampler)
+    rows = pd.DataFrame(
+        {
+            "prompt": [p.text for p in asked],
+            "activity": [p.activity for p in asked],
+            "identifier": [p.identifier for p in asked],
+            "reward": reward(pictures, asked).double(),
+            "shown": judge.agrees(pictures, "activity", [p.activity for p in asked]),
+            "same_subject": judge.identifies(pictures, case.subject.world),
+        }
+    )
+    return rows, pictures
+
+
+def explained_share(rewards: torch.Tensor, shown: torch.Tensor) -> float:
+    """Share of the rewards' variance that goes with showing the activity, η² = Var(E[r | shown]) / Var(r).
+
+    It is 0 where every picture shows the activity or none does: then the advantages of the prompt, whatever their
+    size, rank the pictures by something else. Of N pictures in which the two have nothing to do with each other it is
+    1 / (N - 1) on average.
+
+    Args:
+        rewards: (N,) of one prompt.
+        shown: (N,) 1 where the picture shows the activity, else 0.
+    """
+    rewards, shown = rewards.double(), shown.bool()
+    total = rewards.var(unbiased=False)
+    if shown.all() or not shown.any() or total == 0:
+        return 0.0
+    p = shown.double().mean()
+    between = p * (1 - p) * (rewards[shown].mean() - rewards[~shown].mean()) ** 2
+    return float(between / total)
+
+
+# --- the arms -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class FixedNoise:
+    """A monitor that looks at the policy instead of at the epoch's pictures: it draws the identifier prompts from
+    noise of its own, the same at each epoch and in each arm.
+
+    So curves of different arms are means over equally many pictures that differ by the policy alone, and an arm that
+    makes more images does not look smoother. Called between rollout and update, it sees the policy that drew the
+    epoch's images: row k of a history is the policy after k epochs.
+
+    Attributes:
+        prompts, seeds: one a picture.
+        reward: of the training.
+        watch: of these pictures, see `SubjectMonitor`.
+    """
+
+    model: TextToImage
+    prompts: list[Prompt]
+    seeds: list[int]
+    sampler: Sampler
+    reward: Reward
+    watch: Monitor
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> dict[str, float]:
+        pictures = sample(self.model, [p.text for p in self.prompts], self.seeds, self.sampler)
+        return {"fixed_reward": self.reward(pictures, self.prompts).mean().item(), **self.watch(pictures, self.prompts)}
+
+
+def train_arm(
+    run: Run,
+    folder: str,
+    model: TextToImage,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    config: DDPOConfig,
+    seed: int,
+    look: FixedNoise,
+    on_epoch: Callable[[dict[str, float], TextToImage], None] | None = None,
+) -> None:
+    """Train one arm in its own folder below the run's and note its history and adapter as outputs.
+
+    An arm that the run has already is left alone; one that was interrupted goes on from its checkpoint.
+
+    Args:
+        model: the personalized model; trained in place.
+        prompts, config: of the arm, see `Arm`.
+    """
+    outputs = f"{folder}/lora.safetensors", f"{folder}/history.csv"
+    if all(run.has(name) for name in outputs):
+        return
+    history = ddpo.train(model, prompts, reward, config, run.folder / folder, seed, look, on_epoch=on_epoch)
+    run.write_tensors(outputs[0], model.lora_state())
+    run.write_table(outputs[1], pd.DataFrame(history))
+
+
+def train_arms(
+    run: Run,
+    base: TextToImage,
+    case: Case,
+    steps: Sequence[int],
+    rl_seeds: Sequence[int],
+    config: DDPOConfig,
+    look: Callable[[TextToImage], FixedNoise],
+    reward_base: float,
+    on_epoch: Callable[[str, dict[str, float]], None] | None = None,
+) -> pd.DataFrame:
+    """Train every arm from every personalized model with every seed; what the run has already is not trained again.
+
+    Args:
+        config: the preset's, with the images of an epoch of the arm "both".
+        look: makes the monitor of a model; its reward is what is trained on.
+        reward_base: see `arm_rows`.
+        on_epoch: called with the arm's folder and each row of its history.
+
+    Returns:
+        The rows of prompt_kinds.csv, see `arm_rows`.
+    """
+    n_activities = len(case.activities)
+    per_prompt = images_per_prompt(config.images_per_epoch, 2 * n_activities)
+    parts = []
+    for n_steps, rl_seed, (name, arm) in product(steps, rl_seeds, ARMS.items()):
+        folder = case.arm_folder(name, n_steps, rl_seed)
+        model = load_personalized(run, base, case, n_steps)
+        watch = look(model)
+        train_arm(
+            run,
+            folder,
+            model,
+            arm.prompts(case.subject, case.activities),
+            watch.reward,
+            arm.config(config, per_prompt, n_activities),
+            rl_seed,
+            watch,
+            on_epoch=lambda row, _, folder=folder: on_epoch(folder, row) if on_epoch else None,
+        )
+        history = pd.read_csv(run.path(f"{folder}/history.csv"))
+        parts.append(arm_rows(history, name, case, n_steps, rl_seed, per_prompt, reward_base))
+    return pd.concat(parts, ignore_index=True)
+
+
+def load_arm(
+    run: Run, base: TextToImage, case: Case, n_steps: int, arm: str, rl_seed: int, lora_rank: int
+) -> TextToImage:
+    """The result of `train_arm`: the personalized model with the arm's adapter."""
+    model = load_personalized(run, base, case, n_steps)
+    model.add_lora(lora_rank, generator(rl_seed, "lora"))
+    model.load_lora_state(load_file(run.path(f"{case.arm_folder(arm, n_steps, rl_seed)}/lora.safetensors")))
+    model.unet.requires_grad_(False)
+    return model
+
+
+def arm_rows(
+    history: pd.DataFrame, arm: str, case: Case, n_steps: int, rl_seed: int, per_prompt: int, reward_base: float
+) -> pd.DataFrame:
+    """The rows of prompt_kinds.csv for one arm: one an epoch, in which the policy after `epoch` epochs was measured.
+
+    Args:
+        history: of `train_arm`.
+        per_prompt: images of each prompt in an epoch of the arm "both".
+        reward_base: what the base model gets for the class prompts, on the same noise.
+
+    Returns:
+        arm, class_noun, subject, dreambooth_steps, rl_seed, epoch; n_images and n_identifier_images made until then;
+        reward_identifier, judge_activity, judge_identity, monitor on the fixed noise; training_reward_identifier and
+        training_reward_class of the epoch's own pictures; reward_base.
+    """
+    made = ARMS[arm].images(per_prompt, len(case.activities))
+    epoch = history["epoch"]
+    own = {f"training_{name}": history.get(name) for name in ("reward_identifier", "reward_class")}
+    return pd.DataFrame(
+        {
+            "arm": arm,
+            "class_noun": case.subject.class_noun,
+            "subject": case.subject.name,
+            "dreambooth_steps": n_steps,
+            "rl_seed": rl_seed,
+            "epoch": epoch,
+            "n_images": epoch * sum(made.values()),
+            "n_identifier_images": epoch * made["identifier"],
+            "reward_identifier": history["fixed_reward"],
+            **{name: history[name] for name in MEASURED[1:]},
+            **own,
+            "reward_base": reward_base,
+        }
+    )
+
+
+# --- sample efficiency ----------------------------------------------------------------------------------------------
+
+
+def images_to_reach(images: Sequence[float], values: Sequence[float], level: float) -> float:
+    """Images made until a curve is at `level`, by the mean of the newest `WINDOW` rows; infinite if it never is.
+
+    Between two rows the mean is taken to be linear.
+
+    Args:
+        images, values: (E,), in the order of training.
+    """
+    mean = pd.Series(values, dtype=float).rolling(WINDOW, min_periods=1).mean().to_numpy()
+    there = np.flatnonzero(mean >= level)
+    if not len(there):
+        return math.inf
+    i = there[0]
+    if i == 0:
+        return float(images[0])
+    way = (level - mean[i - 1]) / (mean[i] - mean[i - 1])
+    return float(images[i - 1] + way * (images[i] - images[i - 1]))
+
+
+def mean_gain(images: Sequence[float], values: Sequence[float], horizon: float) -> float:
+    """Area between a curve and its start, over the images up to `horizon`, divided by `horizon`: the mean gain."""
+    x, y = np.asarray(images, dtype=float), np.asarray(values, dtype=float)
+    inside = x < horizon
+    x_cut = np.append(x[inside], horizon)
+    y_cut = np.append(y[inside], np.interp(horizon, x, y))
+    return float(np.trapezoid(y_cut, x_cut) / horizon - y[0])
+
+
+def pair_runs(table: pd.DataFrame, arm: str) -> pd.DataFrame:
+    """Set each run of `arm` beside the run of "both" from the same personalized model with the same RL seed.
+
+    Args:
+        table: prompt_kinds.csv.
+
+    Returns:
+        One row a pair, with `RUN_KEYS`; the start, the level to reach and the horizon (images of the shorter run);
+        `both` and `other`, images to reach the level, infinite where a run never does; `gain_both`, `gain_other`.
+        A pair in which personalization lost no reward has nothing to win back and is left out.
+
+    Raises:
+        ScoreError: a column is missing, or a run stands there twice.
+    """
+    axis = ARMS[arm].axis
+    if missing := {"arm", "epoch", "reward_identifier", "reward_base", axis, *RUN_KEYS} - set(table.columns):
+        raise ScoreError(f"the table of prompt kinds lacks {', '.join(sorted(missing))}: run 06_prompt_ablation again.")
+    if table.duplicated(["arm", *RUN_KEYS, "epoch"]).any():
+        raise ScoreError("the table of prompt kinds holds an epoch of a run twice: keep one of each.")
+    rows = []
+    for keys, part in table.sort_values("epoch").groupby(list(RUN_KEYS), sort=True):
+        curves = {name: part[part["arm"] == name] for name in ("both", arm)}
+        if any(len(curve) < 2 for curve in curves.values()):
+            continue
+        start = float(np.mean([curve["reward_identifier"].iloc[0] for curve in curves.values()]))
+        level = start + SHARE * (float(part["reward_base"].iloc[0]) - start)
+        if level <= start:
+            continue
+        horizon = float(min(curve[axis].iloc[-1] for curve in curves.values()))
+        row = dict(zip(RUN_KEYS, keys, strict=True)) | {"start": start, "level": level, "horizon": horizon}
+        for name, curve in zip(("both", "other"), curves.values(), strict=True):
+            x, y = curve[axis].to_numpy(float), curve["reward_identifier"].to_numpy(float)
+            n = images_to_reach(x, y, level)
+            row |= {name: n if n <= horizon else math.inf, f"gain_{name}": mean_gain(x, y, horizon)}
+        rows.append(row)
+    columns = [*RUN_KEYS, "start", "level", "horizon", "both", "gain_both", "other", "gain_other"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def efficiency(table: pd.DataFrame, n_resamples: int = 10_000) -> pd.DataFrame:
+    """How many times as many images the identifier prompts alone need as both kinds, and by how much less they gain.
+
+    For each number of DreamBooth steps, and each arm with the identifier only against "both" along what the two hold
+    equal (`Arm.axis`):
+
+        ratio = mean of min(n_other, horizon) / mean of min(n_both, horizon)
+
+    over pairs of runs from the same model with the same RL seed, n the images until half of the lost reward is won
+    back (`images_to_reach`). Above 1, both kinds are faster. A run that never gets there counts with its horizon, as in
+    a restricted mean survival time: the ratio then says less than the truth about the slower arm, never more, as long
+    as only the slower arm's runs are cut. Where no run of either arm gets there, there is no ratio. The difference of
+    mean gains (`mean_gain`, both - other) needs no level and is always there.
+
+    Returns:
+        One row a comparison: dreambooth_steps, arm, axis, n_pairs, reached_both, reached_other, ratio, ratio_low,
+        ratio_high, gain_difference, gain_low, gain_high, verdict. Bounds are of a paired 95 % bootstrap over subjects
+        and, within them, RL seeds; missing below `MIN_PAIRS` pairs.
+
+    Raises:
+        ScoreError: see `pair_runs`.
+    """
+    rows = []
+    for steps, part in table.groupby("dreambooth_steps"):
+        for arm, spec in ARMS.items():
+            if arm == "both" or (pairs := pair_runs(part, arm)).empty:
+                continue
+            cut = {name: np.minimum(pairs[name], pairs["horizon"]).to_numpy() for name in ("both", "other")}
+            gains = {name: pairs[f"gain_{name}"].to_numpy() for name in ("both", "other")}
+            reached = {name: int(np.isfinite(pairs[name]).sum()) for name in ("both", "other")}
+            ratio = cut["other"].mean() / cut["both"].mean() if sum(reached.values()) else math.nan
+            row = {"dreambooth_steps": steps, "arm": arm, "axis": spec.axis, "n_pairs": len(pairs)}
+            row |= {f"reached_{name}": count for name, count in reached.items()}
+            row |= {"ratio": ratio, "ratio_low": math.nan, "ratio_high": math.nan}
+            row |= {"gain_difference": gains["both"].mean() - gains["other"].mean()}
+            row |= {"gain_low": math.nan, "gain_high": math.nan}
+            if len(pairs) >= MIN_PAIRS:
+                options = {"groups": list(pairs["class_noun"]), "n_resamples": n_resamples}
+                gain = bootstrap_statistic(gains, lambda both, other: both - other, **options)
+                row |= {"gain_low": gain.low, "gain_high": gain.high}
+                if sum(reached.values()):
+                    interval = bootstrap_statistic(cut, lambda both, other: other / both, **options)
+                    row |= {"ratio_low": interval.low, "ratio_high": interval.high}
+            rows.append(row | {"verdict": _verdict(row)})
+    return pd.DataFrame(rows)
+
+
+def _verdict(row: dict) -> str:
+    if math.isnan(row["ratio"]):
+        return "no run got there: train for more epochs"
+    if math.isnan(row["ratio_low"]):
+        return "too few runs to say"
+    if row["ratio_low"] > 1:
+        return "both kinds are faster"
+    return "the identifier alone is faster" if row["ratio_high"] < 1 else "not decided"
+
+
+# --- figures --------------------------------------------------------------------------------------------------------
+
+LABELS = {
+    "reward_identifier": "reward, identifier prompts",
+    "judge_activity": "activity shown (simulated judge)",
+    "judge_identity": "same subject (simulated judge)",
+    "monitor": "DINO to the photos",
+}
+
+
+def learning_curves(table: pd.DataFrame, column: str, title: str = "") -> tuple[Figure, pd.DataFrame]:
+    """The paper's figure 16: a row of panels for each subject and number of DreamBooth steps, mean ± standard deviation
+    over RL seeds; on the left against all images made, on the right against those with the identifier.
+
+    Args:
+        table: prompt_kinds.csv.
+        column: one of `MEASURED`. Beside the reward, what the base model gets and the level to reach are marked.
+        title: above the figure.
+
+    Returns:
+        The figure, and one row a point: subject, dreambooth_steps, arm, rl_seed, epoch, the two axes, value.
+    """
+    cells = list(table.groupby(["subject", "dreambooth_steps"], sort=False))
+    with rc_context(HOUSE_STYLE):
+        figure = NotebookFigure(figsize=(9.6, 3.1 * len(cells) + 0.9), layout="constrained")
+        all_axes = figure.subplots(len(cells), len(AXES), squeeze=False, sharey="row")
+        for axes, ((subject, steps), part) in zip(all_axes, cells, strict=True):
+            for axis, (x, label) in zip(axes, AXES.items(), strict=True):
+                for name in [arm for arm in ARMS if arm in set(part["arm"])]:
+                    arm = ARMS[name]
+                    seaborn.lineplot(
+                        part[part["arm"] == name], x=x, y=column, errorbar="sd", color=arm.colour, linestyle=arm.dash,
+                        label=arm.label, legend=False, ax=axis,
+                    )  # fmt: skip
+                if column == "reward_identifier":
+                    start, base = part.loc[part["epoch"] == 0, column].mean(), part["reward_base"].iloc[0]
+                    axis.axhline(base, color=INK, lw=1, ls="-", label="base model, class prompts")
+                    axis.axhline(
+                        start + SHARE * (base - start), color=INK, lw=1, ls=":", label="half of the loss won back"
+                    )
+                elif column != "monitor":
+                    axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+                axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+                axis.set(xlabel=label, ylabel=LABELS[column], title=f"{subject}, {steps} DreamBooth steps")
+        handles, names = all_axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=3)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    keys = ["subject", "dreambooth_steps", "arm", "rl_seed", "epoch", *AXES]
+    return figure, table[[*keys, column]].rename(columns={column: "value"})
+
+
+def reward_spread(drawn: pd.DataFrame, title: str = "") -> tuple[Figure, pd.DataFrame]:
+    """The rewards of single pictures before RL, by prompt: where no picture shows the activity, what ranks them?
+
+    Args:
+        drawn: one row a picture: dreambooth_steps, prompt, reward, shown (1 or 0).
+        title: above the figure.
+
+    Returns:
+        The figure, and `drawn`.
+    """
+    groups = list(drawn.groupby("dreambooth_steps", sort=False))
+    n_prompts = drawn["prompt"].nunique()
+    with rc_context(HOUSE_STYLE):
+        figure = NotebookFigure(figsize=(9.6, 0.45 * n_prompts * len(groups) + 1.6), layout="constrained")
+        for axis, (steps, part) in zip(
+            figure.subplots(len(groups), 1, squeeze=False, sharex=True)[:, 0], groups, strict=True
+        ):
+            for shown, colour, label in (
+                (0, METHOD_COLOURS["dreambooth"], "no"),
+                (1, METHOD_COLOURS["instructbooth"], "yes"),
+            ):
+                seaborn.stripplot(
+                    part[part["shown"] == shown], x="reward", y="prompt", order=list(part["prompt"].unique()),
+                    color=colour, marker="X" if not shown else "o", size=6, alpha=0.7, label=label, legend=False,
+                    ax=axis,
+                )  # fmt: skip
+            axis.set(title=f"{steps} DreamBooth steps", ylabel="", xlabel="reward")
+        handles, names = axis.get_legend_handles_labels()
+        first = {name: handle for handle, name in zip(handles, names, strict=True)}
+        figure.legend(
+            first.values(), first.keys(), title="activity shown (simulated judge)", loc="outside lower center", ncols=2
+        )
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return figure, drawn
