@@ -336,7 +336,7 @@ def check_scores(scores: pd.DataFrame, where: str = "the score table") -> pd.Dat
         raise ScoreError(f"The column identifier of {where} must hold True or False.")
     scores["identifier"] = answers == "true"
     if "seen" in scores.columns:
-        answers = scores["seen"].astype(str).str.strip().str.lower().replace(["nan", "<na>", "none"], "")
+        answers = scores["seen"].map(lambda answer: "" if pd.isna(answer) else str(answer).strip().lower())
         if not answers.isin(("true", "false", "")).all():
             raise ScoreError(f"The column seen of {where} must hold True, False or nothing.")
         scores["seen"] = answers.map({"true": True, "false": False}).astype("boolean")

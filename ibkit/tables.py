@@ -40,7 +40,13 @@ def fidelity(scores: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.D
     Returns:
         Text table: one row a method, "value [low, high]" in a column for each metric, and the number of images.
     """
-    return _wide(summarise(as_compared(scores), ("method",), metrics), ["method"])
+    return _wide(summarise(as_compared(scores), ("method",), metrics or measured(scores)), ["method"])
+
+
+def measured(scores: pd.DataFrame) -> list[str]:
+    """The metrics that were measured, without the judge's single questions that `judge_text` answers together."""
+    parts = ("judge_activity", "judge_place", "judge_accessory") if "judge_text" in scores.columns else ()
+    return [name for name in METRICS if name in scores.columns and name not in parts and scores[name].notna().any()]
 
 
 def by_prompts(scores: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.DataFrame:
@@ -54,7 +60,7 @@ def by_prompts(scores: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd
     compared = as_compared(scores)
     compared = compared[compared["seen"].notna()]
     compared = compared.assign(prompts=compared["seen"].astype(bool).map(SEEN_LABELS))
-    return _wide(summarise(compared, ("method", "prompts"), metrics), ["method", "prompts"])
+    return _wide(summarise(compared, ("method", "prompts"), metrics or measured(scores)), ["method", "prompts"])
 
 
 def differences(
@@ -70,9 +76,8 @@ def differences(
     one = compared[compared["method"] == against]
     for method in in_method_order(compared["method"].unique()):
         other = compared[compared["method"] == method]
-        for metric in metrics or METRICS:
-            there = [metric in table.columns and table[metric].notna().any() for table in (one, other)]
-            if method in (against, "real") or not all(there):
+        for metric in metrics or measured(scores):
+            if method in (against, "real") or one[metric].isna().all() or other[metric].isna().all():
                 continue
             interval = bootstrap_difference(other, one, metric)
             verdict = HIGHER if interval.low > 0 else LOWER if interval.high < 0 else NOT_TOLD_APART
@@ -135,8 +140,8 @@ def _wide(summary: pd.DataFrame, by: list[str]) -> pd.DataFrame:
 
 
 def _cell(row, sign: bool = False) -> str:
-    show = METRICS[row.metric].show
-    return f"{show(row.value, sign)} [{show(row.low, sign)}, {show(row.high, sign)}]"
+    value, low, high = (METRICS[row.metric].show(x, sign) for x in (row.value, row.low, row.high))
+    return f"{value} [{low.removesuffix(' %')}, {high.removesuffix(' %')}]"
 
 
 # --- the command -----------------------------------------------------------------------------------------------------

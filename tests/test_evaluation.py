@@ -16,6 +16,7 @@ from ibkit.device import generator
 from ibkit.errors import ArtifactError, ModelError, ParameterError, ScoreError
 from ibkit.evaluation import (
     NO_RL_SEED,
+    drift,
     evaluators,
     generate,
     image_seeds,
@@ -24,6 +25,7 @@ from ibkit.evaluation import (
     make_scorers,
     prompt_ids,
     read_inputs,
+    real_photos,
     score,
 )
 from ibkit.models import load_model
@@ -228,6 +230,43 @@ def test_scores_are_columns_whatever_the_batch(scored_folder, rows, judge):
     assert table["judge_place"].isna().all() and table["judge_activity"].isin((0, 1)).all()
     pd.testing.assert_frame_equal(table, score(rows, scored_folder, photos, SUBJECT, SCORERS, judge))
     assert main_metrics(check_scores(table)) == ("judge_text", "judge_identity")
+
+
+class Embedding:
+    """Stands for DINO: a picture's unit vector in the plane, its angle set by its mean brightness."""
+
+    def embed(self, images):
+        angles = torch.tensor([np.asarray(image).mean() / 255 for image in images])
+        return torch.stack([angles.cos(), angles.sin()], dim=1)
+
+
+def test_drift_is_the_distance_from_the_base_models_picture_of_the_same_noise(scored_folder, rows):
+    values = drift(rows, scored_folder, Embedding(), batch_size=5)
+    personalized = (rows["method"] != "base") & ~rows["identifier"]
+    assert values.notna().equals(personalized)
+    light = {path: np.asarray(Image.open(scored_folder / path)).mean() / 255 for path in rows["image"]}
+    row = rows[personalized].iloc[-1]
+    base = rows[
+        (rows["method"] == "base") & (rows["prompt_id"] == row.prompt_id) & (rows["image_seed"] == row.image_seed)
+    ]
+    expected = 1 - np.cos(light[row.image] - light[base["image"].item()])
+    assert values[row.name] == pytest.approx(expected, abs=1e-6)
+
+
+def test_real_photos_are_compared_with_the_others_only():
+    photos = [Image.new("RGB", (8, 8), (v, v, v)) for v in (0, 51, 255)]
+
+    class Cosine(Likeness):
+        def _score(self, images, texts, references):
+            angles = [[torch.tensor(np.asarray(i).mean() / 255) for i in group] for group in (images, references)]
+            return torch.stack([torch.stack([(a - b).cos() for b in angles[1]]).mean() for a in angles[0]])
+
+    rows = real_photos(photos, SUBJECT, {"clip_t": Brightness(), "dino": Cosine()})
+    assert rows["dino"].tolist() == pytest.approx(
+        [(np.cos(0.2) + np.cos(1)) / 2, (np.cos(0.2) + np.cos(0.8)) / 2, (np.cos(1) + np.cos(0.8)) / 2]
+    )
+    assert set(rows["method"]) == {"real"} and "clip_t" not in rows
+    assert real_photos(photos[:1], SUBJECT, {"dino": Cosine()}).empty
 
 
 def test_photos_of_a_user_have_no_truth_to_judge_by(scored_folder, rows, judge):

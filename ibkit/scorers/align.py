@@ -26,6 +26,7 @@ from ibkit.scorers.base import (
     check_vocabulary,
     embed_texts,
     from_hub,
+    hub_name,
     load_transformer,
     mean_cosine,
     reading,
@@ -119,7 +120,7 @@ def load_encoder(weights: str | Path = "official", device: str | torch.device = 
         with from_hub("ALIGN", OFFICIAL_REPOSITORY):
             model = load_transformer("ALIGN", AlignModel, OFFICIAL_REPOSITORY)
             tokenizer = AutoTokenizer.from_pretrained(OFFICIAL_REPOSITORY)
-        where, kind = OFFICIAL_REPOSITORY, f"ALIGN ({OFFICIAL_REPOSITORY})"
+        where, kind = OFFICIAL_REPOSITORY, f"ALIGN ({hub_name(OFFICIAL_REPOSITORY)})"
     else:
         where = weights_folder("ALIGN", weights, "align")
         require_files("ALIGN", where, "config.json", "model.safetensors", "tokenizer_config.json")

@@ -283,6 +283,17 @@ def from_hub(metric: str, repository: str) -> Iterator[None]:
         ) from error
 
 
+def hub_name(repository: str, file: str = "config.json") -> str:
+    """A repository with the revision that was loaded from it, "facebook/dino-vits16@ab12cd34", for evaluators.
+
+    Call it once the weights are there; the revision is the folder that the hub's cache keeps `file` in.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    path = try_to_load_from_cache(repository, file)
+    return f"{repository}@{Path(path).parent.name[:8]}" if isinstance(path, str) else repository
+
+
 def _lazy(module: str, attribute: str) -> Callable[[str | Path, str | torch.device], Scorer]:
     """A factory that imports its scorer's libraries only when the scorer is made."""
 

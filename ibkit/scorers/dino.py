@@ -23,6 +23,7 @@ from ibkit.scorers.base import (
     Scorer,
     batches,
     from_hub,
+    hub_name,
     load_transformer,
     mean_cosine,
     reading,
@@ -83,7 +84,7 @@ class Dino(Scorer):
         if str(weights) == "official":
             with from_hub(cls.name, OFFICIAL_REPOSITORY):
                 model = _load_vit(OFFICIAL_REPOSITORY)
-            return cls(model, device, f"DINO ViT-S/16 ({OFFICIAL_REPOSITORY})")
+            return cls(model, device, f"DINO ViT-S/16 ({hub_name(OFFICIAL_REPOSITORY)})")
         folder = weights_folder(cls.name, weights, "dino")
         require_files(cls.name, folder, "config.json", "model.safetensors")
         with reading(cls.name, "model.safetensors", folder):

@@ -28,6 +28,7 @@ from ibkit.scorers.base import (
     batches,
     check_vocabulary,
     from_hub,
+    hub_name,
     reading,
     require_files,
     to_pixel_values,
@@ -349,7 +350,9 @@ class ImageReward(Scorer):
         if str(weights) == "official":
             with from_hub(cls.name, OFFICIAL_TOKENIZER):
                 tokenizer = AutoTokenizer.from_pretrained(OFFICIAL_TOKENIZER)
-            return cls(ImageRewardModel.load_official(), tokenizer, device, f"ImageReward ({OFFICIAL_REPOSITORY})")
+            model = ImageRewardModel.load_official()
+            name = hub_name(OFFICIAL_REPOSITORY, "ImageReward.pt")
+            return cls(model, tokenizer, device, f"ImageReward ({name})")
         folder = weights_folder(cls.name, weights, cls.name)
         model = ImageRewardModel.from_pretrained(folder)
         require_files(cls.name, folder, "tokenizer_config.json")

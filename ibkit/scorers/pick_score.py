@@ -26,6 +26,7 @@ from ibkit.scorers.base import (
     check_vocabulary,
     embed_texts,
     from_hub,
+    hub_name,
     load_transformer,
     reading,
     require_files,
@@ -87,7 +88,7 @@ class PickScore(Scorer):
             with from_hub(cls.name, OFFICIAL_REPOSITORY):
                 model = load_transformer(cls.name, CLIPModel, OFFICIAL_REPOSITORY)
                 tokenizer = AutoTokenizer.from_pretrained(OFFICIAL_TOKENIZER)
-            where, kind = OFFICIAL_TOKENIZER, f"PickScore ({OFFICIAL_REPOSITORY}), unscaled cosine"
+            where, kind = OFFICIAL_TOKENIZER, f"PickScore ({hub_name(OFFICIAL_REPOSITORY)}), unscaled cosine"
         else:
             if str(weights) == "pocket":
                 raise ModelError(

@@ -1,0 +1,88 @@
+"""Tables: what stands in them, when a difference is one, three formats, and several runs together."""
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from ibkit.claims import evaluate_claims
+from ibkit.cli import main
+from ibkit.errors import ScoreError
+from ibkit.stats import check_scores
+from ibkit.tables import all_tables, as_latex, as_markdown, by_prompts, combine, differences, fidelity
+from tests.test_claims import images, story
+
+
+@pytest.fixture
+def scores():
+    rng = np.random.default_rng(0)
+    rows = story()
+    real = images("real", True, 1, 1).assign(prompt_id="photo", judge_text=np.nan, seen=np.nan).iloc[:3]
+    rows = pd.concat([rows, real.assign(image_seed=range(3))], ignore_index=True)
+    return check_scores(rows.assign(dino=0.4 + rng.normal(0, 0.05, len(rows))))
+
+
+def test_fidelity_has_a_row_a_method_and_the_real_photos_last(scores):
+    table = fidelity(scores)
+    assert table["Method"].tolist() == ["Base model", "DreamBooth", "InstructBooth", "Real photos"]
+    assert list(table.columns) == [
+        "Method",
+        "Prompt shown (simulated judge)",
+        "Same subject (simulated judge)",
+        "DINO",
+        "n",
+    ]
+    shown = table["Prompt shown (simulated judge)"]
+    assert shown[0].startswith("100.0 % [") and shown[1].startswith("30.0 % [") and shown[3] == "–"
+    assert shown[1].count("%") == 1 and table["n"].tolist() == [60, 60, 60, 3]
+
+
+def test_seen_and_unseen_prompts_stand_apart(scores):
+    table = by_prompts(scores)
+    assert table[["Method", "Prompts", "n"]].to_numpy().tolist()[:3] == [
+        ["Base model", "seen in RL", 40], ["Base model", "unseen", 20], ["DreamBooth", "seen in RL", 40]
+    ]  # fmt: skip
+    assert "Real photos" not in set(table["Method"])
+    with pytest.raises(ScoreError, match="no column seen"):
+        by_prompts(scores.drop(columns="seen"))
+
+
+def test_a_difference_is_one_only_where_its_interval_says_so(scores):
+    table = differences(scores).set_index(["method", "metric"])
+    assert set(table.index.get_level_values("method")) == {"base", "instructbooth"}
+    assert table.loc[("instructbooth", "judge_text"), "verdict"] == "higher"
+    assert table.loc[("base", "judge_identity"), "verdict"] == "lower"
+    row = table.loc[("instructbooth", "dino")]
+    assert row["verdict"] == "not told apart" and row["low"] < 0 < row["high"]
+
+
+def test_three_formats_say_the_same(scores):
+    tables = all_tables(scores)
+    assert set(tables) == {"fidelity", "differences", "seen_and_unseen"}
+    lines = as_markdown(tables["fidelity"]).splitlines()
+    assert len(lines) == 2 + 4 and all(line.count("|") == 6 for line in lines)
+    latex = as_latex(tables["fidelity"])
+    assert latex.startswith("\\begin{tabular}{lllll}") and latex.count("\\\\\n") == 5 and " %" not in latex
+    assert all_tables(scores.assign(seen=True)).keys() == {"fidelity", "differences"}
+
+
+def test_runs_on_several_subjects_make_one_table(tmp_path, scores, capsys):
+    for name in ("cat", "dog"):
+        (tmp_path / name).mkdir()
+        scores.assign(subject=name).to_csv(tmp_path / name / "scores.csv", index=False)
+    together = combine([tmp_path / "cat", tmp_path / "dog"])
+    assert len(together) == 2 * len(scores) and together["seen"].isna().sum() == 6
+    assert main(["tables", str(tmp_path / "cat"), str(tmp_path / "dog"), "--out", str(tmp_path / "both")]) == 0
+    assert "| Base model | 100.0 % [" in capsys.readouterr().out
+    names = {f"{t}.{s}" for t in ("fidelity", "differences", "seen_and_unseen") for s in ("csv", "md", "tex")}
+    assert {path.name for path in (tmp_path / "both").iterdir()} == names | {"scores.csv"}
+    claims = {claim.id: claim for claim in evaluate_claims(tmp_path / "both")}
+    assert claims["C1"].n == 120 and claims["C8"].n == 40
+
+
+def test_one_subject_in_two_runs_is_refused(tmp_path, scores, capsys):
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+        scores.assign(dino=0.1 * len(name) + (name == "one")).to_csv(tmp_path / name / "scores.csv", index=False)
+    assert main(["tables", str(tmp_path / "one"), str(tmp_path / "two")]) == 2
+    assert "more than once with different scores" in capsys.readouterr().err
+    assert main(["tables", str(tmp_path / "nowhere")]) == 2
