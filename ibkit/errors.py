@@ -27,3 +27,7 @@ class ScoreError(IbkitError):
 
 class TrainingError(IbkitError):
     """Training cannot go on: a loss, a gradient or a reward is not a finite number."""
+
+
+class StudyError(IbkitError):
+    """Items, ratings or votes of a human study cannot be used."""

@@ -298,7 +298,12 @@ def score(
 
     Returns:
         A copy of `rows` with scores; judge_* are 1, 0, or missing where the prompt does not say what to expect.
+
+    Raises:
+        ScoreError: rows of another subject than the references', or a scorer refuses its input.
     """
+    if others := set(rows["subject"]) - {subject.name}:
+        raise ScoreError(f"The references show {subject.name}, but there are pictures of {', '.join(sorted(others))}.")
     parts = []
     for part in batches(rows, batch_size):
         images = [_read(Path(folder) / path) for path in part["image"]]

@@ -139,7 +139,7 @@ class DinoMetric(Measured):
 
     subject: str = param("", "folder of photos; empty = the pocket world's subjects")
     class_nouns: list[str] = param([], "classes of the pocket world to measure on; empty = all eight")
-    n_pairs: int = param(24, "pairs of pictures for each class and change", low=1, high=100_000)
+    n_pairs: int = param(24, "pairs of pictures for each class and change", low=4, high=100_000)
     n_individuals: int = param(400, "individuals that the learned head is trained on", low=8, high=100_000)
 
 

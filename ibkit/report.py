@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from ibkit import __version__
-from ibkit.claims import NOT_REPRODUCED, NOT_TESTED, REPRODUCED, claims_from_scores, summary
+from ibkit.claims import EVIDENCE, NOT_REPRODUCED, NOT_TESTED, REPRODUCED, claims_from, summary
 from ibkit.errors import ArtifactError
 from ibkit.progress import duration
 from ibkit.published import EVALUATORS, PAPER, PUBLISHED, TABLE_TITLES, PublishedNumber, published
@@ -89,7 +89,12 @@ def render(name: str, stages: list[CompletedRun]) -> str:
     """Make the HTML text of a report from finished notebook runs, in the order they ran."""
     evaluation = next((stage for stage in stages if "scores.csv" in stage.outputs), None)
     scores = check_scores(evaluation.table("scores.csv"), "03_evaluate/scores.csv") if evaluation else None
-    claims = claims_from_scores(scores) if scores is not None else []
+    evidence = {"scores": scores} if scores is not None else {}
+    for table, (notebook, file) in EVIDENCE.items():
+        made = next((stage for stage in stages if stage.kind == notebook and file in stage.outputs), None)
+        if made and table != "scores":
+            evidence[table] = made.table(file)
+    claims = claims_from(evidence) if evidence else []
     known, others = _figures(stages)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"method": method_label, "seconds": duration, "cell": _cell, "nobreak": _nobreak}

@@ -232,6 +232,11 @@ def test_scores_are_columns_whatever_the_batch(scored_folder, rows, judge):
     assert main_metrics(check_scores(table)) == ("judge_text", "judge_identity")
 
 
+def test_references_of_another_subject_are_refused(scored_folder, rows):
+    with pytest.raises(ScoreError, match="references show dog, but there are pictures of cat"):
+        score(rows.iloc[:2], scored_folder, world_photos(SUBJECT.world, 2), replace(SUBJECT, name="dog"), SCORERS)
+
+
 class Embedding:
     """Stands for DINO: a picture's unit vector in the plane, its angle set by its mean brightness."""
 

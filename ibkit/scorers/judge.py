@@ -44,7 +44,7 @@ IDENTITY_DIM = 64
 JUDGE_WIDTHS = (24, 48, 96, 128)  # channels of the judge's four resolutions
 # The seven that vote as simulated raters in notebook 07: smaller networks, each of its own seed.
 RATERS = tuple(f"rater-{k}" for k in range(1, 8))
-RATER_WIDTHS = (8, 16, 24, 32)
+RATER_WIDTHS = (16, 16, 24, 32)
 
 
 class JudgeNet(nn.Module):
@@ -153,12 +153,16 @@ class Judge:
         """Which individual of a line-up each picture shows: the index of the nearest one by mean identity
         vector of its own photos.
         """
+        _, vectors = self.look(images)
+        return (vectors @ self.centres(parade, n_references).T).argmax(1).tolist()
+
+    def centres(self, parade: Sequence[Subject], n_references: int = 8) -> torch.Tensor:
+        """The mean identity vector of photos of each individual of a line-up, unit length; (individuals, D)."""
         centres = []
         for subject in parade:
             _, vectors = self.look([render(scene) for scene in reference_scenes(subject, n_references, seed=1)])
             centres.append(F.normalize(vectors.mean(0), dim=0))
-        _, vectors = self.look(images)
-        return (vectors @ torch.stack(centres).T).argmax(1).tolist()
+        return torch.stack(centres)
 
     def identifies(self, images: Sequence[Image.Image], subject: Subject, n_others: int = 7) -> torch.Tensor:
         """1.0 where the judge picks `subject` out of a line-up with `n_others` of its class, else 0.0; (N,)."""

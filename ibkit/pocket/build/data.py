@@ -77,8 +77,7 @@ class Pictures:
 
     def batch(self, indices, device: torch.device) -> torch.Tensor:
         """Pictures as float (B, 3, 64, 64) in [-1, 1]."""
-        pixels = torch.from_numpy(self.images[np.asarray(indices)]).to(device)
-        return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
+        return to_range(self.images[np.asarray(indices)], device)
 
     def seen(self) -> np.ndarray:
         """Indices that the diffusion model may train on: no held-out pair, none of the subjects that users
@@ -92,6 +91,11 @@ class Pictures:
                 if (s.subject.class_noun, s.activity) not in HELD_OUT and s.subject not in reserved
             ]
         )
+
+
+def to_range(images: np.ndarray, device: torch.device) -> torch.Tensor:
+    """Pictures of bytes (B, H, W, 3) as float (B, 3, H, W) in [-1, 1]."""
+    return torch.from_numpy(images).to(device).permute(0, 3, 1, 2).float().div_(127.5).sub_(1.0)
 
 
 def contradicts(text: str, scene: Scene, other: Scene) -> bool:
