@@ -1,0 +1,284 @@
+"""What the tables of `ibkit.subject_changes` say about a subject metric, with intervals, and their figures.
+
+Individuals are what varies, so every interval resamples subjects, then the pairs within them. Scores of different
+metrics have different scales; what is compared between metrics here does not depend on a scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+import pandas as pd
+import seaborn
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter
+
+from ibkit.errors import ScoreError
+from ibkit.figures import HOUSE_STYLE, INK, METHOD_COLOURS, NotebookFigure
+from ibkit.stats import (
+    Interval,
+    bootstrap_mean,
+    bootstrap_statistic,
+    mean_interval,
+    resample_weights,
+)
+from ibkit.subject_changes import CHANGES, SAME_SUBJECT
+
+LABELS = {
+    "dino": "DINO (class token)",
+    "clip_i": "CLIP-I",
+    "patch_match": "Patch matching",
+    "true_mask_last": "True mask, last layer (oracle)",
+    "true_mask": "True mask, middle layer (oracle)",
+    "found_mask": "Found mask, middle layer",
+    "learned": "Learned head",
+    "learned_unseen": "Learned head, activities unseen",
+}
+SAME_COLOUR, OTHER_COLOUR = METHOD_COLOURS["instructbooth"], METHOD_COLOURS["dreambooth"]
+
+
+def auc(same: Sequence[float], other: Sequence[float]) -> float:
+    """The chance that a score of the same subject is above one of another subject; a tie counts a half.
+
+    It is the area under the ROC curve (Hanley and McNeil 1982): 0.5 for guessing, 1 when a threshold parts them.
+
+    Raises:
+        ScoreError: one of the two is empty.
+    """
+    if not len(same) or not len(other):
+        raise ScoreError("An AUC needs scores of the same subject and of other subjects; one of the two is empty.")
+    return float(_wins(np.asarray(same, float), np.asarray(other, float)).mean())
+
+
+def _wins(same: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return (same[:, None] > other) + 0.5 * (same[:, None] == other)
+
+
+def side_by_side(table: pd.DataFrame, column: str, changes: Sequence[str]) -> pd.DataFrame:
+    """Scores of several changes of the same references: index (class_noun, subject, pair), one column a change.
+
+    Raises:
+        ScoreError: no reference has all of the changes.
+    """
+    wide = table.pivot(index=["class_noun", "subject", "pair"], columns="change", values=column)
+    wide = wide.reindex(columns=list(changes)).dropna()
+    if wide.empty:
+        raise ScoreError(f"No reference has the changes {', '.join(changes)}: there is nothing to compare.")
+    return wide
+
+
+def _subjects(wide: pd.DataFrame) -> np.ndarray:
+    return wide.index.get_level_values("subject").to_numpy()
+
+
+def subject_auc(
+    table: pd.DataFrame, column: str, same: str, other: str, *, n_resamples: int = 2000, seed: int = 0
+) -> Interval:
+    """AUC of the same subject against another, within each subject's references, as a mean over subjects.
+
+    Args:
+        table: of `subject_changes.score_pairs`.
+        column: the metric.
+        same, other: changes that keep and that replace the subject, such as "pose" and "identity and pose".
+
+    Returns:
+        The AUC, its 95 % interval, and the number of references.
+    """
+    wide = side_by_side(table, column, (same, other))
+    subjects, values = _subjects(wide), wide.to_numpy()
+    drawn = resample_weights(subjects, len(wide), n_resamples, seed)
+    weights = np.concatenate([np.ones((1, len(wide))), drawn])  # the first is the sample itself
+    won = np.zeros(len(weights))
+    for subject in np.unique(subjects):
+        rows = subjects == subject
+        w, total = weights[:, rows], weights[:, rows].sum(1)
+        pairs_won = ((w @ _wins(values[rows, 0], values[rows, 1])) * w).sum(1)
+        won += np.divide(pairs_won, total, out=np.zeros_like(total), where=total > 0)
+    aucs = won / weights.sum(1)
+    low, high = np.quantile(aucs[1:], [0.025, 0.975])
+    return Interval(float(aucs[0]), float(low), float(high), len(wide))
+
+
+def fall(table: pd.DataFrame, column: str, change: str, below: str = "view") -> Interval:
+    """How far a change lowers a metric below another change of the same reference (`below`: the noise floor)."""
+    wide = side_by_side(table, column, (below, change))
+    return bootstrap_mean((wide[below] - wide[change]).to_numpy(), _subjects(wide))
+
+
+def pose_cost(table: pd.DataFrame, column: str) -> Interval:
+    """What a change of pose costs, in units of what a change of identity costs: (1 − s(pose)) / (1 − s(identity)).
+
+    Every metric here gives a picture 1 with itself. 0: pose is not seen; above 1: another pose costs more than another
+    individual.
+    """
+    wide = side_by_side(table, column, ("pose", "identity"))
+    columns = {name: wide[name].to_numpy() for name in wide}
+    return bootstrap_statistic(columns, lambda pose, identity: (1 - pose) / (1 - identity), _subjects(wide))
+
+
+def misranked(table: pd.DataFrame, column: str) -> Interval:
+    """Share of references for which the same individual in another pose scores below another individual in the same
+    pose; a tie counts a half.
+    """
+    wide = side_by_side(table, column, ("pose", "identity"))
+    wrong = (wide["pose"] < wide["identity"]) + 0.5 * (wide["pose"] == wide["identity"])
+    return mean_interval(wrong.to_numpy(), _subjects(wide))
+
+
+def spearman(x: pd.Series, y: pd.Series, subjects: pd.Series, *, n_resamples: int = 2000, seed: int = 0) -> Interval:
+    """Rank correlation (Pearson's of the ranks, ties sharing theirs) with a 95 % interval over subjects.
+
+    Raises:
+        ScoreError: x or y is constant.
+    """
+    if x.nunique() < 2 or y.nunique() < 2:
+        raise ScoreError("A rank correlation needs values that differ: raise n_pairs.")
+    weights = resample_weights(subjects.to_numpy(), len(x), n_resamples, seed).astype(int)
+    rows = [np.arange(len(x)), *(np.repeat(np.arange(len(x)), weight) for weight in weights)]
+    ranked = [(_ranks(x.to_numpy()[row]), _ranks(y.to_numpy()[row])) for row in rows]
+    value, *drawn = [np.corrcoef(a, b)[0, 1] for a, b in ranked if np.ptp(a) > 0 and np.ptp(b) > 0]
+    low, high = np.quantile(drawn, [0.025, 0.975])
+    return Interval(float(value), float(low), float(high), len(x))
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """Ranks from 1; values that tie share the mean of theirs."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+
+
+def compare_metrics(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+    """Every metric's AUC under a change of pose and of everything, its cost of pose, and how often it misranks.
+
+    Returns:
+        Tidy table: metric, measure ("auc_pose", "auc_everything", "pose_cost", "misranked"), value, low, high, n.
+    """
+    measures = {
+        "auc_pose": lambda column: subject_auc(table, column, "pose", "identity and pose"),
+        "auc_everything": lambda column: subject_auc(table, column, "everything but identity", "everything"),
+        "pose_cost": lambda column: pose_cost(table, column),
+        "misranked": lambda column: misranked(table, column),
+    }
+    rows = [
+        {"metric": column, "measure": name, **vars(measure(column))}
+        for column in columns
+        for name, measure in measures.items()
+    ]
+    return pd.DataFrame(rows)
+
+
+# --- figures ---------------------------------------------------------------------------------------------------
+
+
+def change_figure(table: pd.DataFrame, columns: Sequence[str], title: str = "") -> tuple[Figure, pd.DataFrame]:
+    """Draw the distribution of each metric for every change, and the share that the judge takes for the subject.
+
+    Args:
+        table: of `subject_changes.score_pairs`.
+        columns: metrics, a panel each.
+        title: above the figure.
+
+    Returns:
+        The figure, and one row for each metric and change: metric, change, n, low, q1, median, q3, high (whiskers at
+        5 and 95 %); for judge_identity: value, low and high of the share's interval.
+    """
+    changes = [change for change in CHANGES if change in set(table["change"])]
+    colours = {change: SAME_COLOUR if change in SAME_SUBJECT else OTHER_COLOUR for change in changes}
+    rows = []
+    with matplotlib.rc_context(HOUSE_STYLE):
+        n_panels = len(columns) + 1
+        figure = NotebookFigure(figsize=(1.6 + 2.9 * n_panels, 0.42 * len(changes) + 1.3), layout="constrained")
+        axes = figure.subplots(1, n_panels, sharey=True)
+        for column, axis in zip(columns, axes, strict=False):
+            seaborn.boxplot(
+                table, x=column, y="change", order=changes, hue="change", hue_order=changes, palette=colours,
+                whis=(5, 95), fliersize=2, linewidth=1, width=0.6, legend=False, ax=axis,
+            )  # fmt: skip
+            axis.set(title=LABELS[column], xlabel="score against the reference", ylabel="")
+            for change in changes:
+                scores = table.loc[table["change"] == change, column]
+                bounds = scores.quantile([0.05, 0.25, 0.5, 0.75, 0.95]).set_axis(["low", "q1", "median", "q3", "high"])
+                rows.append({"metric": column, "change": change, "n": len(scores), **bounds})
+        for place, change in enumerate(changes):
+            part = table[table["change"] == change]
+            share = mean_interval(part["judge_identity"].to_numpy(), part["subject"].to_numpy())
+            axes[-1].barh(place, share.value, 0.6, color=colours[change])
+            axes[-1].plot([share.low, share.high], [place, place], color=INK, linewidth=1.2)
+            rows.append({"metric": "judge_identity", "change": change, **vars(share)})
+        axes[-1].set(title="“It is the subject”, judge (simulated)", xlabel="share of pictures", xlim=(0, 1.05))
+        axes[-1].xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return figure, pd.DataFrame(rows)
+
+
+def metric_figure(
+    compared: Mapping[str, pd.DataFrame], measures: Mapping[str, str], title: str = ""
+) -> tuple[Figure, pd.DataFrame]:
+    """Draw measures of every metric with their intervals, a panel a measure.
+
+    Args:
+        compared: what the pictures were ("renders", …) -> table of `compare_metrics`; at most two.
+        measures: measure -> the panel's title.
+        title: above the figure.
+
+    Returns:
+        The figure, and one row a mark: pictures, metric, measure, value, low, high, n.
+    """
+    data = pd.concat([table.assign(pictures=name) for name, table in compared.items()], ignore_index=True)
+    data = data[data["measure"].isin(measures)]
+    metrics = list(dict.fromkeys(data["metric"]))
+    styles = dict(zip(compared, (("o", INK), ("D", METHOD_COLOURS["custom_diffusion"])), strict=False))
+    with matplotlib.rc_context(HOUSE_STYLE):
+        size = (2.2 + 3.2 * len(measures), 0.42 * len(metrics) + 1.4)
+        figure = NotebookFigure(figsize=size, layout="constrained")
+        axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
+        for (measure, label), axis in zip(measures.items(), axes, strict=True):
+            for shift, (pictures, (marker, colour)) in zip((-0.13, 0.13), styles.items(), strict=False):
+                part = data[(data["measure"] == measure) & (data["pictures"] == pictures)].set_index("metric")
+                part = part.reindex(metrics)
+                places = np.arange(len(metrics)) + shift
+                whiskers = np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(0)
+                axis.errorbar(part["value"], places, xerr=whiskers, fmt=marker, color=colour, capsize=2, label=pictures)
+            axis.set(title=label)
+            axis.grid(False, axis="y")
+            neutral = {"pose_cost": 1.0, "misranked": 0.5}.get(measure, 0.5)
+            axis.axvline(neutral, color=INK, linestyle=":", linewidth=1)
+        axes[0].set_yticks(range(len(metrics)), [LABELS[metric] for metric in metrics])
+        axes[0].invert_yaxis()
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(styles))
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return figure, data
+
+
+def pose_figure(table: pd.DataFrame, column: str, title: str = "") -> tuple[Figure, pd.DataFrame]:
+    """Draw a metric against how much of the silhouette stayed in place: each activity's mean over all pairs.
+
+    Args:
+        table: of `subject_changes.score_pairs`; pairs that change the pose of a subject at rest are drawn.
+        column: the metric.
+        title: above the figure.
+
+    Returns:
+        The figure, and one row for each group of classes and activity: activity, classes, mask_iou, the metric, n.
+    """
+    poses = table[(table["change"] == "pose") & (table["reference_activity"] == "none")]
+    means = poses.groupby("activity").agg(
+        classes=("class_noun", lambda nouns: ", ".join(dict.fromkeys(nouns))),
+        mask_iou=("mask_iou", "mean"),
+        **{column: (column, "mean")},
+        n=(column, "size"),
+    )
+    means = means.sort_values(column).reset_index()
+    with matplotlib.rc_context(HOUSE_STYLE):
+        figure = NotebookFigure(figsize=(9.6, 4.4), layout="constrained")
+        ranks, scatter = figure.subplots(1, 2, width_ratios=(1, 1.15))
+        ranks.plot(means[column], means["activity"], "o", color=SAME_COLOUR)
+        ranks.set(title="Activities, from the lowest", xlabel=f"mean {LABELS[column]} against the subject at rest")
+        scatter.scatter(poses["mask_iou"], poses[column], s=12, color=METHOD_COLOURS["base"], alpha=0.5, label="pairs")
+        scatter.scatter(means["mask_iou"], means[column], s=46, color=SAME_COLOUR, label="activities")
+        scatter.set(title="Silhouette that stayed", xlabel="true masks: intersection over union", ylabel=LABELS[column])
+        scatter.legend(loc="lower right")
+        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return figure, means

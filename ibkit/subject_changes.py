@@ -1,0 +1,301 @@
+"""Controlled changes of a picture: what subject metrics say when exactly one thing about it differs.
+
+A scene of the pocket world holds subject, activity, place, accessory and view apart, so two pictures can differ in one
+of them and be equal in all others. That makes an experiment of what InstructBooth's appendix E shows on seven pictures:
+DINO falls when the pose changes, although the subject is the same.
+
+An activity is more than a pose: it brings things (a ball, a stove) that may hide a part of the subject.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import product
+
+import numpy as np
+import pandas as pd
+from PIL import Image, ImageOps
+
+from ibkit.errors import ParameterError, ScoreError
+from ibkit.models import TextToImage
+from ibkit.pocket.draw import render, subject_mask
+from ibkit.pocket.world import (
+    ACTIVITIES,
+    CLASSES,
+    COLOURS,
+    GROUP_OF,
+    NO_ACTIVITY,
+    PATTERNS,
+    PLACES,
+    SHAPES,
+    Scene,
+    Subject,
+    accessories_of,
+    activities_of,
+    line_up,
+    sample_view,
+)
+from ibkit.scorers.base import Scorer, batches
+from ibkit.scorers.judge import Judge
+
+SAME_SUBJECT = ("view", "place", "accessory", "pose", "everything but identity")
+OTHER_SUBJECT = ("identity", "identity and pose", "everything")
+CHANGES = SAME_SUBJECT + OTHER_SUBJECT
+PAIRS_PER_SUBJECT = 4
+N_FOLDS = 2
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two scenes that differ in what `change` says.
+
+    Attributes:
+        subject: name of the reference's individual in tables, unique among all of a set of pairs.
+        fold: of the subject's activities (`fold_of`): all that its pairs show come from this fold.
+        number: counts the references of a subject; the pairs of one reference share it.
+        change: one of `CHANGES`.
+    """
+
+    subject: str
+    fold: int
+    number: int
+    change: str
+    reference: Scene
+    changed: Scene
+
+    @property
+    def same_identity(self) -> bool:
+        return self.reference.subject == self.changed.subject
+
+
+def fold_of(activity: str) -> int:
+    """Which half of the activities this one belongs to, for training on one half and testing on the other."""
+    return list(ACTIVITIES).index(activity) % N_FOLDS
+
+
+def check_classes(class_nouns: Sequence[str]) -> list[str]:
+    """The classes asked for, each once; all of the pocket world's when none is.
+
+    Raises:
+        ParameterError: the pocket world has no such class.
+    """
+    if unknown := [noun for noun in class_nouns if noun not in CLASSES]:
+        raise ParameterError(
+            f"the pocket world has no class {unknown[0]!r}: choose class_nouns of {', '.join(CLASSES)}, "
+            "or leave them empty for all."
+        )
+    return list(dict.fromkeys(class_nouns)) or list(CLASSES)
+
+
+def controlled_pairs(class_nouns: Sequence[str], n_pairs: int, seed: int = 0) -> list[Pair]:
+    """Draw pairs of scenes for every class and change.
+
+    Up to four references show one individual. Those with an even number show it at rest, as a user's photos do (and as
+    the paper's figure 11), the others in an activity; what is changed to is drawn once for a reference, so that all of
+    its pairs share it. Another individual comes from the subject's line-up; for half of the references it has the
+    subject's own body colour. Containers and vehicles wear nothing: they have no pair that changes the accessory.
+
+    Args:
+        class_nouns: classes, see `check_classes`.
+        n_pairs: references, and so pairs for each change, of a class.
+        seed: the same seed gives the same scenes.
+
+    Raises:
+        ParameterError: the pocket world has no such class, or fewer individuals of it than the pairs need.
+    """
+    pairs = []
+    for noun in check_classes(class_nouns):
+        individuals = individuals_of_class(noun, seed)
+        if n_pairs > (most := PAIRS_PER_SUBJECT * len(individuals)):
+            raise ParameterError(
+                f"the pocket world has {len(individuals)} different {noun}s: choose n_pairs up to {most}."
+            )
+        for i in range(n_pairs):
+            which, number = divmod(i, PAIRS_PER_SUBJECT)
+            individual, fold = individuals[which], which % N_FOLDS
+            rng = random.Random(f"controlled changes {seed} {noun} {i}")
+            name = f"{individual.body} {noun} {which + 1}"
+            for change, (reference, changed) in _changes(individual, fold, number, rng).items():
+                pairs.append(Pair(name, fold, number, change, reference, changed))
+    return pairs
+
+
+def _changes(subject: Subject, fold: int, number: int, rng: random.Random) -> dict[str, tuple[Scene, Scene]]:
+    """change -> (reference, changed) of one reference."""
+    noun = subject.class_noun
+    before, after = rng.sample([a for a in activities_of(noun) if fold_of(a) == fold], 2)
+    place, other_place = rng.sample(list(PLACES), 2)
+    reference = Scene(subject, before if number % 2 else NO_ACTIVITY, place, view=sample_view(rng))
+    pose, other = {"activity": after}, {"subject": line_up(subject)[1 + number]}
+    looks = {"view": sample_view(rng)}
+    worn = {"accessory": rng.choice(accessories_of(noun)[1:])} if len(accessories_of(noun)) > 1 else {}
+    all_but_identity = looks | {"place": other_place} | worn | pose
+    differences = {
+        "view": looks,
+        "place": {"place": other_place},
+        "accessory": worn,
+        "pose": pose,
+        "everything but identity": all_but_identity,
+        "identity": other,
+        "identity and pose": other | pose,
+        "everything": other | all_but_identity,
+    }
+    return {change: (reference, replace(reference, **what)) for change, what in differences.items() if what}
+
+
+def individuals_of_class(class_noun: str, seed: int) -> list[Subject]:
+    """Every individual that a class of the pocket world has, in an order drawn from the seed."""
+    looks = product(COLOURS, COLOURS, PATTERNS, SHAPES[GROUP_OF[class_noun]], (False, True))
+    everybody = [Subject(class_noun, *look) for look in looks if look[0] != look[1]]
+    random.Random(f"individuals {seed} {class_noun}").shuffle(everybody)
+    return everybody
+
+
+def others_than(pairs: Iterable[Pair], class_nouns: Sequence[str], n: int, seed: int = 0) -> list[Subject]:
+    """Individuals to train a metric on, of the classes in turn: none that the pairs show, nor of their line-ups.
+
+    Raises:
+        ParameterError: the classes have fewer than `n` of them.
+    """
+    tested = {pair.reference.subject for pair in pairs}
+    shown = {individual for subject in tested for individual in line_up(subject)}  # pair.changed's are of these
+    free = {
+        noun: [i for i in individuals_of_class(noun, seed) if i not in shown] for noun in check_classes(class_nouns)
+    }
+    share = -(-n // len(free))
+    if share > (fewest := min(map(len, free.values()))):
+        raise ParameterError(
+            f"{n} individuals to train on are {share} of each class, and beside those that are tested on the pocket "
+            f"world has {fewest} of one: choose n_individuals up to {fewest * len(free)}."
+        )
+    return [individual for turn in zip(*free.values(), strict=False) for individual in turn][:n]
+
+
+# --- pictures --------------------------------------------------------------------------------------------------
+
+
+def draw(pairs: Iterable[Pair]) -> dict[Scene, Image.Image]:
+    """The picture of every scene of the pairs."""
+    scenes = dict.fromkeys(scene for pair in pairs for scene in (pair.reference, pair.changed))
+    return {scene: render(scene) for scene in scenes}
+
+
+def reconstruct(
+    pictures: Mapping[Scene, Image.Image], model: TextToImage, batch_size: int = 32
+) -> dict[Scene, Image.Image]:
+    """The same pictures as a model's autoencoder gives them back: what a generated picture looks like at its best."""
+    back: list[Image.Image] = []
+    for batch in batches(list(pictures.values()), batch_size):
+        back += model.decode(model.encode_images(batch))
+    return dict(zip(pictures, back, strict=True))
+
+
+def mask_iou(a: Scene, b: Scene) -> float:
+    """How much of two scenes' subjects lies on the same pixels: intersection over union of the true masks."""
+    first, second = (np.asarray(subject_mask(scene)) > 127 for scene in (a, b))
+    return float((first & second).sum() / max((first | second).sum(), 1))
+
+
+# --- the table -------------------------------------------------------------------------------------------------
+
+
+def score_pairs(
+    pairs: Sequence[Pair],
+    pictures: Mapping[Scene, Image.Image],
+    scorers: Mapping[str, Scorer],
+    judge: Judge,
+    on_pair: Callable[[int], None] = lambda done: None,
+) -> pd.DataFrame:
+    """Score every changed picture against its reference, which is the only photo of the subject.
+
+    Args:
+        pairs: of `controlled_pairs`.
+        pictures: of `draw` or `reconstruct`.
+        scorers: column name -> scorer that needs references.
+        judge: picks the individual out of a line-up of eight (simulated).
+        on_pair: called with the number of pairs that are done.
+
+    Returns:
+        One row a pair: class_noun, subject, pair, change, same_identity, same_colour (body colours), fold,
+        reference_activity, activity, mask_iou, judge_identity (1 where the judge takes the changed picture for the
+        reference's subject), and a column for each scorer.
+    """
+    by_reference: dict[tuple, list[Pair]] = {}
+    by_subject: dict[Subject, list[Pair]] = {}
+    for pair in pairs:
+        by_reference.setdefault((pair.subject, pair.number), []).append(pair)
+        by_subject.setdefault(pair.reference.subject, []).append(pair)
+    values: dict[Pair, dict[str, float]] = {pair: {} for pair in pairs}
+    for subject, group in by_subject.items():
+        same = judge.identifies([pictures[pair.changed] for pair in group], subject)
+        for pair, answer in zip(group, same.tolist(), strict=True):
+            values[pair]["judge_identity"] = int(answer)
+    done = 0
+    for group in by_reference.values():
+        images = [pictures[pair.changed] for pair in group]
+        for name, scorer in scorers.items():
+            scores = scorer(images, references=[pictures[group[0].reference]])
+            for pair, score in zip(group, scores.tolist(), strict=True):
+                values[pair][name] = score
+        done += len(group)
+        on_pair(done)
+    rows = [
+        {
+            "class_noun": pair.reference.subject.class_noun,
+            "subject": pair.subject,
+            "pair": pair.number,
+            "change": pair.change,
+            "same_identity": pair.same_identity,
+            "same_colour": pair.reference.subject.body == pair.changed.subject.body,
+            "fold": pair.fold,
+            "reference_activity": pair.reference.activity,
+            "activity": pair.changed.activity,
+            "mask_iou": mask_iou(pair.reference, pair.changed),
+            **values[pair],
+        }
+        for pair in pairs
+    ]
+    return pd.DataFrame(rows)
+
+
+# --- photos without truth --------------------------------------------------------------------------------------
+
+
+def score_photos(
+    photos: Sequence[Image.Image], names: Sequence[str], scorers: Mapping[str, Scorer], crop: float = 0.85
+) -> pd.DataFrame:
+    """Score a user's photos against each other, and each against itself mirrored and cropped.
+
+    Pose, place and light of two photos differ all at once and nobody wrote down how, so this has no column for it.
+
+    Args:
+        photos: at least two photos of one subject.
+        names: one a photo.
+        scorers: column name -> scorer that needs references.
+        crop: side of the central part that is kept, as a share of the photo's.
+
+    Returns:
+        One row a comparison: reference, photo, change ("mirrored", "cropped", "other photo"), a column a scorer.
+
+    Raises:
+        ScoreError: fewer than two photos.
+    """
+    if len(photos) < 2:
+        raise ScoreError(
+            f"There is {len(photos)} photo of the subject, and photos are compared with each other here: "
+            "give a folder with two or more."
+        )
+    parts = []
+    for i, (photo, name) in enumerate(zip(photos, names, strict=True)):
+        margin = [round(side * (1 - crop) / 2) for side in photo.size]
+        box = (*margin, photo.width - margin[0], photo.height - margin[1])
+        others = [j for j in range(len(photos)) if j != i]
+        images = [ImageOps.mirror(photo), photo.crop(box), *(photos[j] for j in others)]
+        part = pd.DataFrame({"reference": name, "photo": [name, name, *(names[j] for j in others)]})
+        part["change"] = ["mirrored", "cropped", *["other photo"] * len(others)]
+        for column, scorer in scorers.items():
+            part[column] = scorer(images, references=[photo]).numpy()
+        parts.append(part)
+    return pd.concat(parts, ignore_index=True)
