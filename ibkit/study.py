@@ -23,7 +23,7 @@ import pandas as pd
 from PIL import Image
 
 from ibkit.data.subject import PersonalizedSubject
-from ibkit.errors import ArtifactError, StudyError
+from ibkit.errors import ArtifactError, ParameterError, StudyError
 from ibkit.runs import CompletedRun, hash_json, identify, read_run, resolve
 from ibkit.stats import (
     UNIT,
@@ -108,14 +108,19 @@ class Evaluated:
         return [read_picture(path) for path in sorted(self.personalized.path("photos").glob("*.png"))]
 
 
-def read_evaluated(folder: str | Path) -> Evaluated:
+def read_evaluated(folder: str | Path, model: str, revision: str = "") -> Evaluated:
     """Read a finished 03 run and the 01 run that its manifest names.
 
     That run is looked for at its noted path and, for runs that were moved together, beside the 03 run; whichever is
     found must have the hash that the manifest gives.
 
+    Args:
+        folder: the 03 run.
+        model, revision: the base model that the user named; it must be the one that was evaluated.
+
     Raises:
         ArtifactError: a run is not finished, or the 01 run is not to be found.
+        ParameterError: another base model.
     """
     run = read_run(resolve(folder), "03_evaluate")
     source = run.manifest["inputs"]["run_dreambooth"]
@@ -123,7 +128,14 @@ def read_evaluated(folder: str | Path) -> Evaluated:
     for place in places:
         if (place / "manifest.json").is_file() and identify(place)["sha256"] == source["sha256"]:
             personalized = read_run(place, "01_personalize")
-            return Evaluated(run, personalized, PersonalizedSubject.read(personalized))
+            subject = PersonalizedSubject.read(personalized)
+            named = subject.base_model in (model, str(resolve(model)))
+            if not named or (revision and revision != subject.base_revision):
+                raise ParameterError(
+                    f"{run.folder} evaluated the model {subject.base_model!r} (revision "
+                    f"{subject.base_revision or 'not pinned'}), not {model!r}: give the same model and revision here."
+                )
+            return Evaluated(run, personalized, subject)
     raise ArtifactError(
         f"The 01 run that {run.folder} evaluated is neither in {places[0]} nor in {places[1]}: put it back beside the "
         "03 run; it holds the subject's photos."
@@ -531,7 +543,7 @@ def strengths(decided: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> 
         for name, mean in means.items():
             a, b = ends[name]
             matrix[:, a, b], matrix[:, b, a] = n_pairs[name] * mean, n_pairs[name] * (1 - mean)
-        return bradley_terry(matrix)
+        return bradley_terry(matrix, n_iterations=300)  # enough for an interval; most resamples need fewer
 
     # The same seed gives every method the same resamples.
     columns, value, rows = {name: pair.to_numpy() for name, pair in pairs.items()}, bradley_terry(wins.to_numpy()), []

@@ -90,7 +90,7 @@ def fidelity_bars(shares: pd.DataFrame, who: str, title: str = "") -> tuple[Figu
             whiskers = np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(0)
             axis.errorbar(x, part["value"], yerr=whiskers, fmt="none", color=INK, capsize=3, elinewidth=1.2)
             axis.plot(x, part["paper"], "D", color="white", markeredgecolor=INK, markersize=7)
-            axis.set_xticks(x, [textwrap.fill(method_label(m), 12) for m in methods])
+            axis.set_xticks(x, [textwrap.fill(method_label(m), 14) for m in methods])
             axis.grid(False, axis="x")
             axis.set(title=name, ylim=(0, 1.06))
             axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
