@@ -15,7 +15,7 @@ from textwrap import fill
 import numpy as np
 import pandas as pd
 
-from ibkit.errors import ScoreError
+from ibkit.errors import ScoreError, StudyError
 from ibkit.runs import read_run, resolve
 from ibkit.stats import (
     METRICS,
@@ -62,7 +62,7 @@ class Claim:
         seeds: RL seeds behind it (0 where no RL-tuned model takes part).
         verdict: "reproduced", "not reproduced" or "not tested".
         metric: the score it was measured with.
-        unit: "fraction of images", "fraction of the loss" or "score".
+        unit: "fraction of images", "fraction of the loss", "fraction of pairs", "times as many images" or "score".
         quantity: what `value` is, in words.
         detail: the numbers behind the figure, or why the claim was not tested.
     """
@@ -85,7 +85,9 @@ class Claim:
         """Write the value with its interval: a difference of shares in points, a share of the loss in per cent."""
         if self.value is None:
             return "–"
-        if self.unit == "fraction of the loss":
+        if self.unit == "times as many images":
+            return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}] times"
+        if self.unit in ("fraction of the loss", "fraction of pairs"):
             return f"{100 * self.value:.0f} % [{100 * self.low:.0f}, {100 * self.high:.0f}]"
         points = " points" if self.unit == "fraction of images" else ""
         return _signed(self.metric, Interval(self.value, self.low, self.high, self.n)) + points
@@ -305,6 +307,95 @@ def _text_is_won_back_on_unseen(views: _Views) -> _Outcome:
     return _Outcome(metric, gain, gain.low > 0, detail, _n_seeds(pairs))
 
 
+def _description_helps(table: pd.DataFrame) -> _Outcome:
+    """C5. Reproduced when the whole interval of with − without description lies above zero.
+
+    The judge's shape question is what the description of the pocket world's rare subject is about; photos have DINO.
+    """
+    from ibkit.detailed_description import MEASURED, compare
+
+    metric = "judge_shape" if "judge_shape" in table.columns else "dino"
+    if not {"description", "train_seed"} <= set(table.columns) or metric not in table.columns:
+        raise _CannotTest("description.csv lacks its columns: run 04_attention_maps again.")
+    rows = compare(table).set_index("metric")
+    row = rows.loc[metric]
+    interval = Interval(row["difference"], row["difference_low"], row["difference_high"], int(row["n"]))
+    show = METRICS[metric].show
+    detail = f"{METRICS[metric].label}: with {show(row['with'])}, without {show(row['without'])}"
+    for other in (name for name in MEASURED if name in rows.index and name != metric):
+        gap = Interval(*rows.loc[other, ["difference", "difference_low", "difference_high"]], n=0)
+        detail += f"; {METRICS[other].label} {_signed(other, gap)}"
+    return _Outcome(metric, interval, interval.low > 0, detail, int(row["seeds"]))
+
+
+def _pose_lowers_dino(table: pd.DataFrame) -> _Outcome:
+    """C6. Reproduced when DINO of the same subject in another pose, minus that under a mere change of view, lies
+    below zero with its whole interval.
+    """
+    from ibkit.subject_analysis import fall, misranked, pose_cost
+
+    if not {"change", "pair", "subject", "dino"} <= set(table.columns):
+        raise _CannotTest("changes.csv lacks its columns: run 05_dino_metric again.")
+    if not {"view", "pose", "identity"} <= set(table["change"]):
+        raise _CannotTest("changes.csv has no change of view, pose and identity: photos of a user have no truth.")
+    lost = fall(table, "dino", "pose")
+    interval = Interval(-lost.value, -lost.high, -lost.low, lost.n)
+    place = fall(table, "dino", "place")
+    cost, wrong = pose_cost(table, "dino"), misranked(table, "dino")
+    seen = table[table["change"] == "pose"]["judge_identity"].mean()
+    detail = (
+        f"a change of place alone costs {place.value:.3f}, a change of pose {cost.value:.2f} [{cost.low:.2f}, "
+        f"{cost.high:.2f}] times what another individual costs; in {100 * wrong.value:.0f} % [{100 * wrong.low:.0f}, "
+        f"{100 * wrong.high:.0f}] of the pairs the same individual in another pose scores below another individual in "
+        f"the same pose; the judge (simulated) knows the individual in {100 * seen:.0f} % of the new poses"
+    )
+    return _Outcome("dino", interval, interval.high < 0, detail)
+
+
+def _both_kinds_learn_faster(table: pd.DataFrame) -> _Outcome:
+    """C7. Reproduced when identifier prompts alone need more images, with the whole interval of the ratio above 1.
+
+    Compared at equal totals, from the most overfitted model of the table.
+    """
+    from ibkit.prompt_ablation import efficiency
+
+    rows = efficiency(table)
+    rows = rows[rows["arm"] == "identifier_equal_totals"].sort_values("dreambooth_steps")
+    if rows.empty:
+        raise _CannotTest("prompt_kinds.csv has no pair of finished runs of both arms.")
+    told = [
+    """C7. Reproduced when identifier prompts alone need more images: the whole interval of the ratio lies above 1.
+        f"both kinds and {row.reached_other} with the identifier alone got there), {row.verdict}"
+        for row in rows.itertuples()
+    ]
+    last = rows.iloc[-1]
+    if np.isnan(last["ratio_low"]):
+        raise _CannotTest(f"Too few runs for an interval. {'; '.join(told)}.")
+    interval = Interval(last["ratio"], last["ratio_low"], last["ratio_high"], int(last["n_pairs"]))
+    seeds = table["rl_seed"].nunique()
+    return _Outcome("reward_identifier", interval, interval.low > 1, "; ".join(told), seeds, "times as many images")
+
+
+def _raters_prefer_instructbooth(votes: pd.DataFrame) -> _Outcome:
+    """C9. Reproduced when the whole interval of the rate at which InstructBooth is preferred lies above one half."""
+    from ibkit.study import check_votes, kappas, preference_rate
+
+    votes = check_votes(votes)
+    try:
+        rate = preference_rate(votes)
+    except StudyError as error:
+        raise _CannotTest(str(error)) from None
+    kind = "simulated raters" if votes["simulated"].all() else "raters"
+    agreement = ", ".join(
+        f"{row.question} {row.kappa:.2f}"
+        for row in kappas(votes).itertuples()
+        if not row.methods or set(row.methods.split(" – ")) == {"instructbooth", "dreambooth"}
+    )
+    detail = f"{votes['rater'].nunique()} {kind}, majority; agreement by Fleiss' kappa: {agreement}"
+    seeds = votes.loc[votes["question"] == "preference", "rl_seed"].nunique()
+    return _Outcome("preference", rate, rate.low > 0.5, detail, seeds, "fraction of pairs")
+
+
 @dataclass(frozen=True)
 class _Test:
     """A claim and how it is tested.
@@ -358,12 +449,44 @@ _TESTS: tuple[_Test, ...] = (
         _class_noun_drifts,
     ),
     _Test(
+        "C5",
+        "A detailed description helps to learn a rare subject.",
+        "With minus without the description: the subject's rare shape is drawn",
+        "§2.1 and figure 15 (pictures only; no number in the paper)",
+        "description",
+        _description_helps,
+    ),
+    _Test(
+        "C6",
+        "DINO falls when the same subject changes its pose.",
+        "DINO to the reference: other pose minus other view, the individual the same",
+        "Appendix D and E, figure 11 (single pictures), table 2 (DINO 0.699 → 0.650, while people see no loss)",
+        "changes",
+        _pose_lowers_dino,
+    ),
+    _Test(
+        "C7",
+        "RL learns faster with both kinds of prompts than with the identifier alone.",
+        "Images until half of the lost reward is won back: identifier alone / both kinds, at equal totals",
+        "§2.2 and figure 16 (learning curves of three seeds; no number in the paper)",
+        "prompt_kinds",
+        _both_kinds_learn_faster,
+    ),
+    _Test(
         "C8",
         "What RL teaches carries over to prompts that it never saw.",
         "InstructBooth minus DreamBooth, text fidelity on unseen prompts",
         "Appendix D and figures 6, 8 and 9 (pictures only; no number in the paper)",
         "scores",
         _text_is_won_back_on_unseen,
+    ),
+    _Test(
+        "C9",
+        "People prefer InstructBooth's pictures to DreamBooth's.",
+        "Pairs of pictures (same prompt and noise) in which most raters prefer InstructBooth's",
+        "§3.2 and figure 4 (preferred at least twice as often as each baseline)",
+        "votes",
+        _raters_prefer_instructbooth,
     ),
 )
 

@@ -129,6 +129,7 @@ class AttentionMaps(Measured):
     description: str = param("triangular", "detailed description of the subject, left out in one of the two arms")
     prompts: list[str] = param([], "activities to draw; empty = the preset's")
     n_steps: int = param(0, "personalization steps of each arm; 0 = the preset's", low=0, high=100_000)
+    n_class_images: int = param(0, "class images for prior preservation; 0 = the preset's", low=0, high=100_000)
     train_seeds: list[int] = param([0], "each trains both arms once", low=0, high=2**31 - 1)
     n_images: int = param(0, "images for each prompt, arm and training seed; 0 = the preset's", low=0, high=100_000)
 

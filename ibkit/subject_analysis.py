@@ -194,7 +194,7 @@ def change_figure(table: pd.DataFrame, columns: Sequence[str], title: str = "") 
         for column, axis in zip(columns, axes, strict=False):
             seaborn.boxplot(
                 table, x=column, y="change", order=changes, hue="change", hue_order=changes, palette=colours,
-                whis=(5, 95), fliersize=2, linewidth=1, width=0.6, legend=False, ax=axis,
+                whis=(5, 95), fliersize=2, linewidth=1, width=0.6, saturation=1, legend=False, ax=axis,
             )  # fmt: skip
             axis.set(title=LABELS[column], xlabel="score against the reference", ylabel="")
             for change in changes:
@@ -207,7 +207,7 @@ def change_figure(table: pd.DataFrame, columns: Sequence[str], title: str = "") 
             axes[-1].barh(place, share.value, 0.6, color=colours[change])
             axes[-1].plot([share.low, share.high], [place, place], color=INK, linewidth=1.2)
             rows.append({"metric": "judge_identity", "change": change, **vars(share)})
-        axes[-1].set(title="“It is the subject”, judge (simulated)", xlabel="share of pictures", xlim=(0, 1.05))
+        axes[-1].set(title="Judge: is the subject", xlabel="share of pictures (simulated judge)", xlim=(0, 1.05))
         axes[-1].xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     return figure, pd.DataFrame(rows)
@@ -243,8 +243,8 @@ def metric_figure(
                 axis.errorbar(part["value"], places, xerr=whiskers, fmt=marker, color=colour, capsize=2, label=pictures)
             axis.set(title=label)
             axis.grid(False, axis="y")
-            neutral = {"pose_cost": 1.0, "misranked": 0.5}.get(measure, 0.5)
-            axis.axvline(neutral, color=INK, linestyle=":", linewidth=1)
+            guessing = 1.0 if measure == "pose_cost" else 0.5
+            axis.axvline(guessing, color=INK, linestyle=":", linewidth=1)
         axes[0].set_yticks(range(len(metrics)), [LABELS[metric] for metric in metrics])
         axes[0].invert_yaxis()
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(styles))

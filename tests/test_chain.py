@@ -55,8 +55,9 @@ def done(outputs):
 def test_the_main_job_runs_the_real_notebooks(done, outputs):
     scores = read_run(outputs / "03_evaluate").table("scores.csv")
     # 2 activities x 2 images x (base; DreamBooth with and without the identifier; the same for each of 2 RL seeds)
-    assert len(scores) == 2 * 2 * (1 + 2 + 2 * 2)
-    assert scores[["clip_t", "image_reward", "clip_i", "dino", "judge_activity", "judge_identity"]].notna().all().all()
+    pictures = scores[scores["method"] != "real"]
+    assert len(pictures) == 2 * 2 * (1 + 2 + 2 * 2) and len(scores) == len(pictures) + 5
+    assert pictures[["clip_t", "image_reward", "clip_i", "dino", "judge_activity", "judge_identity"]].notna().all().all()
     report = (outputs / "report.html").read_text()
     assert report.count("data:image/png;base64,") >= 5 and "C4" in report
     assert "RL epochs 2/2" in done.stdout and "peak memory" in done.stdout and "open " in done.stdout
@@ -65,7 +66,7 @@ def test_the_main_job_runs_the_real_notebooks(done, outputs):
 def test_claims_read_the_run(done, outputs):
     result = ibkit("claims", outputs, "--json")
     claims = json.loads(result.stdout)
-    assert [c["id"] for c in claims] == ["C1", "C2", "C3", "C4"]
+    assert [c["id"] for c in claims][:4] == ["C1", "C2", "C3", "C4"]
     assert set(claims[0]) >= {"id", "claim", "source", "value", "low", "high", "n", "seeds", "verdict"}
 
 

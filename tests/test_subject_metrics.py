@@ -1,0 +1,348 @@
+"""Controlled changes, subject metrics made from DINO's patches, their statistics, and the notebook that shows them."""
+
+import dataclasses
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from ibkit import subject_analysis as analysis
+from ibkit import subject_changes, subject_head, subject_metrics
+from ibkit.errors import ParameterError, ScoreError, TrainingError
+from ibkit.pocket.draw import render, subject_mask
+from ibkit.pocket.world import Scene, line_up, reference_scenes
+from ibkit.runs import read_run
+from ibkit.scorers import make_scorer
+from ibkit.subject_changes import CHANGES, controlled_pairs, fold_of
+from tests.test_chain import papermill
+
+# What each change may alter, and must.
+FIELDS = {
+    "view": {"view"},
+    "place": {"place"},
+    "accessory": {"accessory"},
+    "pose": {"activity"},
+    "everything but identity": {"view", "place", "accessory", "activity"},
+    "identity": {"subject"},
+    "identity and pose": {"subject", "activity"},
+    "everything": {"subject", "view", "place", "accessory", "activity"},
+}
+
+
+@pytest.fixture(scope="module")
+def dino():
+    return make_scorer("dino")
+
+
+@pytest.fixture(scope="module")
+def pairs():
+    return controlled_pairs(["cat", "pot"], 8, seed=0)
+
+
+class TestControlledPairs:
+    def test_exactly_the_named_fields_differ(self, pairs):
+        for pair in pairs:
+            before, after = (
+                {f.name: getattr(scene, f.name) for f in dataclasses.fields(Scene)}
+                for scene in (pair.reference, pair.changed)
+            )
+            differ = {name for name in before if before[name] != after[name]}
+            dressed = {"accessory"} if pair.reference.subject.class_noun == "pot" else set()
+            assert differ == FIELDS[pair.change] - dressed
+            assert pair.same_identity == ("subject" not in differ)
+
+    def test_every_reference_has_every_change_once(self, pairs):
+        found = [(pair.subject, pair.number, pair.change) for pair in pairs]
+        assert len(found) == len(set(found)) == 8 * len(CHANGES) + 8 * (len(CHANGES) - 1)  # a pot wears nothing
+        references = {(pair.subject, pair.number): pair.reference for pair in pairs}
+        assert all(references[pair.subject, pair.number] is pair.reference for pair in pairs)
+
+    def test_half_rest_and_half_of_the_others_share_the_colour(self, pairs):
+        for pair in pairs:
+            assert (pair.reference.activity == "none") == (pair.number % 2 == 0)
+            if not pair.same_identity:
+                assert pair.changed.subject in line_up(pair.reference.subject)[1:]
+                if pair.number < 2:
+                    assert pair.changed.subject.body == pair.reference.subject.body
+
+    def test_a_subject_shows_one_fold_of_activities(self, pairs):
+        for pair in pairs:
+            shown = {pair.reference.activity, pair.changed.activity} - {"none"}
+            assert {fold_of(activity) for activity in shown} <= {pair.fold}
+        assert {pair.fold for pair in pairs} == {0, 1}
+
+    def test_the_seed_decides(self, pairs):
+        assert controlled_pairs(["cat", "pot"], 8, seed=0) == pairs
+        assert controlled_pairs(["cat", "pot"], 8, seed=1) != pairs
+        assert controlled_pairs(["cat"], 4, seed=0) == pairs[: 4 * len(CHANGES)]
+
+    def test_refusals(self):
+        with pytest.raises(ParameterError, match="no class 'cta': choose class_nouns of cat, dog,"):
+            controlled_pairs(["cat", "cta"], 4)
+        with pytest.raises(ParameterError, match="720 different bikes: choose n_pairs up to 2880"):
+            controlled_pairs(["bike"], 2881)
+        assert subject_changes.check_classes([])[0] == "cat"
+
+    def test_nobody_is_trained_on_and_tested(self, pairs):
+        individuals = subject_changes.others_than(pairs, ["cat", "pot"], 41)
+        assert len(set(individuals)) == 41
+        assert {i.class_noun for i in individuals} == {"cat", "pot"}
+        for pair in pairs:
+            assert not set(line_up(pair.reference.subject)) & set(individuals)
+        with pytest.raises(ParameterError, match=r"has \d+ of one: choose n_individuals up to \d+"):
+            subject_changes.others_than(pairs, ["cat", "pot"], 100_000)
+
+    def test_mask_iou(self):
+        scene = reference_scenes(line_up(controlled_pairs(["cat"], 1)[0].reference.subject)[0])[0]
+        assert subject_changes.mask_iou(scene, scene) == 1
+        far = dataclasses.replace(scene, view=dataclasses.replace(scene.view, dx=scene.view.dx + 0.9))
+        assert subject_changes.mask_iou(scene, far) == 0
+
+
+class TestTable:
+    class Brightness:
+        """A stand-in scorer: 1 − the difference of the mean grey values."""
+
+        def __call__(self, images, references):
+            assert len(references) == 1
+            grey = [np.asarray(image.convert("L")).mean() / 255 for image in [*references, *images]]
+            return 1 - torch.tensor([abs(g - grey[0]) for g in grey[1:]])
+
+    class Judge:
+        """Takes every picture for the subject whose body is as bright as it likes: here everyone."""
+
+        def identifies(self, images, subject):
+            return torch.ones(len(images))
+
+    def test_rows_belong_to_their_pairs(self, pairs):
+        pictures = subject_changes.draw(pairs)
+        done = []
+        table = subject_changes.score_pairs(pairs, pictures, {"x": self.Brightness()}, self.Judge(), done.append)
+        assert len(table) == len(pairs) and done[-1] == len(pairs)
+        for pair, row in zip(pairs, table.itertuples(), strict=True):
+            assert (row.subject, row.pair, row.change) == (pair.subject, pair.number, pair.change)
+            expected = self.Brightness()([pictures[pair.changed]], [pictures[pair.reference]])
+            assert row.x == pytest.approx(expected.item()) and row.judge_identity == 1
+        assert not table.duplicated(["subject", "change", "pair"]).any()
+
+    def test_photos(self):
+        photos = [Image.new("RGB", (40, 30), (v, v, v)) for v in (0, 100, 200)]
+        table = subject_changes.score_photos(photos, list("abc"), {"x": self.Brightness()})
+        assert table["change"].value_counts().to_dict() == {"other photo": 6, "mirrored": 3, "cropped": 3}
+        others = table[table["change"] == "other photo"]
+        assert (others["reference"] != others["photo"]).all()
+        assert others["x"].max() == pytest.approx(1 - 100 / 255)
+        with pytest.raises(ScoreError, match="There is 1 photo of the subject.* two or more"):
+            subject_changes.score_photos(photos[:1], ["a"], {"x": self.Brightness()})
+
+
+class TestStatistics:
+    def test_auc_counts_ties_as_a_half(self):
+        assert analysis.auc([3, 2], [1, 0]) == 1 and analysis.auc([0], [1, 2]) == 0
+        assert analysis.auc([1, 1], [1]) == 0.5
+        assert analysis.auc([0.9, 0.7, 0.7], [0.8, 0.7]) == pytest.approx((2 + 0.5 + 0.5) / 6)
+        with pytest.raises(ScoreError, match="one of the two is empty"):
+            analysis.auc([], [1.0])
+
+    @staticmethod
+    def table(scores):
+        """scores: subject -> change -> list by pair."""
+        return pd.DataFrame(
+            [
+                {"class_noun": "cat", "subject": subject, "pair": k, "change": change, "x": value}
+                for subject, by_change in scores.items()
+                for change, values in by_change.items()
+                for k, value in enumerate(values)
+            ]
+        )
+
+    def test_subject_auc_compares_within_subjects(self):
+        table = self.table(
+            {"a": {"pose": [9, 8], "identity and pose": [7, 7]}, "b": {"pose": [2, 4], "identity and pose": [1, 3]}}
+        )
+        # a: 4 of 4; b: 2 > 1, 4 > 1, 4 > 3 of 4. Pooled over subjects it would be 14 of 16 − …: another number.
+        found = analysis.subject_auc(table, "x", "pose", "identity and pose")
+        assert found.value == pytest.approx((1 + 0.75) / 2) and found.n == 4
+        assert 0.5 <= found.low < found.value < found.high <= 1
+        turned = analysis.subject_auc(table, "x", "identity and pose", "pose")
+        assert turned.value == pytest.approx(1 - found.value)
+
+    def test_interval_is_over_subjects(self):
+        """Ten references of one subject are one subject: adding copies of them must not narrow the interval to it."""
+        one_right_one_wrong = {
+            "a": {"pose": [2] * 10, "identity and pose": [1] * 10},
+            "b": {"pose": [1] * 10, "identity and pose": [2] * 10},
+        }
+        found = analysis.subject_auc(self.table(one_right_one_wrong), "x", "pose", "identity and pose")
+        assert (found.low, found.value, found.high) == (0, 0.5, 1)
+
+    def test_fall_cost_and_misranked(self):
+        table = self.table({"a": {"view": [1.0, 0.9], "pose": [0.8, 0.5], "identity": [0.6, 0.5]}})
+        assert analysis.fall(table, "x", "pose").value == pytest.approx((0.2 + 0.4) / 2)
+        assert analysis.pose_cost(table, "x").value == pytest.approx((0.2 + 0.5) / (0.4 + 0.5))
+        assert analysis.misranked(table, "x").value == 0.25  # right, and a tie
+        table.loc[table["change"] == "pose", "x"] = 0.1
+        assert analysis.misranked(table, "x").value == 1
+        with pytest.raises(ScoreError, match="No reference has the changes view, place"):
+            analysis.fall(table, "x", "place")
+
+    def test_spearman(self):
+        x, subjects = pd.Series(np.arange(12.0)), pd.Series(list("aabbccddeeff"))
+        found = analysis.spearman(x, -(x**3), subjects)
+        assert found.value == pytest.approx(-1) and found.high == pytest.approx(-1)
+        assert analysis._ranks(np.array([5, 1, 5, 9])).tolist() == [2.5, 1, 2.5, 4]
+        with pytest.raises(ScoreError, match="values that differ"):
+            analysis.spearman(x, 0 * x, subjects)
+
+
+class TestPatches:
+    def test_best_match(self):
+        a = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
+        b = torch.tensor([[3.0, 0.0], [-1.0, 0.0]])
+        # a to b: 1 and 0; b to a: 1 and 0
+        torch.testing.assert_close(subject_metrics.best_match(a[None], b), torch.tensor([0.5]))
+        shuffled = a[[1, 0]]
+        torch.testing.assert_close(subject_metrics.best_match(a[None], shuffled), torch.tensor([1.0]))
+
+    def test_tokens_are_those_of_dino(self, dino):
+        images = [render(scene) for scene in reference_scenes(line_up(_cat())[0])]
+        last = subject_metrics.patch_tokens(dino, images)
+        assert last.shape == (5, 64, 96)
+        by_number = subject_metrics.patch_tokens(dino, images, layer=4)
+        torch.testing.assert_close(dino.model.layernorm(by_number), last, atol=1e-4, rtol=1e-4)
+        assert subject_metrics.middle_layer(dino) == 2
+
+    def test_every_metric_gives_a_picture_one_with_itself(self, dino, pairs):
+        pictures = subject_changes.draw(pairs[:8])
+        images = list(pictures.values())[:3]
+        head = subject_head.IdentityHead(96).eval()
+        found, true = subject_metrics.FoundMask(dino), subject_metrics.TrueMask(dino, pictures)
+        for scorer in (
+            subject_metrics.PatchMatch(dino),
+            subject_metrics.MaskedMean(dino, found, 2),
+            subject_metrics.MaskedMean(dino, true, subject_metrics.LAST_LAYER),
+            subject_head.LearnedIdentity(dino, head),
+        ):
+            torch.testing.assert_close(scorer(images[:1], references=images[:1]), torch.ones(1), atol=1e-5, rtol=0)
+            one_by_one = torch.stack([scorer(images, references=[photo]) for photo in images]).mean(0)
+            torch.testing.assert_close(scorer(images, references=images), one_by_one, atol=1e-5, rtol=1e-5)
+            with pytest.raises(ScoreError, match="got none: pass references"):
+                scorer(images)
+
+    def test_true_mask(self, dino, pairs):
+        pictures = subject_changes.draw(pairs[:1])
+        scene, picture = next(iter(pictures.items()))
+        weights = subject_metrics.TrueMask(dino, pictures)([picture])[0].view(8, 8)
+        mask = np.asarray(subject_mask(scene)) / 255
+        assert weights[5, 3].item() == pytest.approx(mask[40:48, 24:32].mean())
+        with pytest.raises(ScoreError, match="image 0 is not known.*use FoundMask"):
+            subject_metrics.TrueMask(dino, pictures)([Image.new("RGB", (64, 64))])
+
+    def test_masked_mean_reads_the_masked_patches_only(self, dino):
+        images = [render(scene) for scene in reference_scenes(_cat(), 2)]
+        tokens = subject_metrics.patch_tokens(dino, images, 2)
+        weights = torch.zeros(2, 64)
+        weights[:, 27] = 1.0
+        scorer = subject_metrics.MaskedMean(dino, lambda some: weights[: len(some)], 2)
+        expected = torch.cosine_similarity(tokens[0, 27], tokens[1, 27], dim=0)
+        torch.testing.assert_close(scorer(images[:1], references=images[1:]), expected[None])
+        nothing = subject_metrics.MaskedMean(dino, lambda some: torch.zeros(len(some), 64), 2)
+        assert nothing(images[:1], references=images[1:]).item() == 0
+
+    def test_found_mask(self, dino, pairs):
+        scenes = list(dict.fromkeys(pair.changed for pair in pairs))
+        images = [render(scene) for scene in scenes]
+        found = subject_metrics.FoundMask(dino)(images)
+        assert (found.sum(1) == 16).all() and not found.view(-1, 8, 8)[:, 0].any()
+        true = subject_metrics.TrueMask(dino, dict(zip(scenes, images, strict=True)))(images) > 0.5
+        covered = (found.bool() & true).sum() / true.sum()
+        assert covered > 0.6, "a random quarter of the patches would cover 0.25 of the subject"
+
+    def test_show_mask(self):
+        weights = torch.zeros(64)
+        weights[0] = 1
+        shown = subject_metrics.show_mask(Image.new("RGB", (64, 64), (200, 200, 200)), weights)
+        assert shown.getpixel((3, 3)) == (200, 200, 200) and shown.getpixel((20, 3))[0] < 60
+
+
+class TestHead:
+    CONFIG = subject_head.HeadConfig(n_pictures=6, n_steps=80, batch=16, learning_rate=1e-2)
+
+    def pictures(self, seed=0):
+        """Individuals that one of 12 patches tells apart; each picture hides it at another place of a background."""
+        stream = torch.Generator().manual_seed(seed)
+        n, each = 24, self.CONFIG.n_pictures
+        marks = torch.randn(n, 16, generator=torch.Generator().manual_seed(9)) * 3
+        background = torch.linspace(-1, 1, 16)
+        tokens = background + 0.1 * torch.randn(n * each, 12, 16, generator=stream)
+        where = torch.randint(12, (n * each,), generator=stream)
+        who = torch.arange(n).repeat_interleave(each)
+        tokens[torch.arange(n * each), where] = marks[who]
+        fold = torch.tensor([0, 0, 1, 1, -1, -1]).repeat(n)
+        return subject_head.TrainingPictures(tokens, who, fold)
+
+    def test_loss(self):
+        eye = torch.eye(3)
+        sharp = subject_head.identity_loss(eye, eye, 0.1)
+        assert sharp.item() == pytest.approx(np.log(1 + 2 * np.exp(-10)), rel=1e-3)
+        assert subject_head.identity_loss(eye, eye.roll(1, 0), 0.1) > 9
+
+    def test_it_learns_and_the_seed_decides(self):
+        losses = []
+        head = subject_head.train_head(self.pictures(), self.CONFIG, on_step=lambda done, loss: losses.append(loss))
+        assert len(losses) == 80 and losses[-1] < 0.2 * losses[0]
+        again = subject_head.train_head(self.pictures(), self.CONFIG)
+        assert all(torch.equal(a, b) for a, b in zip(head.parameters(), again.parameters(), strict=True))
+        fresh = self.pictures(seed=1)  # the same individuals, new pictures
+        z = head(fresh.tokens)
+        cosines, same = z @ z.T, fresh.individual[:, None] == fresh.individual
+        same_pairs = cosines[same & ~torch.eye(len(z), dtype=torch.bool)]
+        assert analysis.auc(same_pairs.numpy(), cosines[~same].numpy()) > 0.9
+
+    def test_a_left_out_fold_is_never_read(self):
+        pictures = self.pictures()
+        pictures.tokens[pictures.fold == 1] = torch.nan
+        subject_head.train_head(pictures, self.CONFIG, without_fold=1)
+        with pytest.raises(TrainingError, match="loss is nan at step 0"):
+            subject_head.train_head(pictures, self.CONFIG, without_fold=0)
+
+    def test_too_few_individuals(self):
+        few = self.pictures()
+        few = subject_head.TrainingPictures(few.tokens[:6], few.individual[:6], few.fold[:6])
+        with pytest.raises(TrainingError, match="raise n_individuals"):
+            subject_head.train_head(few, self.CONFIG)
+
+    def test_training_pictures(self, dino):
+        individuals = line_up(_cat())[:2]
+        pictures = subject_head.training_pictures(dino, individuals, subject_head.HeadConfig(n_pictures=20))
+        assert pictures.tokens.shape == (40, 64, 96)
+        assert pictures.individual.tolist() == [0] * 20 + [1] * 20 and set(pictures.fold.tolist()) == {-1, 0, 1}
+
+
+def _cat():
+    return controlled_pairs(["cat"], 1)[0].reference.subject
+
+
+def test_the_notebook(tmp_path):
+    small = ["-y", "class_nouns: [cat]", "-p", "n_pairs", "4", "-p", "n_individuals", "8", "-r", "device", "cpu"]
+    result = papermill("05_dino_metric", tmp_path / "out.ipynb", *small, "-r", "run_out", tmp_path / "run")
+    assert result.returncode == 0, result.stderr[-3000:]
+    run = read_run(tmp_path / "run", "05_dino_metric")
+    changes = run.table("changes.csv")
+    assert len(changes) == 4 * len(CHANGES)
+    wanted = {
+        "class_noun",
+        "subject",
+        "pair",
+        "change",
+        "same_identity",
+        "activity",
+        "dino",
+        "clip_i",
+        "judge_identity",
+    }
+    assert wanted | set(analysis.LABELS) <= set(changes)
+    assert set(run.table("metrics.csv")["pictures"]) == {"renders", "reconstructions"}
+    assert {"photos.csv", "figures/metrics.png", "figures/cost_of_changes.png"} <= set(run.outputs)
