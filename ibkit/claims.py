@@ -364,8 +364,8 @@ def _both_kinds_learn_faster(table: pd.DataFrame) -> _Outcome:
     if rows.empty:
         raise _CannotTest("prompt_kinds.csv has no pair of finished runs of both arms.")
     told = [
-    """C7. Reproduced when identifier prompts alone need more images: the whole interval of the ratio lies above 1.
-        f"both kinds and {row.reached_other} with the identifier alone got there), {row.verdict}"
+        f"{row.dreambooth_steps} DreamBooth steps: ratio {row.ratio:.2f} ({row.reached_both} of {row.n_pairs} runs "
+        f"with both kinds and {row.reached_other} with the identifier alone got there), {row.verdict}"
         for row in rows.itertuples()
     ]
     last = rows.iloc[-1]
