@@ -253,7 +253,7 @@ def metric_figure(
 
 
 def pose_figure(table: pd.DataFrame, column: str, title: str = "") -> tuple[Figure, pd.DataFrame]:
-    """Draw a metric against how much of the silhouette stayed in place: each activity's mean over all pairs.
+    """Draw a metric by activity, against how much of the silhouette stayed, and against how much changed around it.
 
     Args:
         table: of `subject_changes.score_pairs`; pairs that change the pose of a subject at rest are drawn.
@@ -261,24 +261,25 @@ def pose_figure(table: pd.DataFrame, column: str, title: str = "") -> tuple[Figu
         title: above the figure.
 
     Returns:
-        The figure, and one row for each group of classes and activity: activity, classes, mask_iou, the metric, n.
+        The figure, and one row an activity: activity, n, and means: the metric, mask_iou, changed_outside.
     """
     poses = table[(table["change"] == "pose") & (table["reference_activity"] == "none")]
-    means = poses.groupby("activity").agg(
-        classes=("class_noun", lambda nouns: ", ".join(dict.fromkeys(nouns))),
-        mask_iou=("mask_iou", "mean"),
-        **{column: (column, "mean")},
-        n=(column, "size"),
-    )
-    means = means.sort_values(column).reset_index()
+    by_activity = poses.groupby("activity")[[column, "mask_iou", "changed_outside"]]
+    means = by_activity.mean().assign(n=by_activity.size()).sort_values(column).reset_index()
+    panels = {
+        "mask_iou": "silhouette that stayed (IoU of the true masks)",
+        "changed_outside": "changed around the subject",
+    }
     with matplotlib.rc_context(HOUSE_STYLE):
-        figure = NotebookFigure(figsize=(9.6, 4.4), layout="constrained")
-        ranks, scatter = figure.subplots(1, 2, width_ratios=(1, 1.15))
+        figure = NotebookFigure(figsize=(11.5, 4.2), layout="constrained")
+        ranks, *scatters = figure.subplots(1, 3)
         ranks.plot(means[column], means["activity"], "o", color=SAME_COLOUR)
-        ranks.set(title="Activities, from the lowest", xlabel=f"mean {LABELS[column]} against the subject at rest")
-        scatter.scatter(poses["mask_iou"], poses[column], s=12, color=METHOD_COLOURS["base"], alpha=0.5, label="pairs")
-        scatter.scatter(means["mask_iou"], means[column], s=46, color=SAME_COLOUR, label="activities")
-        scatter.set(title="Silhouette that stayed", xlabel="true masks: intersection over union", ylabel=LABELS[column])
-        scatter.legend(loc="lower right")
+        ranks.set(title="Activities, from the lowest", xlabel=f"mean {LABELS[column]}")
+        for (quantity, label), axis in zip(panels.items(), scatters, strict=True):
+            axis.scatter(poses[quantity], poses[column], s=12, color=METHOD_COLOURS["base"], alpha=0.5, label="pairs")
+            axis.scatter(means[quantity], means[column], s=46, color=SAME_COLOUR, label="means of activities")
+            axis.set(xlabel=label, ylabel=LABELS[column], title="Pose" if quantity == "mask_iou" else "Things")
+        scatters[1].xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        scatters[0].legend(loc="lower right")
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     return figure, means

@@ -45,6 +45,7 @@ OTHER_SUBJECT = ("identity", "identity and pose", "everything")
 CHANGES = SAME_SUBJECT + OTHER_SUBJECT
 PAIRS_PER_SUBJECT = 4
 N_FOLDS = 2
+VISIBLE_DIFFERENCE = 25  # of 255, in any colour channel
 
 
 @dataclass(frozen=True)
@@ -198,6 +199,16 @@ def mask_iou(a: Scene, b: Scene) -> float:
     return float((first & second).sum() / max((first | second).sum(), 1))
 
 
+def changed_outside(a: Scene, b: Scene) -> float:
+    """Share of the pixels outside both scenes' subjects that look different: the things that an activity brings, where
+    place and view are the same.
+    """
+    outside = np.logical_and(*(np.asarray(subject_mask(scene)) == 0 for scene in (a, b)))
+    first, second = (np.asarray(render(scene), dtype=int) for scene in (a, b))
+    different = np.abs(first - second).max(axis=2) > VISIBLE_DIFFERENCE
+    return float((different & outside).sum() / max(outside.sum(), 1))
+
+
 # --- the table -------------------------------------------------------------------------------------------------
 
 
@@ -219,8 +230,8 @@ def score_pairs(
 
     Returns:
         One row a pair: class_noun, subject, pair, change, same_identity, same_colour (body colours), fold,
-        reference_activity, activity, mask_iou, judge_identity (1 where the judge takes the changed picture for the
-        reference's subject), and a column for each scorer.
+        reference_activity, activity, mask_iou, changed_outside, judge_identity (1 where the judge takes the changed
+        picture for the reference's subject), and a column for each scorer.
     """
     by_reference: dict[tuple, list[Pair]] = {}
     by_subject: dict[Subject, list[Pair]] = {}
@@ -253,6 +264,7 @@ def score_pairs(
             "reference_activity": pair.reference.activity,
             "activity": pair.changed.activity,
             "mask_iou": mask_iou(pair.reference, pair.changed),
+            "changed_outside": changed_outside(pair.reference, pair.changed),
             **values[pair],
         }
         for pair in pairs
