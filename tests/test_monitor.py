@@ -57,6 +57,13 @@ def test_the_monitor_separates_the_two_kinds_of_prompts():
     assert monitor([RED], prompts[2:]) == {"judge_activity_class": 1.0}
 
 
+def test_only_prompts_that_name_an_activity_count_in_its_share():
+    monitor = SubjectMonitor(CAT, [RED], Likeness(), Answers())
+    prompts = [CAT.prompt("playing soccer at the beach"), CAT.prompt("in the park"), CAT.prompt("in the park", False)]
+    assert monitor([RED, RED, RED], prompts) == {"monitor": 1.0, "judge_activity": 1.0, "judge_identity": 0.0}
+    assert "judge_activity" not in monitor([RED], prompts[1:2])
+
+
 def test_a_second_text_scorer_reads_the_prompt_without_the_identifier():
     def scorer(images, texts=None, references=None):
         assert references is None and texts == ["a cat playing soccer"] * len(images)
