@@ -315,7 +315,10 @@ def shares(decided: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     asked = decided[decided["question"] != "preference"]
-    for (question, method), part in asked.groupby(["question", "method"], sort=False):
+    cells = {cell: part for cell, part in asked.groupby(["question", "method"])}
+    order = [(question, method) for question in QUESTIONS for method in in_method_order(asked["method"])]
+    for question, method in [cell for cell in order if cell in cells]:
+        part = cells[question, method]
         interval = _interval(part, "value")
         rows.append(
             {"question": question, "method": method, **vars(interval)}
@@ -411,12 +414,13 @@ def kappas(votes: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         Table: question, methods ("" = all, or "a – b"), kappa, low, high (NaN where κ is not defined), observed
-        (share of agreeing pairs of raters), expected (by chance), n (items), raters.
+        (share of agreeing pairs of raters), expected (by chance), n (items), raters. Empty for a single rater, who
+        agrees with nobody.
     """
     votes = check_votes(votes)
     n_raters = votes["rater"].nunique()
     decided = majority(votes)
-    decided = decided[decided["n_raters"] == n_raters]
+    decided = decided[(decided["n_raters"] == n_raters) & (n_raters > 1)]
     decided = decided.assign(
         methods=[f"{a} – {b}" if a else "" for a, b in decided[["method_a", "method_b"]].to_numpy()]
     )

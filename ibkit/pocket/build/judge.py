@@ -38,7 +38,7 @@ def reconstruct(folder: Path, pictures: Pictures, vae, device, dtype) -> np.ndar
 
     Cached, keyed by the decoder's weights: eight judges train on them.
     """
-    key = hash_json([float(p.double().sum()) for p in vae.decoder.parameters()])[:12]
+    key = hash_json([float(p.detach().double().sum()) for p in vae.decoder.parameters()])[:12]
     path = folder / f"reconstructions-{len(pictures)}-{key}.npy"
     if not path.exists():
         vae = vae.to(device=device, dtype=dtype).requires_grad_(False)
