@@ -214,7 +214,7 @@ def overlap_by_role(summary: pd.DataFrame, measure: str = "lift", title: str = "
     """Overlap of each word's attention with the subject's true mask, a colour for each model.
 
     Args:
-        summary: from `detailed_description.overlap_by_word`.
+        summary: from `attention_overlap.overlap_by_word`.
         measure: "lift" or "auc".
 
     Returns:

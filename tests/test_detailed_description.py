@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 from ibkit import attention_figures
+from ibkit import attention_overlap as overlap
 from ibkit import detailed_description as ablation
 from ibkit.attention import AttentionRecord, auc, lift, mask_at, record_attention
 from ibkit.data.subject import PersonalizedSubject, world_photos
@@ -296,7 +297,7 @@ def test_known_words_are_those_of_captions():
 
 
 def test_words_and_their_roles():
-    assert ablation.words_of(WHO, "playing soccer") == {
+    assert overlap.words_of(WHO, "playing soccer") == {
         "a": "filler",
         "sks": "identifier",
         "triangular": "description",
@@ -304,12 +305,12 @@ def test_words_and_their_roles():
         "playing soccer": "activity",
     }
     template = dataclasses.replace(WHO, description="big triangular")
-    assert list(ablation.words_of(template, "my {subject} asleep")) == ["sks", "big", "triangular", "monster toy"]
+    assert list(overlap.words_of(template, "my {subject} asleep")) == ["sks", "big", "triangular", "monster toy"]
 
 
 def test_overlap_is_what_a_record_gives(tiny):
-    scenes = ablation.new_scenes(RARE_SUBJECT, ["dancing", "sleeping"], 1, 0, "test")
-    table = ablation.overlap(tiny, WHO, scenes, [900, 100], seed=3)
+    scenes = overlap.new_scenes(RARE_SUBJECT, ["dancing", "sleeping"], 1, 0, "test")
+    table = overlap.overlap(tiny, WHO, scenes, [900, 100], seed=3)
     assert len(table) == 2 * 2 * (5 + 1)
     prompt, photo = (
         "a sks triangular monster toy sleeping",
@@ -334,7 +335,7 @@ def test_overlap_averages_timesteps_first_and_counts_scenes_and_seeds():
          "scene": scene, "t": t, "lift": seed + scene + t / 1000, "auc": 0.5}
         for seed in (0, 1) for scene in (0, 1) for t in (0, 500)
     ]  # fmt: skip
-    summary = ablation.overlap_by_word(pd.DataFrame(rows)).set_index("measure")
+    summary = overlap.overlap_by_word(pd.DataFrame(rows)).set_index("measure")
     assert summary.loc["lift", "value"] == pytest.approx(0.5 + 0.5 + 0.25)
     assert (summary.loc["lift", "n"], summary.loc["lift", "seeds"]) == (4, 2)
     assert summary.loc["auc", "low"] == summary.loc["auc", "high"] == 0.5
