@@ -55,7 +55,7 @@ class HeadConfig:
 
 
 class IdentityHead(nn.Module):
-    """Four learned questions to the patches, each answered by a weighted mean of what the patches say (80 thousand
+    """Four learned questions to the patches, each answered by a weighted mean of what the patches say (62 thousand
     weights for the pocket DINO).
     """
 
