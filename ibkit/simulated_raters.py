@@ -1,9 +1,9 @@
-"""Simulated raters: seven small judges of the pocket world answer the questions of the human study.
+"""Simulated raters: judges of the pocket world answer the questions of the human study.
 
-They are networks, trained apart from everything that is optimised and from the judge that scores the evaluation, each
-from a seed of its own (`ibkit.pocket.build`, stage `raters`); like people they err, and not all in the same places.
-What they say shows that the study works, and what people might say; it is not what people say, and is called
-simulated.
+They are the judge that scores the evaluation and six smaller networks, each trained from a seed of its own
+(`ibkit.pocket.build`, stage `raters`) and apart from everything that is optimised; like people they err, and not all in
+the same places. What they say shows that the study works, and what people might say; it is not what people say, and
+is called simulated.
 """
 
 from __future__ import annotations
@@ -47,8 +47,8 @@ class Sight:
 
 
 def load_raters(device: str | torch.device = "cpu") -> dict[str, Judge]:
-    """The shipped raters by name; each has its own accuracy in `card["accuracy"]`."""
-    return {name: Judge.load(device, name=name) for name in RATERS}
+    """The seven by name; each has its own accuracy in `card["accuracy"]`."""
+    return {name: Judge.load(device, name=name) for name in (*RATERS, "judge")}
 
 
 def simulate(

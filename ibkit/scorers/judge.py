@@ -1,8 +1,8 @@
 """The judge of the pocket world: which class, activity, place, accessory, and which individual of a line-up.
 
 It answers from the picture alone, was trained apart from every scorer (`ibkit.pocket.build.judge`) and is never a
-reward. Seven smaller ones, each of its own seed, vote in notebook 07 in the place of the paper's human raters, and are
-called simulated.
+reward. Six smaller ones, each of its own seed, vote with it in notebook 07 in the place of the paper's human raters,
+and are called simulated.
 
 Shapes: N pictures, D = 64 identity dimensions.
 """
@@ -42,8 +42,8 @@ ANSWERS: dict[str, tuple[str, ...]] = {
 }
 IDENTITY_DIM = 64
 JUDGE_WIDTHS = (24, 48, 96, 128)  # channels of the judge's four resolutions
-# The seven that vote as simulated raters in notebook 07: smaller networks, each of its own seed.
-RATERS = tuple(f"rater-{k}" for k in range(1, 8))
+# Smaller networks, each of its own seed: with the judge they are the seven simulated raters of notebook 07.
+RATERS = tuple(f"rater-{k}" for k in range(1, 7))
 RATER_WIDTHS = (16, 16, 24, 32)
 
 

@@ -76,22 +76,25 @@ def measure_judges(build: Build, widths: dict[str, tuple[int, ...]]) -> None:
     """
     scenes = build.test_pictures.scenes[:N_PICTURES]
     renders = [Image.fromarray(build.test_pictures.images[i]) for i in range(N_PICTURES)]
+    truths = {q: torch.tensor([ANSWERS[q].index(facts(s)[q]) for s in scenes]) for q in ANSWERS}
     kinds, parades = {"renders": renders, "reconstructions": _reconstruct(build, renders)}, _parades(build)
     for name, width in widths.items():
         net = JudgeNet(width)
         net.load_state_dict(load_float(build.folder / f"{name}.safetensors"))
         judge = Judge(net, {}, build.device)
-        accuracy = {
-            q: {
-                kind: judge.agrees(images, q, [facts(s)[q] for s in scenes]).mean().item()
-                for kind, images in kinds.items()
-            }
-            | {"n": N_PICTURES}
-            for q in ANSWERS
-        }
-        found = [{kind: judge.identifies(images, who) for kind, images in shown.items()} for who, shown in parades]
-        accuracy["identity"] = {kind: torch.cat([f[kind] for f in found]).mean().item() for kind in kinds}
-        accuracy["identity"]["n"] = N_PARADES
+        accuracy = {q: {} for q in (*ANSWERS, "identity")}
+        for kind, images in kinds.items():
+            answers, _ = judge.look(images)
+            for q, truth in truths.items():
+                accuracy[q][kind] = (answers[q].argmax(1) == truth).float().mean().item()
+        picked = {kind: [] for kind in kinds}
+        for who, shown in parades:
+            centres = judge.centres(line_up(who))
+            for kind, images in shown.items():
+                picked[kind] += [(judge.look(images)[1] @ centres.T).argmax(1) == 0]
+        accuracy["identity"] = {kind: torch.cat(hits).float().mean().item() for kind, hits in picked.items()}
+        for q, shares in accuracy.items():
+            shares["n"] = N_PARADES if q == "identity" else N_PICTURES
         save_half(net.state_dict(), build.weights / "judge" / f"{name}.safetensors")
         card = json.dumps({"widths": width, "accuracy": accuracy}, indent=2)
         (build.weights / "judge" / f"{name}.json").write_text(card + "\n")
@@ -212,8 +215,8 @@ def _write(build: Build, numbers: list[tuple[str, float, float | None, int]]) ->
     ]
     lines += [
         "",
-        "Seven small judges vote as **simulated** raters in notebook 07; share of right answers on the same pictures,",
-        f"renders / reconstructions (n = {N_PICTURES}; identity {N_PARADES}):",
+        f"{len(RATERS)} small judges vote with the judge as **simulated** raters in notebook 07; their share of right",
+        f"answers on the same pictures, renders / reconstructions (n = {N_PICTURES}; identity {N_PARADES}):",
         "",
         f"| rater | {' | '.join(raters[RATERS[0]]['accuracy'])} |",
         "|---" * (len(raters[RATERS[0]]["accuracy"]) + 1) + "|",

@@ -1,5 +1,5 @@
-"""Stage 3: the judge, trained apart from every scorer and never used as a reward, and the seven small judges that vote
-as simulated raters. See `ibkit.scorers.judge` for what they answer.
+"""Stage 3: the judge, trained apart from every scorer and never used as a reward, and the small judges that vote as
+simulated raters. See `ibkit.scorers.judge` for what they answer.
 
 A small convolutional network on renders with noise, blur and the autoencoder's own reconstructions. Identity is an
 embedding trained by
@@ -36,7 +36,7 @@ ATTRIBUTES = {
 def reconstruct(folder: Path, pictures: Pictures, vae, device, dtype) -> np.ndarray:
     """The autoencoder's pictures of the first scenes of each group, uint8 (groups, RECONSTRUCTED, 64, 64, 3).
 
-    Cached, keyed by the decoder's weights: eight judges train on them.
+    Cached, keyed by the decoder's weights: all judges train on them.
     """
     key = hash_json([float(p.detach().double().sum()) for p in vae.decoder.parameters()])[:12]
     path = folder / f"reconstructions-{len(pictures)}-{key}.npy"
