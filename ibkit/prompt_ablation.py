@@ -262,8 +262,8 @@ def explained_share(rewards: torch.Tensor, shown: torch.Tensor) -> float:
     """Share of the rewards' variance that goes with showing the activity, η² = Var(E[r | shown]) / Var(r).
 
     It is 0 where every picture shows the activity or none does: then the advantages of the prompt, whatever their
-    size, rank the pictures by something else. Of N pictures in which the two have nothing to do with each other it is
-    1 / (N - 1) on average.
+    size, rank the pictures by something else, at best by how nearly they show it. Of N pictures in which the two have
+    nothing to do with each other it is 1 / (N - 1) on average.
 
     Args:
         rewards: (N,) of one prompt.
