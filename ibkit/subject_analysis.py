@@ -74,7 +74,14 @@ def _subjects(wide: pd.DataFrame) -> np.ndarray:
 
 
 def subject_auc(
-    table: pd.DataFrame, column: str, same: str, other: str, *, n_resamples: int = 2000, seed: int = 0
+    table: pd.DataFrame,
+    column: str,
+    same: str,
+    other: str,
+    minus: str = "",
+    *,
+    n_resamples: int = 2000,
+    seed: int = 0,
 ) -> Interval:
     """AUC of the same subject against another, within each subject's references, as a mean over subjects.
 
@@ -82,23 +89,39 @@ def subject_auc(
         table: of `subject_changes.score_pairs`.
         column: the metric.
         same, other: changes that keep and that replace the subject, such as "pose" and "identity and pose".
+        minus: a metric whose AUC on the same pairs is taken away; empty = none.
 
     Returns:
-        The AUC, its 95 % interval, and the number of references.
+        The AUC (or the difference), its 95 % interval, and the number of references.
     """
-    wide = side_by_side(table, column, (same, other))
-    subjects, values = _subjects(wide), wide.to_numpy()
-    drawn = resample_weights(subjects, len(wide), n_resamples, seed)
-    weights = np.concatenate([np.ones((1, len(wide))), drawn])  # the first is the sample itself
-    won = np.zeros(len(weights))
+    tables = [side_by_side(table, name, (same, other)) for name in (column, minus) if name]
+    subjects = _subjects(tables[0])
+    drawn = resample_weights(subjects, len(subjects), n_resamples, seed)
+    weights = np.concatenate([np.ones((1, len(subjects))), drawn])  # the first is the sample itself
+    first, *second = [_weighted_auc(wide.to_numpy(), subjects, weights) for wide in tables]
+    aucs = first - second[0] if second else first
+    low, high = np.quantile(aucs[1:], [0.025, 0.975])
+    return Interval(float(aucs[0]), float(low), float(high), len(subjects))
+
+
+def _weighted_auc(values: np.ndarray, subjects: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Mean over subjects of the AUC within each, for every row of weights: (N, 2), (N,), (R, N) -> (R,).
+
+    Of a subject's n × n comparisons n are within a reference. A resample that holds a reference twice would have more
+    of them, and they are easier (same pose, same place), so both kinds keep their share: 1/n and 1 − 1/n. Where a
+    resample holds only one reference of a subject, the comparisons across its references are the sample's.
+    """
+    total = np.zeros(len(weights))
     for subject in np.unique(subjects):
         rows = subjects == subject
-        w, total = weights[:, rows], weights[:, rows].sum(1)
-        pairs_won = ((w @ _wins(values[rows, 0], values[rows, 1])) * w).sum(1)
-        won += np.divide(pairs_won, total, out=np.zeros_like(total), where=total > 0)
-    aucs = won / weights.sum(1)
-    low, high = np.quantile(aucs[1:], [0.025, 0.975])
-    return Interval(float(aucs[0]), float(low), float(high), len(wide))
+        w, wins, n = weights[:, rows], _wins(values[rows, 0], values[rows, 1]), rows.sum()
+        own_wins, own = w @ wins.diagonal(), w.sum(1)
+        across_wins, across = ((w @ wins) * w).sum(1) - (w**2) @ wins.diagonal(), own**2 - (w**2).sum(1)
+        within = np.divide(own_wins, own, out=np.zeros_like(own), where=own > 0)
+        of_sample = (wins.sum() - wins.trace()) / max(n * (n - 1), 1)
+        between = np.divide(across_wins, across, out=np.full_like(own, of_sample), where=across > 0)
+        total += own * (within / n + between * (1 - 1 / n))
+    return total / weights.sum(1)
 
 
 def fall(table: pd.DataFrame, column: str, change: str, below: str = "view") -> Interval:
@@ -118,12 +141,12 @@ def pose_cost(table: pd.DataFrame, column: str) -> Interval:
     return bootstrap_statistic(columns, lambda pose, identity: (1 - pose) / (1 - identity), _subjects(wide))
 
 
-def misranked(table: pd.DataFrame, column: str) -> Interval:
-    """Share of references for which the same individual in another pose scores below another individual in the same
-    pose; a tie counts a half.
+def misranked(table: pd.DataFrame, column: str, same: str = "pose", other: str = "identity") -> Interval:
+    """Share of references for which the same individual, changed otherwise (`same`), scores below another individual in
+    the reference's own pose and place; a tie counts a half.
     """
-    wide = side_by_side(table, column, ("pose", "identity"))
-    wrong = (wide["pose"] < wide["identity"]) + 0.5 * (wide["pose"] == wide["identity"])
+    wide = side_by_side(table, column, (same, other))
+    wrong = (wide[same] < wide[other]) + 0.5 * (wide[same] == wide[other])
     return mean_interval(wrong.to_numpy(), _subjects(wide))
 
 
@@ -153,11 +176,15 @@ def compare_metrics(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame
     """Every metric's AUC under a change of pose and of everything, its cost of pose, and how often it misranks.
 
     Returns:
-        Tidy table: metric, measure ("auc_pose", "auc_everything", "pose_cost", "misranked"), value, low, high, n.
+        Tidy table: metric, measure (auc_pose, auc_everything, both also as the difference to DINO's on the same pairs:
+        auc_pose_over_dino, auc_everything_over_dino; pose_cost; misranked), value, low, high, n.
     """
+    pose, everything = ("pose", "identity and pose"), ("everything but identity", "everything")
     measures = {
-        "auc_pose": lambda column: subject_auc(table, column, "pose", "identity and pose"),
-        "auc_everything": lambda column: subject_auc(table, column, "everything but identity", "everything"),
+        "auc_pose": lambda column: subject_auc(table, column, *pose),
+        "auc_pose_over_dino": lambda column: subject_auc(table, column, *pose, minus="dino"),
+        "auc_everything": lambda column: subject_auc(table, column, *everything),
+        "auc_everything_over_dino": lambda column: subject_auc(table, column, *everything, minus="dino"),
         "pose_cost": lambda column: pose_cost(table, column),
         "misranked": lambda column: misranked(table, column),
     }
@@ -280,6 +307,6 @@ def pose_figure(table: pd.DataFrame, column: str, title: str = "") -> tuple[Figu
             axis.scatter(means[quantity], means[column], s=46, color=SAME_COLOUR, label="means of activities")
             axis.set(xlabel=label, ylabel=LABELS[column], title="Pose" if quantity == "mask_iou" else "Things")
         scatters[1].xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        scatters[0].legend(loc="lower right")
+        figure.legend(*scatters[0].get_legend_handles_labels(), loc="outside lower right", ncols=2)
         figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     return figure, means

@@ -100,6 +100,21 @@ class TestControlledPairs:
         far = dataclasses.replace(scene, view=dataclasses.replace(scene.view, dx=scene.view.dx + 0.9))
         assert subject_changes.mask_iou(scene, far) == 0
 
+    def test_changed_outside(self, pairs):
+        """Another individual at rest changes nothing but itself; a stove stands beside the cook."""
+        rest = [pair for pair in pairs if pair.reference.activity == "none"]
+        assert all(
+            subject_changes.changed_outside(pair.reference, pair.changed) < 0.01
+            for pair in rest
+            if pair.change == "identity"
+        )
+        scene = rest[0].reference
+        cook = dataclasses.replace(scene, activity="cooking a gourmet meal")
+        before, after = np.asarray(render(scene), int), np.asarray(render(cook), int)
+        outside = (np.asarray(subject_mask(scene)) == 0) & (np.asarray(subject_mask(cook)) == 0)
+        expected = (np.abs(before - after).max(2) > 25)[outside].mean()
+        assert subject_changes.changed_outside(scene, cook) == pytest.approx(expected) and expected > 0.05
+
 
 class TestTable:
     class Brightness:
@@ -162,12 +177,27 @@ class TestStatistics:
         table = self.table(
             {"a": {"pose": [9, 8], "identity and pose": [7, 7]}, "b": {"pose": [2, 4], "identity and pose": [1, 3]}}
         )
-        # a: 4 of 4; b: 2 > 1, 4 > 1, 4 > 3 of 4. Pooled over subjects it would be 14 of 16 − …: another number.
+        # a: 4 of 4; b: 2 > 1, 4 > 1, 4 > 3 of 4. Across subjects, b's 2 and 4 would lose to a's 7 too.
         found = analysis.subject_auc(table, "x", "pose", "identity and pose")
         assert found.value == pytest.approx((1 + 0.75) / 2) and found.n == 4
         assert 0.5 <= found.low < found.value < found.high <= 1
         turned = analysis.subject_auc(table, "x", "identity and pose", "pose")
         assert turned.value == pytest.approx(1 - found.value)
+        table["y"] = -table["x"]
+        gain = analysis.subject_auc(table, "x", "pose", "identity and pose", minus="y")
+        assert gain.value == pytest.approx(found.value - turned.value) and gain.low < gain.value < gain.high
+
+    def test_resampling_does_not_shift_the_auc(self):
+        """Within a reference the subject always wins, across references it is a coin; copies of a reference in a
+        resample are no new references."""
+        rng = np.random.default_rng(0)
+        scores = {}
+        for k in range(60):
+            level = rng.normal(size=4) * 100
+            scores[f"s{k}"] = {"pose": list(level + 1), "identity and pose": list(level)}
+        found = analysis.subject_auc(self.table(scores), "x", "pose", "identity and pose")
+        assert found.value == pytest.approx(0.25 + 0.75 / 2, abs=0.01)
+        assert (found.low + found.high) / 2 == pytest.approx(found.value, abs=0.02)
 
     def test_interval_is_over_subjects(self):
         """Ten references of one subject are one subject: adding copies of them must not narrow the interval to it."""
