@@ -13,11 +13,14 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
 from PIL import Image, ImageOps
 
+from ibkit.data.photos import load_subject_photos
+from ibkit.data.subject import demo_subject, world_photos
 from ibkit.errors import ParameterError, ScoreError
 from ibkit.models import TextToImage
 from ibkit.pocket.draw import render, subject_mask
@@ -275,6 +278,32 @@ def score_pairs(
 # --- photos without truth --------------------------------------------------------------------------------------
 
 
+PHOTO_PX = 256  # what DINO's own evaluation resizes to
+
+
+def photos_to_compare(folder: Path | None, class_noun: str) -> tuple[list[Image.Image], list[str]]:
+    """A user's photos and their names; without a folder those of the pocket world's own individual of a class.
+
+    Raises:
+        PhotoError: see `load_subject_photos`.
+        ScoreError: fewer than two photos.
+    """
+    if folder is None:
+        photos = world_photos(demo_subject(class_noun))
+        return photos, [f"{class_noun} {i + 1}" for i in range(len(photos))]
+    loaded = load_subject_photos(folder, PHOTO_PX)
+    _require_two(loaded)
+    return [photo.image for photo in loaded], [photo.name for photo in loaded]
+
+
+def _require_two(photos: Sequence) -> None:
+    if len(photos) < 2:
+        raise ScoreError(
+            f"There is {len(photos)} photo of the subject, and photos are compared with each other here: "
+            "give a folder with two or more."
+        )
+
+
 def score_photos(
     photos: Sequence[Image.Image], names: Sequence[str], scorers: Mapping[str, Scorer], crop: float = 0.85
 ) -> pd.DataFrame:
@@ -294,11 +323,7 @@ def score_photos(
     Raises:
         ScoreError: fewer than two photos.
     """
-    if len(photos) < 2:
-        raise ScoreError(
-            f"There is {len(photos)} photo of the subject, and photos are compared with each other here: "
-            "give a folder with two or more."
-        )
+    _require_two(photos)
     parts = []
     for i, (photo, name) in enumerate(zip(photos, names, strict=True)):
         margin = [round(side * (1 - crop) / 2) for side in photo.size]

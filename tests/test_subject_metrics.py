@@ -10,6 +10,7 @@ from PIL import Image
 
 from ibkit import subject_analysis as analysis
 from ibkit import subject_changes, subject_head, subject_metrics
+from ibkit.data.photos import PhotoWarning
 from ibkit.errors import ParameterError, ScoreError, TrainingError
 from ibkit.pocket.draw import render, subject_mask
 from ibkit.pocket.world import Scene, line_up, reference_scenes
@@ -151,6 +152,16 @@ class TestTable:
         assert others["x"].max() == pytest.approx(1 - 100 / 255)
         with pytest.raises(ScoreError, match="There is 1 photo of the subject.* two or more"):
             subject_changes.score_photos(photos[:1], ["a"], {"x": self.Brightness()})
+
+    def test_photos_to_compare(self, tmp_path):
+        Image.new("RGB", (80, 90), "red").save(tmp_path / "1.png")
+        with pytest.warns(PhotoWarning), pytest.raises(ScoreError, match="give a folder with two or more"):
+            subject_changes.photos_to_compare(tmp_path, "cat")
+        Image.new("RGB", (300, 280), "blue").save(tmp_path / "2.jpg")
+        with pytest.warns(PhotoWarning, match="enlarged"):
+            photos, names = subject_changes.photos_to_compare(tmp_path, "cat")
+        assert names == ["1.png", "2.jpg"] and [photo.size for photo in photos] == [(256, 256)] * 2
+        assert len(subject_changes.photos_to_compare(None, "pot")[0]) == 5
 
 
 class TestStatistics:
