@@ -378,7 +378,7 @@ def _both_kinds_learn_faster(table: pd.DataFrame) -> _Outcome:
 
 def _raters_prefer_instructbooth(votes: pd.DataFrame) -> _Outcome:
     """C9. Reproduced when the whole interval of the rate at which InstructBooth is preferred lies above one half."""
-    from ibkit.study import check_votes, kappas, preference_rate
+    from ibkit.study.votes import check_votes, kappas, preference_rate
 
     votes = check_votes(votes)
     try:
@@ -392,7 +392,8 @@ def _raters_prefer_instructbooth(votes: pd.DataFrame) -> _Outcome:
         if not row.methods or set(row.methods.split(" – ")) == {"instructbooth", "dreambooth"}
     )
     detail = f"{votes['rater'].nunique()} {kind}, majority; agreement by Fleiss' kappa: {agreement}"
-    seeds = votes.loc[votes["question"] == "preference", "rl_seed"].nunique()
+    asked = votes[votes["question"] == "preference"]
+    seeds = asked.loc[asked["rl_seed"] >= 0, "rl_seed"].nunique()  # below 0: pairs without RL
     return _Outcome("preference", rate, rate.low > 0.5, detail, seeds, "fraction of pairs")
 
 

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 
-from ibkit import evaluation, study
+from ibkit import evaluation
 from ibkit.data.subject import PersonalizedSubject, demo_subject, world_photos
 from ibkit.errors import ArtifactError, ParameterError, StudyError
 from ibkit.pocket.build.autoencoder import new_autoencoder
@@ -22,13 +22,14 @@ from ibkit.pocket.build.data import Pictures
 from ibkit.pocket.build.judge import reconstruct, train
 from ibkit.pocket.draw import render
 from ibkit.pocket.world import NO_ACTIVITY, sample_scene, sample_subject
-from ibkit.rating_page import RatingPage
-from ibkit.ratings import RatingSession, append_line, merge_ratings, ratings_file, read_ratings, tasks_of
 from ibkit.runs import Run, project_root, read_run
 from ibkit.scorers.judge import RATERS, Judge
-from ibkit.simulated_raters import Sight, _prefer, load_raters, simulate
 from ibkit.stats import mean_interval
-from ibkit.study import (
+from ibkit.study import votes as study
+from ibkit.study.page import RatingPage
+from ibkit.study.ratings import RatingSession, append_line, merge_ratings, ratings_file, read_ratings, tasks_of
+from ibkit.study.simulated import Sight, _prefer, load_raters, simulate
+from ibkit.study.votes import (
     QUESTIONS,
     VOTE_COLUMNS,
     bradley_terry,
@@ -375,7 +376,7 @@ def test_the_page_resumes_with_the_instruction_of_its_part(items, evaluated, tmp
 
 
 def test_statistics_load_no_widgets_and_no_torch():
-    code = "import sys, ibkit.study, ibkit.ratings; print({'torch', 'ipywidgets'} & set(sys.modules))"
+    code = "import sys, ibkit.study.votes, ibkit.study.ratings; print({'torch', 'ipywidgets'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.stdout.strip() == "set()", result.stdout + result.stderr
 

@@ -5,8 +5,8 @@ Three questions, as in InstructBooth, section 3.3 and appendix F: *subject* (is 
 (which of two pictures of the same prompt and the same noise is better?). Several raters answer each item, and the
 majority counts.
 
-Votes are a tidy table, one row a vote, with the columns `VOTE_COLUMNS`. Files of ratings are `ibkit.ratings`, the page
-is `ibkit.rating_page`, simulated raters are `ibkit.simulated_raters`; nothing here needs a widget or a network.
+Votes are a tidy table, one row a vote, with the columns `VOTE_COLUMNS`. Files of ratings are `ibkit.study.ratings`, the
+page is `ibkit.study.page`, simulated raters are `ibkit.study.simulated`; nothing here needs a widget or a network.
 
 Shape legend: N items, M methods, R resamples.
 """

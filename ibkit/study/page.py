@@ -15,8 +15,8 @@ import ipywidgets as widgets
 from PIL import Image
 
 from ibkit.errors import StudyError
-from ibkit.ratings import RatingSession
-from ibkit.study import QUESTIONS, read_picture
+from ibkit.study.ratings import RatingSession
+from ibkit.study.votes import QUESTIONS, read_picture
 
 PICTURE_PX = 256  # width of a picture on the page; small ones are enlarged by whole pixels
 

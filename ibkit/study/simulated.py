@@ -19,7 +19,7 @@ from ibkit.data.subject import PersonalizedSubject
 from ibkit.errors import StudyError
 from ibkit.pocket.world import Subject, line_up, said_in
 from ibkit.scorers.judge import ANSWERS, RATERS, Judge
-from ibkit.study import VOTE_COLUMNS, check_votes, read_picture
+from ibkit.study.votes import VOTE_COLUMNS, check_votes, read_picture
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ import pandas as pd
 
 from ibkit.errors import StudyError
 from ibkit.runs import resolve
-from ibkit.study import QUESTIONS, VOTE_COLUMNS, check_votes, study_name
+from ibkit.study.votes import QUESTIONS, VOTE_COLUMNS, check_votes, study_name
 
 SCHEMA = 1
 UNDO = "undo"
@@ -253,7 +253,7 @@ def ratings_file(folder: str | Path, rater: str) -> Path:
 
 
 class RatingSession:
-    """One rater's way through the items, without anything on a screen; `rating_page.RatingPage` shows it.
+    """One rater's way through the items, without anything on a screen; `page.RatingPage` shows it.
 
     It starts where the rater's file ends.
 

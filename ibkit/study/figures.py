@@ -15,9 +15,9 @@ from PIL import Image
 
 from ibkit.figures import FAINT, HOUSE_STYLE, INK, METHOD_COLOURS, METHOD_MARKERS, NotebookFigure
 from ibkit.published import published
-from ibkit.ratings import Task
 from ibkit.stats import in_method_order, method_label
-from ibkit.study import QUESTIONS, read_picture
+from ibkit.study.ratings import Task
+from ibkit.study.votes import QUESTIONS, read_picture
 
 FIDELITY = {"text": "Text fidelity", "subject": "Subject fidelity"}
 COUNTERPART = {"text": "people_text", "subject": "people_subject"}  # what published.py calls table 1's columns

@@ -1,0 +1,1 @@
+"""People, or simulated raters, compare the methods' pictures: items, votes, files of ratings, the page; notebook 07."""
