@@ -175,7 +175,8 @@ def train_arm(
     )
     run.write_table(f"{arm.folder}/history.csv", pd.DataFrame(history))
     run.write_tensors(arm.weights, model.unet.state_dict())
-    shutil.rmtree(folder / "checkpoints", ignore_errors=True)  # their work is done
+    if (checkpoints := folder / "checkpoints").exists():
+        shutil.rmtree(checkpoints)  # their work is done
 
 
 def load_arm(run: Run, arm: Arm, base: TextToImage) -> TextToImage:
