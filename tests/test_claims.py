@@ -188,7 +188,7 @@ def claim_of(name, table):
     ]
 
 
-def described(shape_with, shape_without):
+def described(with_, without):
     return pd.DataFrame(
         {
             "description": described,
@@ -196,8 +196,8 @@ def described(shape_with, shape_without):
             "subject": "monster",
             "prompt_id": prompt,
             "image_seed": i,
-            "judge_shape": int(i < 10 * (shape_with if described else shape_without)),
-            "judge_identity": 1,
+            "judge_shape": 1,
+            "judge_identity": int(i < 10 * (with_ if described else without)),
             "dino": 0.5 + 0.01 * i,
         }
         for described in (True, False)
@@ -207,10 +207,10 @@ def described(shape_with, shape_without):
     )
 
 
-def test_c5_asks_whether_the_rare_shape_is_drawn():
+def test_c5_asks_whether_the_subject_is_drawn_more_often():
     claim = claim_of("description", described(0.9, 0.2))
     assert claim.verdict == "reproduced" and claim.value == pytest.approx(0.7) and (claim.n, claim.seeds) == (90, 3)
-    assert "with 90.0 %, without 20.0 %" in claim.detail and "Same subject (simulated judge) +0.0" in claim.detail
+    assert "with 90.0 %, without 20.0 %" in claim.detail and "Right shape (simulated judge) +0.0" in claim.detail
     assert claim_of("description", described(0.2, 0.2)).verdict == "not reproduced"
     photos = claim_of("description", described(0.9, 0.2).drop(columns=["judge_shape", "judge_identity"]))
     assert photos.metric == "dino" and photos.verdict == "not reproduced"
