@@ -596,6 +596,7 @@ def learning_curves(table: pd.DataFrame, column: str, title: str = "") -> tuple[
                     )
                 elif column != "monitor":
                     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+                    axis.set_ylim(bottom=0)
                 axis.xaxis.set_major_locator(MaxNLocator(integer=True))
                 axis.set(xlabel=label, ylabel=LABELS[column], title=f"{subject}, {steps} DreamBooth steps")
         handles, names = all_axes[0, 0].get_legend_handles_labels()
