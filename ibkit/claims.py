@@ -312,7 +312,7 @@ def _description_helps(table: pd.DataFrame) -> _Outcome:
 
     The judge's question for the shape alone stands in the detail: it is right less often (notebook 04).
     """
-    from ibkit.detailed_description import MEASURED, compare
+    from ibkit.experiments.detailed_description import MEASURED, compare
 
     metric = next((name for name in SUBJECT_METRICS if name in table.columns), None)
     if metric is None or not {"description", "train_seed"} <= set(table.columns):
@@ -332,7 +332,7 @@ def _pose_lowers_dino(table: pd.DataFrame) -> _Outcome:
     """C6. Reproduced when DINO of the same subject in another pose, minus that under a mere change of view, lies
     below zero with its whole interval.
     """
-    from ibkit.subject_analysis import fall, misranked, pose_cost
+    from ibkit.experiments.subject_analysis import fall, misranked, pose_cost
 
     if not {"change", "pair", "subject", "dino"} <= set(table.columns):
         raise _CannotTest("changes.csv lacks its columns: run 05_dino_metric again.")
@@ -357,7 +357,7 @@ def _both_kinds_learn_faster(table: pd.DataFrame) -> _Outcome:
 
     Compared at equal totals, from the most overfitted model of the table.
     """
-    from ibkit.prompt_ablation import efficiency
+    from ibkit.experiments.prompt_ablation import efficiency
 
     rows = efficiency(table)
     rows = rows[rows["arm"] == "identifier_equal_totals"].sort_values("dreambooth_steps")

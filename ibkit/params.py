@@ -116,7 +116,9 @@ class Evaluate(Measured):
     prompts: list[str] = param([], "activities to evaluate on; empty = those that RL trained on")
     n_images: int = param(0, "images for each prompt and method; 0 = the preset's", low=0, high=100_000)
     batch_size: int = param(0, "images made at a time; 0 = what suits the model's picture size", low=0, high=1024)
-    scorers: list[str] = param([], "metrics such as clip_t, image_reward, clip_i, dino, pick_score; empty = the first four")
+    scorers: list[str] = param(
+        [], "metrics such as clip_t, image_reward, clip_i, dino, pick_score; empty = the first four"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -57,7 +57,9 @@ def test_the_main_job_runs_the_real_notebooks(done, outputs):
     # 2 activities x 2 images x (base; DreamBooth with and without the identifier; the same for each of 2 RL seeds)
     pictures = scores[scores["method"] != "real"]
     assert len(pictures) == 2 * 2 * (1 + 2 + 2 * 2) and len(scores) == len(pictures) + 5
-    assert pictures[["clip_t", "image_reward", "clip_i", "dino", "judge_activity", "judge_identity"]].notna().all().all()
+    assert (
+        pictures[["clip_t", "image_reward", "clip_i", "dino", "judge_activity", "judge_identity"]].notna().all().all()
+    )
     report = (outputs / "report.html").read_text()
     assert report.count("data:image/png;base64,") >= 5 and "C4" in report
     assert "RL epochs 2/2" in done.stdout and "peak memory" in done.stdout and "open " in done.stdout

@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from ibkit import attention_figures
-from ibkit import attention_overlap as overlap
-from ibkit import detailed_description as ablation
 from ibkit.attention import AttentionRecord, auc, lift, mask_at, record_attention
 from ibkit.data.subject import PersonalizedSubject, world_photos
 from ibkit.device import generator
 from ibkit.errors import ParameterError
+from ibkit.experiments import attention_figures
+from ibkit.experiments import attention_overlap as overlap
+from ibkit.experiments import detailed_description as ablation
 from ibkit.personalize import dreambooth
 from ibkit.personalize.dreambooth import DreamBoothConfig
 from ibkit.pocket.draw import render, subject_mask

@@ -10,10 +10,7 @@ import torch
 
 from ibkit.data.subject import PersonalizedSubject, demo_subject, world_photos
 from ibkit.errors import ArtifactError, ParameterError, ScoreError
-from ibkit.personalize import dreambooth
-from ibkit.personalize.dreambooth import DreamBoothConfig
-from ibkit.presets import POCKET
-from ibkit.prompt_ablation import (
+from ibkit.experiments.prompt_ablation import (
     ARMS,
     Case,
     FixedNoise,
@@ -34,6 +31,9 @@ from ibkit.prompt_ablation import (
     train_arm,
     train_arms,
 )
+from ibkit.personalize import dreambooth
+from ibkit.personalize.dreambooth import DreamBoothConfig
+from ibkit.presets import POCKET
 from ibkit.rl.ddpo import DDPOConfig, epoch_prompts
 from ibkit.runs import Run, read_run
 from ibkit.sample import Sampler, sample

@@ -8,15 +8,15 @@ import pytest
 import torch
 from PIL import Image
 
-from ibkit import subject_analysis as analysis
-from ibkit import subject_changes, subject_head, subject_metrics
 from ibkit.data.photos import PhotoWarning
 from ibkit.errors import ParameterError, ScoreError, TrainingError
+from ibkit.experiments import subject_analysis as analysis
+from ibkit.experiments import subject_changes, subject_head, subject_metrics
+from ibkit.experiments.subject_changes import CHANGES, controlled_pairs, fold_of
 from ibkit.pocket.draw import render, subject_mask
 from ibkit.pocket.world import Scene, line_up, reference_scenes
 from ibkit.runs import read_run
 from ibkit.scorers import make_scorer
-from ibkit.subject_changes import CHANGES, controlled_pairs, fold_of
 from tests.test_chain import papermill
 
 # What each change may alter, and must.

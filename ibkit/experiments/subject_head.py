@@ -20,13 +20,8 @@ from torch.nn.functional import cross_entropy, normalize
 
 from ibkit.device import generator
 from ibkit.errors import TrainingError
-from ibkit.pocket.draw import render
-from ibkit.pocket.world import NO_ACTIVITY, Scene, Subject, sample_scene
-from ibkit.scorers.base import Scorer, batches, mean_cosine
-from ibkit.scorers.dino import Dino
-from ibkit.scorers.judge import Judge
-from ibkit.subject_changes import N_FOLDS, Pair, fold_of, score_pairs
-from ibkit.subject_metrics import (
+from ibkit.experiments.subject_changes import N_FOLDS, Pair, fold_of, score_pairs
+from ibkit.experiments.subject_metrics import (
     LAST_LAYER,
     FoundMask,
     MaskedMean,
@@ -35,6 +30,11 @@ from ibkit.subject_metrics import (
     middle_layer,
     patch_tokens,
 )
+from ibkit.pocket.draw import render
+from ibkit.pocket.world import NO_ACTIVITY, Scene, Subject, sample_scene
+from ibkit.scorers.base import Scorer, batches, mean_cosine
+from ibkit.scorers.dino import Dino
+from ibkit.scorers.judge import Judge
 
 
 @dataclass(frozen=True)
@@ -210,7 +210,7 @@ def measure(
     judge: Judge,
     on_pair: Callable[[int], None] = lambda done: None,
 ) -> pd.DataFrame:
-    """Score pairs by DINO, CLIP-I and all metrics of this module and of `ibkit.subject_metrics`.
+    """Score pairs by DINO, CLIP-I and all metrics of this module and of `ibkit.experiments.subject_metrics`.
 
     Args:
         pairs, pictures, judge, on_pair: as in `subject_changes.score_pairs`.

@@ -1,8 +1,8 @@
 """Subject metrics beside DINO's class token: from all patches, and from the subject's patches.
 
 DINO's usual score compares one vector a picture, the class token, which has seen the whole picture: pose, things and
-background too. What is here compares patch tokens of the same frozen network; `ibkit.subject_head` trains a small
-network on them. Each is a `Scorer`, called as `scorer(images, references=photos)`.
+background too. What is here compares patch tokens of the same frozen network; `ibkit.experiments.subject_head` trains a
+small network on them. Each is a `Scorer`, called as `scorer(images, references=photos)`.
 
 Shapes: N pictures, R reference photos, L patches, D token width.
 """

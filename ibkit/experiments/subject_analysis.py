@@ -1,4 +1,4 @@
-"""What the tables of `ibkit.subject_changes` say about a subject metric, with intervals, and their figures.
+"""What the tables of `ibkit.experiments.subject_changes` say about a subject metric, with intervals, and their figures.
 
 Individuals are what varies, so every interval resamples subjects, then the pairs within them. Scores of different
 metrics have different scales; what is compared between metrics here does not depend on a scale.
@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ibkit.errors import ScoreError
+from ibkit.experiments.subject_changes import CHANGES, SAME_SUBJECT
 from ibkit.figures import HOUSE_STYLE, INK, METHOD_COLOURS, NotebookFigure
 from ibkit.stats import (
     Interval,
@@ -24,7 +25,6 @@ from ibkit.stats import (
     mean_interval,
     resample_weights,
 )
-from ibkit.subject_changes import CHANGES, SAME_SUBJECT
 
 LABELS = {
     "dino": "DINO (class token)",

@@ -26,11 +26,11 @@ import pandas as pd
 from PIL import Image
 from safetensors.torch import load_file
 
-from ibkit.attention_overlap import at_size, new_scenes
 from ibkit.data.prompts import article
 from ibkit.data.subject import PersonalizedSubject
 from ibkit.errors import ParameterError
 from ibkit.evaluation import image_seeds, prompt_ids
+from ibkit.experiments.attention_overlap import at_size, new_scenes
 from ibkit.models import TextToImage
 from ibkit.personalize import dreambooth
 from ibkit.personalize.dreambooth import DreamBoothConfig
