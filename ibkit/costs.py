@@ -29,6 +29,8 @@ SD15_TEXT = (77, 768)
 # fp32 bytes beside the U-Net at Stable Diffusion's scale: text encoder 123 M weights, autoencoder 84 M, and the
 # scorers of the RL stage (ImageReward 0.45 G, CLIP 0.15 G, DINO 0.02 G), from their published sizes
 SD15_BESIDE_BYTES = 4 * (123e6 + 84e6 + 450e6 + 150e6 + 22e6)
+# On a CPU a backward pass needs about as much again as the graph: gradients in flight, and pieces that glibc keeps.
+GRADIENTS_IN_FLIGHT = 2.0
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,10 @@ def costs(model: str, device: torch.device) -> Costs:
 
 
 def _pocket(device: torch.device) -> Costs:
+    import ipykernel.kernelapp  # noqa: F401, with the next two what every notebook's process holds, too
+    import ipywidgets  # noqa: F401
+    import seaborn  # noqa: F401
+
     from ibkit.scorers import make_scorer
     from ibkit.scorers.judge import Judge
 
@@ -148,7 +154,8 @@ def _pocket(device: torch.device) -> Costs:
 
     rows = 2 * POCKET.ddpo.micro_batch
     forward, trained = passes.seconds(rows, "none"), passes.seconds(2 * POCKET.dreambooth.batch, "all")
-    trained_row_bytes = passes.graph_bytes("all")
+    in_flight = GRADIENTS_IN_FLIGHT if device.type == "cpu" else 1.0
+    trained_row_bytes = in_flight * passes.graph_bytes("all")
     model.add_lora(POCKET.ddpo.lora_rank, generator(0, "plan"))
     adapted = Passes(model.unet, model.latent_shape, text, device)
     return Costs(
@@ -159,7 +166,7 @@ def _pocket(device: torch.device) -> Costs:
         start=start,
         resident=resident,
         weights=passes.weight_bytes,
-        tuned_row_bytes=adapted.graph_bytes("adapter"),
+        tuned_row_bytes=in_flight * adapted.graph_bytes("adapter"),
         trained_row_bytes=trained_row_bytes,
         flop=passes.flop(),
         how="passes timed on the pocket model",
@@ -185,7 +192,7 @@ def _large(device: torch.device, pocket: Costs | None) -> Costs:
         forward, tuned, trained = pocket.forward * scale, pocket.tuned * scale, pocket.trained * scale
         how = f"scaled from the pocket model by operations, {scale:.0f} times as many a row"
         start, resident = pocket.start, beside + passes.weight_bytes
-    row_bytes = passes.graph_bytes("all") * (0.5 if device.type == "cuda" else 1.0)  # bf16 on a GPU
+    row_bytes = passes.graph_bytes("all") * (0.5 if device.type == "cuda" else GRADIENTS_IN_FLIGHT)  # bf16 on a GPU
     return Costs(
         forward, tuned, trained, forward, start, resident, passes.weight_bytes, row_bytes, row_bytes, passes.flop(), how
     )
