@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -100,10 +101,15 @@ def test_one_notebook_alone_and_its_refusals(done, outputs):
         ("-y", "prompts: [flying to the moon on a broom]"): "knows no cat 'flying to the moon on a broom'",
         ("-r", "reward", "clip_x"): "no scorer 'clip_x'",
     }
-    for words, sentence in refused.items():
-        out = outputs / "refused.ipynb"
-        result = papermill("02_rl_finetune", out, *run_in[:3], "-r", "run_out", outputs / f"x{len(sentence)}", *words)
-        assert result.returncode != 0 and sentence in result.stderr, result.stderr[-2000:]
+
+    def refuse(words):
+        name = f"refused-{words[1].split(':')[0]}"
+        place = ["-r", "run_out", outputs / name]
+        return papermill("02_rl_finetune", outputs / f"{name}.ipynb", *run_in[:3], *place, *words)
+
+    with ThreadPoolExecutor(2) as pool:  # most of such a run is imports
+        for result, sentence in zip(pool.map(refuse, refused), refused.values(), strict=True):
+            assert result.returncode != 0 and sentence in result.stderr, result.stderr[-2000:]
     result = papermill("02_rl_finetune", outputs / "alone.ipynb", *run_in, *small, "-p", "processes", 2)
     assert result.returncode == 0, result.stderr[-3000:]
     alone = read_run(outputs / "alone").table("history.csv")
