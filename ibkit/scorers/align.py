@@ -31,6 +31,7 @@ from ibkit.scorers.base import (
     mean_cosine,
     reading,
     require_files,
+    tokenize,
     weights_folder,
 )
 from ibkit.scorers.clip import ClipEncoder
@@ -97,10 +98,7 @@ class AlignEncoder:
         """Embed texts: (N, D) of unit length, on `device`; each different text is encoded once."""
 
         def embed(batch: list[str]) -> torch.Tensor:
-            for text in batch:
-                self._warn_truncated(text, len(self.tokenizer(text, verbose=False)["input_ids"]))
-            options = {"padding": "max_length", "truncation": True, "max_length": TEXT_TOKENS}
-            tokens = self.tokenizer(batch, return_tensors="pt", **options).to(self.device)
+            tokens = tokenize(self.tokenizer, batch, TEXT_TOKENS, self._warn_truncated).to(self.device)
             return self.model.get_text_features(**tokens).pooler_output
 
         return embed_texts(texts, embed, self.batch_size)

@@ -150,6 +150,13 @@ def batches(items: Sequence, size: int) -> Iterator[Sequence]:
         yield items[start : start + size]
 
 
+def tokenize(tokenizer, texts: list[str], context: int, warn: Callable[[str, int], None]):
+    """Token ids and mask of texts by transformers' tokenizer, all `context` long; `warn` is told the length of each."""
+    for text in texts:
+        warn(text, len(tokenizer(text, verbose=False)["input_ids"]))
+    return tokenizer(texts, return_tensors="pt", padding="max_length", truncation=True, max_length=context)
+
+
 def embed_texts(texts: Sequence[str], embed: Callable[[list[str]], torch.Tensor], batch_size: int) -> torch.Tensor:
     """Embed texts, each different one once.
 

@@ -31,6 +31,7 @@ from ibkit.scorers.base import (
     reading,
     require_files,
     to_pixel_values,
+    tokenize,
     weights_folder,
 )
 
@@ -115,10 +116,7 @@ class PickScore(Scorer):
         """Embed texts: (N, D) of unit length, on `device`; each different text is encoded once."""
 
         def embed(batch: list[str]) -> torch.Tensor:
-            for text in batch:
-                self._warn_truncated(text, len(self.tokenizer(text, verbose=False)["input_ids"]))
-            options = {"padding": "max_length", "truncation": True, "max_length": self.context}
-            tokens = self.tokenizer(batch, return_tensors="pt", **options).to(self.device)
+            tokens = tokenize(self.tokenizer, batch, self.context, self._warn_truncated).to(self.device)
             return self.model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).pooler_output
 
         return embed_texts(texts, embed, self.batch_size)
