@@ -51,8 +51,13 @@ def test_a_difference_is_one_only_where_its_interval_says_so(scores):
     assert set(table.index.get_level_values("method")) == {"base", "instructbooth"}
     assert table.loc[("instructbooth", "judge_text"), "verdict"] == "higher"
     assert table.loc[("base", "judge_identity"), "verdict"] == "lower"
-    row = table.loc[("instructbooth", "dino")]
-    assert row["verdict"] == "not told apart" and row["low"] < 0 < row["high"]
+    tuned = scores["method"] == "instructbooth"
+    centred = scores["dino"] - tuned * table.loc[("instructbooth", "dino"), "value"]
+    for shift in (0.001, -0.001):  # on either side of zero, and within what chance does
+        found = differences(scores.assign(dino=centred + shift * tuned), metrics=["dino"]).set_index("method")
+        row = found.loc["instructbooth"]
+        assert row["value"] == pytest.approx(shift) and row["low"] < 0 < row["high"]
+        assert row["verdict"] == "not told apart"
 
 
 def test_three_formats_say_the_same(scores):
