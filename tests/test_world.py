@@ -4,12 +4,13 @@ import hashlib
 import random
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from ibkit.pocket.build.data import GROUP, contradicts, scene_group
-from ibkit.pocket.draw import render, subject_mask
+from ibkit.pocket.draw import render, render_at_rest, subject_mask
 from ibkit.pocket.world import (
     ACCESSORIES,
     ACTIVITIES,
@@ -119,6 +120,19 @@ def test_a_line_up_can_be_told_apart():
 def test_reference_photos_show_the_subject_at_rest_in_two_places():
     scenes = reference_scenes(DEMO_SUBJECTS["cat"])
     assert len(scenes) == 5 and {s.activity for s in scenes} == {NO_ACTIVITY} and len({s.place for s in scenes}) == 2
+
+
+def test_a_character_at_rest_among_the_things_of_its_activity():
+    scene = Scene(Subject("cat", "red", "blue", "plain"), "playing soccer", "park")
+    at_rest, posed, without = (np.asarray(x, int) for x in (render_at_rest(scene), render(scene), render(resting(scene))))
+    ball = np.s_[44:, 48:]  # right of the feet
+    assert (at_rest[ball] == posed[ball]).mean() > 0.9 > (at_rest[ball] == without[ball]).mean()
+    assert (at_rest[:44] != posed[:44]).any()
+    assert render_at_rest(resting(scene)).tobytes() == render(resting(scene)).tobytes()
+
+
+def resting(scene: Scene) -> Scene:
+    return replace(scene, activity=NO_ACTIVITY)
 
 
 def test_the_mask_is_where_another_subject_would_change_the_picture():

@@ -14,6 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -652,9 +653,9 @@ _CHARACTER_ACTIVITIES: dict[str, Callable[[Pen, Figure], None]] = {
 }
 
 
-def _draw_character(pen: Pen, scene: Scene):
+def _draw_character(pen: Pen, scene: Scene, at_rest: bool = False):
     def figure(at: Pen, pose: Pose, hands_in_front: bool = False):
-        _character(at, scene.subject, scene.accessory, pose, hands_in_front)
+        _character(at, scene.subject, scene.accessory, Pose() if at_rest else pose, hands_in_front)
 
     _CHARACTER_ACTIVITIES[scene.activity](pen, figure)
 
@@ -810,7 +811,7 @@ _GROUPS: dict[str, Callable[[Pen, Scene], None]] = {
 _FIGURE_HEIGHT = {"character": 0.64, "container": 0.62, "vehicle": 0.62}
 
 
-def _paint(scene: Scene, mask: bool) -> Image.Image:
+def _paint(scene: Scene, mask: bool, draw: Callable[[Pen, Scene], None]) -> Image.Image:
     size = IMAGE_PX * SUPERSAMPLE
     image = Image.new("L" if mask else "RGB", (size, size))
     pen = Pen(ImageDraw.Draw(image), np.array([[size, 0.0, 0.0], [0.0, size, 0.0], [0, 0, 1]])[:2], mask)
@@ -818,17 +819,25 @@ def _paint(scene: Scene, mask: bool) -> Image.Image:
         _PLACES[scene.place](pen, scene.view.backdrop)
     view = scene.view
     figure = pen.at(0.5 + view.dx, 0.9 + view.dy, _FIGURE_HEIGHT[scene.subject.group] * view.scale, flip=view.flip)
-    _GROUPS[scene.subject.group](figure, scene)
+    draw(figure, scene)
     return image.reduce(SUPERSAMPLE)
 
 
 def render(scene: Scene) -> Image.Image:
     """The picture of a scene: 64x64 RGB."""
-    return _paint(scene, mask=False)
+    return _paint(scene, mask=False, draw=_GROUPS[scene.subject.group])
+
+
+def render_at_rest(scene: Scene) -> Image.Image:
+    """A character's scene with all the things of its activity, but the body as it stands at rest: 64x64 RGB.
+
+    What looks for the things alone takes it for the activity.
+    """
+    return _paint(scene, mask=False, draw=partial(_draw_character, at_rest=True))
 
 
 def subject_mask(scene: Scene) -> Image.Image:
     """The true mask of the subject (accessories included): 64x64, 8-bit grey, 255 where the subject covers the
     pixel.
     """
-    return _paint(scene, mask=True)
+    return _paint(scene, mask=True, draw=_GROUPS[scene.subject.group])

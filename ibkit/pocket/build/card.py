@@ -17,8 +17,10 @@ from ibkit.pocket.build.clip import with_activity, zero_shot_activity
 from ibkit.pocket.build.common import load_float, save_half
 from ibkit.pocket.build.data import facts
 from ibkit.pocket.build.reward import ranks_activity
-from ibkit.pocket.draw import render
+from ibkit.pocket.draw import render, render_at_rest
 from ibkit.pocket.world import (
+    ACTIVITIES,
+    CHARACTERS,
     CLASSES,
     HELD_OUT,
     NO_ACCESSORY,
@@ -54,6 +56,7 @@ def write_card(build: Build) -> None:
     numbers.append(("autoencoder PSNR, dB", _psnr(build), 27.0, N_PICTURES))
     numbers += _prompt_following(model, judge)
     numbers += _scorers(build)
+    numbers += _things_without_pose(build, judge)
     _write(build, numbers)
 
 
@@ -186,6 +189,23 @@ def _same_individual(dino) -> tuple[int, int]:
     vectors = dino.embed([render(s) for s in photos]).view(N_PARADES, 3, -1)
     same, different = ((vectors[:, 0] * vectors[:, k]).sum(1) for k in (1, 2))
     return int((same > different).sum()), N_PARADES
+
+
+def _things_without_pose(build: Build, judge: Judge) -> list[tuple[str, float, None, int]]:
+    """How far the judge and the reward look at the pose: characters in the middle of an activity's things, at rest."""
+    from ibkit.scorers.image_reward import ImageReward
+
+    doing = [s for s in build.test_pictures.scenes if s.subject.class_noun in CHARACTERS and s.activity != NO_ACTIVITY]
+    doing = doing[:N_PARADES]
+    activities, posed, at_rest = zip(*((s.activity, render(s), render_at_rest(s)) for s in doing), strict=True)
+    taken = judge.agrees(at_rest, "activity", activities).mean().item()
+    reward = ImageReward.load(build.weights, build.device)
+    texts = [f"a {s.subject.class_noun} {ACTIVITIES[s.activity][1][0]}" for s in doing]
+    preferred = (reward(posed, texts) > reward(at_rest, texts)).float().mean().item()
+    return [
+        ("judge, a character at rest among an activity's things taken for the activity", taken, None, len(doing)),
+        ("image_reward, the activity over its things with the character at rest", preferred, None, len(doing)),
+    ]
 
 
 def _write(build: Build, numbers: list[tuple[str, float, float | None, int]]) -> None:
