@@ -124,7 +124,9 @@ def test_reference_photos_show_the_subject_at_rest_in_two_places():
 
 def test_a_character_at_rest_among_the_things_of_its_activity():
     scene = Scene(Subject("cat", "red", "blue", "plain"), "playing soccer", "park")
-    at_rest, posed, without = (np.asarray(x, int) for x in (render_at_rest(scene), render(scene), render(resting(scene))))
+    at_rest, posed, without = (
+        np.asarray(x, int) for x in (render_at_rest(scene), render(scene), render(resting(scene)))
+    )
     ball = np.s_[44:, 48:]  # right of the feet
     assert (at_rest[ball] == posed[ball]).mean() > 0.9 > (at_rest[ball] == without[ball]).mean()
     assert (at_rest[:44] != posed[:44]).any()
