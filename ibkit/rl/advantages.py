@@ -1,4 +1,4 @@
-"""Per-prompt advantages (DDPO, section 5.1 "per-prompt stat tracking")."""
+"""Per-prompt advantages ("per-prompt stat tracking" of DDPO's reference code)."""
 
 from __future__ import annotations
 

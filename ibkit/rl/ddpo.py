@@ -2,8 +2,8 @@
 
 | here | paper |
 |---|---|
-| `ratio` | p_θ(x_{t-1}|x_t,c) / p_θold(x_{t-1}|x_t,c), DDPO eq. 4 (importance sampling) |
-| `advantage` | r(x_0, c) normalised per prompt, DDPO section 5.1 |
+| `ratio` | p_θ(x_{t-1}|x_t,c) / p_θold(x_{t-1}|x_t,c), importance sampling (DDPO_IS, section 4.3) |
+| `advantage` | r(x_0, c) normalised per prompt, as DDPO's reference code does |
 | `policy_loss` | PPO's clipped objective (Schulman et al. 2017, eq. 7) |
 
 An epoch: sample `images_per_epoch` trajectories, score the images, then take gradient steps, each on a random `batch`
