@@ -79,7 +79,9 @@ def bootstrap_statistic(
 
     All columns are resampled with the same weights, so what they share (the prompt, the noise) cancels in a
     difference as it should. Units follow the group hierarchy (Davison and Hinkley 1997, §3.8: every level with
-    replacement); RL seeds are resampled on their own and multiply the weights (Owen 2007, the pigeonhole bootstrap).
+    replacement); RL seeds are resampled on their own (Owen 2007, the pigeonhole bootstrap). A unit's seeds are averaged
+    first, so a subject that was trained with more seeds than others does not weigh more; a unit that a column lacks
+    counts in no column.
 
     Args:
         columns: name -> scores of the same N units, shape (N,) or (S, N); NaN marks a cell that was not measured.
@@ -109,14 +111,15 @@ def bootstrap_statistic(
         size = min(chunk, n_resamples - start)
         unit_weights = _unit_weights(paths, n_units, size, rng)
         seed_weights = rng.multinomial(n_seeds, np.full(n_seeds, 1 / n_seeds), size=size).astype(float)
-        means = {name: _weighted_means(matrix, seed_weights, unit_weights) for name, matrix in matrices.items()}
+        means = _paired_means(matrices, seed_weights, unit_weights)
         with np.errstate(divide="ignore", invalid="ignore"):
             draws.append(statistic(**means))
-        # A resample of unlucky seeds may hold no measured cell of a column: it says nothing and is left out below.
+        # A resample of unlucky seeds may hold no unit that all columns have: it says nothing and is left out below.
     drawn = np.concatenate(draws)
     drawn = drawn[np.isfinite(drawn)]
+    as_measured = _paired_means(matrices, np.ones((1, n_seeds)), np.ones((1, n_units)))
     with np.errstate(divide="ignore", invalid="ignore"):
-        value = float(statistic(**{name: np.array([np.nanmean(matrix)]) for name, matrix in matrices.items()})[0])
+        value = float(statistic(**as_measured)[0])
     if not len(drawn) or not np.isfinite(value):
         raise ScoreError("The statistic is not finite on these scores: is the quantity it divides by zero?")
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
@@ -230,14 +233,21 @@ def _unit_weights(paths: list[np.ndarray], n_units: int, n_resamples: int, rng: 
     return weights
 
 
-def _weighted_means(matrix: np.ndarray, seed_weights: np.ndarray, unit_weights: np.ndarray) -> np.ndarray:
-    """Weighted mean of the measured cells in each resample, shape (R,)."""
-    if len(matrix) == 1:
-        seed_weights = np.ones((len(seed_weights), 1))
-    measured = np.isfinite(matrix)
-    total = ((seed_weights @ np.where(measured, matrix, 0.0)) * unit_weights).sum(axis=1)
+def _paired_means(
+    matrices: Mapping[str, np.ndarray], seed_weights: np.ndarray, unit_weights: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Mean of each column in each resample, (R,): over a unit's seeds first, then over the units that all columns
+    have.
+    """
+    by_unit, weights = {}, unit_weights
     with np.errstate(invalid="ignore"):
-        return total / ((seed_weights @ measured.astype(float)) * unit_weights).sum(axis=1)
+        for name, matrix in matrices.items():
+            if len(matrix) > 1:
+                measured = np.isfinite(matrix)
+                matrix = (seed_weights @ np.where(measured, matrix, 0.0)) / (seed_weights @ measured.astype(float))
+            by_unit[name] = matrix  # (R, N), or (1, N) of a column without seeds
+            weights = np.where(np.isfinite(matrix), weights, 0.0)
+        return {name: (np.nan_to_num(m) * weights).sum(axis=1) / weights.sum(axis=1) for name, m in by_unit.items()}
 
 
 # --- the tidy score table ------------------------------------------------------------------------------------------

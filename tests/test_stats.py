@@ -144,7 +144,22 @@ def test_a_ratio_of_differences_moves_with_its_parts():
 def test_missing_cells_are_left_out_of_the_mean():
     table = np.array([[1.0, 1.0, np.nan], [0.0, 0.0, np.nan], [np.nan, np.nan, 1.0]])
     interval = bootstrap_statistic({"x": table}, lambda x: x)
-    assert interval.value == pytest.approx(3 / 5) and interval.n == 5
+    assert interval.value == pytest.approx((0.5 + 0.5 + 1) / 3) and interval.n == 5
+
+
+def test_a_subject_with_fewer_seeds_does_not_make_a_difference():
+    # Two subjects, ten units each: both methods are 0 on the first and 1 on the second, which has fewer RL seeds.
+    before = np.repeat([[0.0, 1.0]], 10, axis=1)
+    after = np.repeat([[0.0, 1.0], [0.0, np.nan], [0.0, np.nan]], 10, axis=1)
+    groups = np.repeat(["a", "b"], 10)
+    interval = bootstrap_statistic({"a": after, "b": before}, lambda a, b: a - b, groups)
+    assert (interval.value, interval.low, interval.high) == (0, 0, 0)
+    assert bootstrap_statistic({"x": after}, lambda x: x, groups).value == pytest.approx(0.5)
+
+
+def test_a_unit_that_one_column_lacks_counts_in_none():
+    interval = bootstrap_statistic({"a": np.array([1.0, 5.0]), "b": np.array([0.0, np.nan])}, lambda a, b: a - b)
+    assert (interval.value, interval.low, interval.high) == (1, 1, 1)
 
 
 def test_mean_interval_takes_wilson_where_the_bootstrap_would_claim_certainty():
