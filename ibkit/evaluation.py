@@ -30,13 +30,14 @@ from ibkit.sample import Sampler, sample
 from ibkit.scorers import SCORERS, Scorer, make_scorer
 from ibkit.scorers.base import batches
 from ibkit.scorers.dino import Dino
-from ibkit.scorers.judge import Judge
+from ibkit.scorers.judge import Judge, things_taken
 from ibkit.stats import METRICS
 
 DEFAULT_SCORERS = ("clip_t", "image_reward", "clip_i", "dino")
 # What rl_seed is for a method without RL: no seed is negative, and statistics compare it with every RL seed.
 NO_RL_SEED = -1
 JUDGED = ("class", "activity", "place", "accessory", "identity")
+SAID = ("activity", "place", "accessory")  # what `judge_text` joins
 
 
 @dataclass(frozen=True)
@@ -381,7 +382,7 @@ def _judge(judge: Judge, images: list[Image.Image], subject: PersonalizedSubject
         if known:
             right = judge.agrees([images[i] for i in known], question, [expected[i][question] for i in known])
             columns[f"judge_{question}"][known] = right.numpy()
-    said = np.stack([columns[f"judge_{question}"] for question in ("activity", "place", "accessory")])
+    said = np.stack([columns[f"judge_{question}"] for question in SAID])
     named = ~np.isnan(said).all(axis=0)
     columns["judge_text"][named] = np.nanmin(said[:, named], axis=0)
     columns["judge_identity"][:] = judge.identifies(images, subject.world).numpy()
@@ -398,7 +399,14 @@ def evaluators(scorers: Mapping[str, Scorer], judge: Judge | None = None) -> dic
             f"{accuracy['reconstructions']:.1%} of their reconstructions (n = {accuracy['n']})"
         )
     if judge is not None:
-        words["judge_text"] = "pocket judge (simulated rater): all that the prompt names (activity, place, accessory)"
+        right = ((question, judge.card["accuracy"][question]) for question in SAID)
+        each = ", ".join(f"{q} {a['renders']:.1%} / {a['reconstructions']:.1%} (n = {a['n']})" for q, a in right)
+        taken, n = things_taken()
+        words["judge_text"] = (
+            "pocket judge (simulated rater): all that the prompt names, by the judge's answers to three questions, "
+            f"itself right on held-out renders / their reconstructions: {each}; of characters at rest among an "
+            f"activity's things it takes {taken:.1%} for the activity (n = {n})"
+        )
     return words
 
 

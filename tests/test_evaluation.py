@@ -1,6 +1,7 @@
 """The images of the evaluation: which there are, that the same seed makes the same picture, and what is scored."""
 
 import io
+import json
 import shutil
 from dataclasses import replace
 
@@ -300,6 +301,15 @@ def test_every_number_has_its_evaluator(judge):
     assert set(words) == {"clip_t", "dino", *(f"judge_{question}" for question in judged)}
     assert "99.1% of held-out renders and 97.5%" in words["judge_identity"] and "n = 400" in words["judge_identity"]
     assert set(evaluators(SCORERS)) == {"clip_t", "dino"}
+
+
+def test_the_headline_metric_says_how_often_its_own_questions_err(judge):
+    judge.card["accuracy"]["place"] = {"renders": 0.876, "reconstructions": 0.765, "n": 123}
+    words = evaluators({}, judge)["judge_text"]
+    assert "activity 99.1% / 97.5% (n = 400), place 87.6% / 76.5% (n = 123), accessory 99.1% / 97.5%" in words
+    card = json.loads((scorers_base.POCKET_WEIGHTS / "card.json").read_text())
+    (number,) = [number for number in card["numbers"] if "judge, a character at rest" in number["name"]]
+    assert f"takes {number['value']:.1%} for the activity (n = {number['n']})" in words
 
 
 def test_missing_weights_leave_a_gap_with_its_name_and_the_way_out(tmp_path, monkeypatch):

@@ -9,6 +9,7 @@ Shapes: N pictures, D = 64 identity dimensions.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +33,7 @@ from ibkit.pocket.world import (
     line_up,
     reference_scenes,
 )
-from ibkit.scorers.base import reading, require_files, weights_folder
+from ibkit.scorers.base import POCKET_WEIGHTS, reading, require_files, weights_folder
 
 ANSWERS: dict[str, tuple[str, ...]] = {
     "class": CLASSES,
@@ -45,6 +46,8 @@ JUDGE_WIDTHS = (24, 48, 96, 128)  # channels of the judge's four resolutions
 # Smaller networks, each of its own seed: with the judge they are the seven simulated raters of notebook 07.
 RATERS = tuple(f"rater-{k}" for k in range(1, 7))
 RATER_WIDTHS = (16, 16, 24, 32)
+# The judge's blind spot, as `ibkit.pocket.build.card` measures it and names it in the model card.
+THINGS_TAKEN = "judge, a character at rest among an activity's things taken for the activity"
 
 
 class JudgeNet(nn.Module):
@@ -114,8 +117,6 @@ class Judge:
     @classmethod
     def load(cls, device: str | torch.device = "cpu", folder: str | Path = "", name: str = "judge") -> Judge:
         """Load the shipped judge, or another one of the folder (`name`, such as one of `RATERS`)."""
-        import json
-
         from safetensors.torch import load_file
 
         folder = Path(folder) if folder else weights_folder("judge", "pocket", "judge")
@@ -167,3 +168,19 @@ class Judge:
     def identifies(self, images: Sequence[Image.Image], subject: Subject, n_others: int = 7) -> torch.Tensor:
         """1.0 where the judge picks `subject` out of a line-up with `n_others` of its class, else 0.0; (N,)."""
         return torch.tensor([float(i == 0) for i in self.pick(images, line_up(subject, n_others + 1))])
+
+
+def things_taken() -> tuple[float, int]:
+    """How often the shipped judge takes a character at rest among an activity's things for the activity.
+
+    Returns:
+        The share and the number of renders, from the model card of the pocket weights.
+
+    Raises:
+        ModelError: the card is missing or has no such number.
+    """
+    require_files("judge", POCKET_WEIGHTS, "card.json")
+    with reading("judge", "card.json", POCKET_WEIGHTS):
+        card = json.loads((POCKET_WEIGHTS / "card.json").read_text(encoding="utf-8"))
+        number = {number["name"]: number for number in card["numbers"]}[THINGS_TAKEN]
+    return number["value"], number["n"]
