@@ -30,8 +30,9 @@ from ibkit.stats import (
 
 REPRODUCED, NOT_REPRODUCED, NOT_TESTED = "reproduced", "not reproduced", "not tested"
 
-# The first measure a run has is used: the judge knows the truth; the others stand in where there is no ground truth.
-TEXT_METRICS = ("judge_text", "image_reward", "clip_t")
+# The first measure a run has is used: the judge knows the truth; the others stand in where there is no ground truth,
+# ImageReward last, since it is usually what RL raised.
+TEXT_METRICS = ("judge_text", "pick_score", "clip_t", "image_reward")
 SUBJECT_METRICS = ("judge_identity", "dino", "clip_i")
 # What the claims read: name -> the notebook that makes it, and the file in its run folder.
 EVIDENCE = {
@@ -385,13 +386,14 @@ def _raters_prefer_instructbooth(votes: pd.DataFrame) -> _Outcome:
         rate = preference_rate(votes)
     except StudyError as error:
         raise _CannotTest(str(error)) from None
-    kind = "simulated raters" if votes["simulated"].all() else "raters"
+    simulated = votes.groupby("rater")["simulated"].first()
+    kind = f"raters, {'all' if simulated.all() else int(simulated.sum())} simulated"
     agreement = ", ".join(
         f"{row.question} {row.kappa:.2f}"
         for row in kappas(votes).itertuples()
         if not row.methods or set(row.methods.split(" – ")) == {"instructbooth", "dreambooth"}
     )
-    detail = f"{votes['rater'].nunique()} {kind}, majority; agreement by Fleiss' kappa: {agreement}"
+    detail = f"{len(simulated)} {kind}, majority; agreement by Fleiss' kappa: {agreement}"
     asked = votes[votes["question"] == "preference"]
     seeds = asked.loc[asked["rl_seed"] >= 0, "rl_seed"].nunique()  # below 0: pairs without RL
     return _Outcome("preference", rate, rate.low > 0.5, detail, seeds, "fraction of pairs")
@@ -483,7 +485,7 @@ _TESTS: tuple[_Test, ...] = (
     ),
     _Test(
         "C9",
-        "People prefer InstructBooth's pictures to DreamBooth's.",
+        "Raters prefer InstructBooth's pictures to DreamBooth's.",
         "Pairs of pictures (same prompt and noise) in which most raters prefer InstructBooth's",
         "§3.3 and figure 4 (preferred at least twice as often as each baseline)",
         "votes",

@@ -131,7 +131,7 @@ def test_what_is_missing_is_not_tested_and_says_why():
     no_class_prompt = by_id(scores[(scores["method"] != "dreambooth") | scores["identifier"]])
     assert "class prompt (no identifier)" in no_class_prompt["C4"].detail
     no_scores = by_id(scores.drop(columns=["judge_text", "judge_identity"]))
-    assert "None of judge_text, image_reward, clip_t was scored" in no_scores["C1"].detail
+    assert "None of judge_text, pick_score, clip_t, image_reward was scored" in no_scores["C1"].detail
     other_seeds = scores.assign(image_seed=scores["image_seed"] + 100 * (scores["method"] == "base"))
     assert by_id(other_seeds)["C1"].verdict == "not tested"
 
@@ -243,7 +243,7 @@ def test_c6_asks_whether_another_pose_costs_more_than_another_view():
     assert "no change of view, pose and identity" in claim_of("changes", only_views).detail
 
 
-def curves(slope_identifier, n_seeds=3):
+def curves(slope_identifier, n_seeds=6):
     return pd.DataFrame(
         {
             "arm": arm,
@@ -267,7 +267,7 @@ def test_c7_compares_the_images_that_both_arms_need():
     claim = claim_of("prompt_kinds", curves(0.2))
     assert claim.verdict == "reproduced" and claim.low > 1 and claim.figure().endswith(" times")
     assert claim_of("prompt_kinds", curves(0.8)).verdict == "not reproduced"
-    few = claim_of("prompt_kinds", curves(0.2, n_seeds=1))
+    few = claim_of("prompt_kinds", curves(0.2, n_seeds=5))
     assert few.verdict == "not tested" and "Too few runs" in few.detail
 
 
@@ -296,7 +296,7 @@ def votes(n_for_instructbooth):
 def test_c9_asks_what_most_raters_prefer():
     claim = claim_of("votes", votes(9))
     assert claim.verdict == "reproduced" and claim.value == pytest.approx(0.9) and claim.n == 30
-    assert "3 simulated raters" in claim.detail and "preference 1.00" in claim.detail
+    assert "3 raters, all simulated" in claim.detail and "preference 1.00" in claim.detail
     assert claim.figure().startswith("90 % [")
     assert claim_of("votes", votes(5)).verdict == "not reproduced"
     others = votes(9).assign(method_a="base")

@@ -323,25 +323,24 @@ def table_of(speeds, arm="identifier_equal_totals", per_epoch=40):
 
 
 def test_the_ratio_of_images_at_equal_totals():
-    table = table_of([(3, 6), (4, 6), (3, 8)])
+    table = table_of([(3, 6), (4, 6), (3, 8)] * 2)
     pairs = pair_runs(table, "identifier_equal_totals")
-    assert list(pairs["both"]) == pytest.approx([120, 160, 120]) and list(pairs["other"]) == pytest.approx(
-        [240, 240, 320]
-    )
+    assert list(pairs["both"]) == pytest.approx([120, 160, 120] * 2)
+    assert list(pairs["other"]) == pytest.approx([240, 240, 320] * 2)
     assert set(pairs["level"]) == {-2.0} and set(pairs["horizon"]) == {320.0}
     (row,) = efficiency(table).to_dict("records")
     assert row["ratio"] == pytest.approx(800 / 400) and row["axis"] == "n_images"
-    # the bounds are those of drawing three of the three pairs with replacement: 1.5 and 8/3 are the extreme draws
+    # the bounds are those of drawing six of the six pairs with replacement: 1.5 and 8/3 are the extreme draws
     assert 1.5 <= row["ratio_low"] < 2 < row["ratio_high"] <= 8 / 3 + 1e-9
     assert row["gain_difference"] > 0 and row["gain_low"] > 0
-    assert row["verdict"] == "both kinds are faster" and (row["reached_both"], row["reached_other"]) == (3, 3)
+    assert row["verdict"] == "both kinds are faster" and (row["reached_both"], row["reached_other"]) == (6, 6)
 
 
 def test_the_sign_turns_with_the_arms():
-    (row,) = efficiency(table_of([(6, 3), (6, 4), (8, 3)])).to_dict("records")
+    (row,) = efficiency(table_of([(6, 3), (6, 4), (8, 3)] * 2)).to_dict("records")
     assert row["ratio"] == pytest.approx(0.5) and row["ratio_high"] < 1 and row["gain_high"] < 0
     assert row["verdict"] == "the identifier alone is faster"
-    (row,) = efficiency(table_of([(3, 6), (6, 3), (4, 4)])).to_dict("records")
+    (row,) = efficiency(table_of([(3, 6), (6, 3), (4, 4)] * 2)).to_dict("records")
     assert row["ratio"] == pytest.approx(1) and row["verdict"] == "not decided"
 
 
@@ -353,13 +352,13 @@ def test_equal_identifier_images_are_compared_along_those():
 
 def test_a_run_that_never_gets_there_counts_with_its_horizon():
     flat = [-4.0] * 9
-    table = table_of([(4, 8)] * 3)
+    table = table_of([(4, 8)] * 6)
     table.loc[(table["arm"] != "both") & (table["rl_seed"] == 0), "reward_identifier"] = flat
     pairs = pair_runs(table, "identifier_equal_totals")
-    assert list(pairs["other"]) == pytest.approx([math.inf, 320, 320])
+    assert list(pairs["other"]) == pytest.approx([math.inf, *[320] * 5])
     (row,) = efficiency(table).to_dict("records")
-    assert row["ratio"] == pytest.approx(2) and row["reached_other"] == 2  # 320 images, the horizon, for the flat run
-    table["reward_identifier"] = flat * 6
+    assert row["ratio"] == pytest.approx(2) and row["reached_other"] == 5  # 320 images, the horizon, for the flat run
+    table["reward_identifier"] = flat * 12
     (row,) = efficiency(table).to_dict("records")
     assert math.isnan(row["ratio"]) and row["verdict"] == "no run got there: train for more epochs"
     assert row["gain_difference"] == 0 and row["gain_low"] == row["gain_high"] == 0
