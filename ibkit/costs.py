@@ -7,6 +7,7 @@ memory by the bytes that its graph keeps. Shapes: a row is one latent in a pass;
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -97,11 +98,12 @@ def count(stage: main_job.Stage) -> Work:
         config = override(preset.ddpo, **_of(given, preset.ddpo), sampler=sampler)
         every = given["sample_every"] or preset.sample_every
         prompts = (2 if given["use_class_prompts"] else 1) * len(given["prompts"] or preset.activities)
-        grids = (1 + config.n_epochs // every) * 4 * prompts
+        grids = (1 + math.ceil(config.n_epochs / every)) * 4 * prompts  # before RL, every so often, at the end
         trained_steps = config.n_trained_steps(sampler.n_steps)
         pairs = config.n_epochs * config.images_per_epoch * max(1, round(config.subsample * trained_steps))
         pictures = config.n_epochs * config.images_per_epoch
-        forward = (pictures + grids) * sampler.rows + fixed
+        kl_rows = pairs * sampler.rows_per_step if config.kl_weight else 0  # the personalized policy's passes
+        forward = (pictures + grids) * sampler.rows + kl_rows + fixed
         graph = sampler.rows_per_step * min(config.micro_batch, pairs)
         return Work(stage.name, forward, pairs * sampler.rows_per_step, 0, pictures + grids, graph)
     methods = 1 + 2 + 2 * len(given["run_rl"])  # base; DreamBooth and each RL seed with and without the identifier
@@ -185,14 +187,14 @@ def _large(device: torch.device, pocket: Costs | None) -> Costs:
     beside = SD15_BESIDE_BYTES
     if pocket is None:
         forward, trained = passes.seconds(2, "none"), passes.seconds(2, "all")
-        tuned = trained - (trained - 2 * forward) / 2  # without the gradients of the weights, half of the backward pass
+        tuned = (forward + trained) / 2  # without the gradients of the weights, half of the backward pass
         how, start, resident = "passes timed at Stable Diffusion's shape", 60.0, beside + passes.weight_bytes
     else:
         scale = passes.flop() / pocket.flop
         forward, tuned, trained = pocket.forward * scale, pocket.tuned * scale, pocket.trained * scale
         how = f"scaled from the pocket model by operations, {scale:.0f} times as many a row"
         start, resident = pocket.start, beside + passes.weight_bytes
-    row_bytes = passes.graph_bytes("all") * (0.5 if device.type == "cuda" else GRADIENTS_IN_FLIGHT)  # bf16 on a GPU
+    row_bytes = passes.graph_bytes("all") * (1.0 if device.type == "cuda" else GRADIENTS_IN_FLIGHT)
     return Costs(
         forward, tuned, trained, forward, start, resident, passes.weight_bytes, row_bytes, row_bytes, passes.flop(), how
     )
@@ -234,20 +236,23 @@ class Passes:
         return counter.get_total_flops()
 
     def graph_bytes(self, gradient: str) -> float:
-        """Bytes a row that the graph of a pass keeps for its backward pass, weights not counted."""
-        own = {p.untyped_storage()._cdata for p in self.unet.parameters()}
+        """Bytes a row that the graph of a pass keeps for its backward pass.
+
+        From its growth with the rows, so that weights, and the bf16 copies that a GPU makes of them, do not count.
+        """
+        return (self._kept_bytes(4, gradient) - self._kept_bytes(2, gradient)) / 2
+
+    def _kept_bytes(self, rows: int, gradient: str) -> int:
         kept: dict[int, int] = {}
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
-            if storage._cdata not in own:
-                kept[storage._cdata] = storage.nbytes()
+            kept[storage._cdata] = storage.nbytes()
             return tensor
 
-        rows = 2
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             self.once(rows, gradient)
-        return sum(kept.values()) / rows
+        return sum(kept.values())
 
 
 def _timed(work: Callable[[], None], device: torch.device) -> float:

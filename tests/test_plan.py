@@ -55,9 +55,14 @@ def test_rl_is_counted_as_it_is_done(tiny, rows_passed, tmp_path):
     ddpo.train(tiny, prompts, lambda images, prompts: torch.arange(len(images)).float(), config, tmp_path)
     work = small()["02_rl_finetune"]
     assert work.tuned == rows_passed[True] == 2 * 4 * 2 * 2  # epochs x images x steps drawn (0.6 of 4) x guidance
-    grid = 4 * len(prompts)  # before RL
+    grid = 2 * 4 * len(prompts)  # before RL and at its end
     assert work.forward - (grid * 5 + costs.FIXED_PICTURES * POCKET.sampler.n_steps) * 2 == rows_passed[False]
     assert work.pictures == 2 * 4 + grid
+
+
+def test_the_personalized_policys_passes_are_counted():
+    without, with_kl = small()["02_rl_finetune"], small("-p", "02_rl_finetune.kl_weight=0.1")["02_rl_finetune"]
+    assert with_kl.forward - without.forward == without.tuned and with_kl.tuned == without.tuned
 
 
 def test_dreambooth_is_counted_as_it_is_done(tiny, rows_passed, tmp_path):
