@@ -46,10 +46,35 @@ def test_the_description_stays():
         ("a [V]'s ear", "[V]", "an ear"),
         ("sks sks cat", "sks", "cat"),
         ("a cat", "sks", "a cat"),
+        ("a [V]cat", "[V]", "a cat"),
+        ("a [V]umbrella and a cat[V]", "[V]", "an umbrella and a cat"),
+        ("a cat[V] asleep", "[V]", "a cat asleep"),
+        ("a sks-umbrella", "sks", "an umbrella"),
+        ('a "sks" cat', "sks", "a cat"),
+        ("a (sks) umbrella", "sks", "an umbrella"),
+        ("a “‘sks’” cat's (old) hat", "sks", "a cat's (old) hat"),
+        ('a "sks umbrella" (not sks)', "sks", 'an "umbrella" (not)'),
+        ("a <sks> dog", "sks", "a dog"),
+        ("an sks unicorn", "sks", "a unicorn"),
+        ("a skscat and a mysks", "sks", "a skscat and a mysks"),
     ],
 )
 def test_the_identifier_is_taken_out_by_whole_words(text, identifier, clean):
     assert without_identifier(text, identifier) == clean
+
+
+@pytest.mark.parametrize(
+    "words", ["unicorn", "uniform", "used car", "European", "one-eyed cat", "cat", '"cat"', "house"]
+)
+def test_words_that_sound_like_a_consonant_take_a(words):
+    assert make_prompt("", words, "sks").clean == f"a {words}"
+
+
+@pytest.mark.parametrize(
+    "words", ["umbrella", "hourglass", "honest man", "heirloom", "unidentified object", "usher", "oner", '"apple"']
+)
+def test_words_that_sound_like_a_vowel_take_an(words):
+    assert make_prompt("", words, "sks").clean == f"an {words}"
 
 
 def test_what_cannot_be_a_prompt_is_refused():

@@ -15,6 +15,11 @@ if TYPE_CHECKING:
 
 
 SLOT = "{subject}"  # where the subject stands in a template
+# The first sound, where it is not that of the first letter: "a unicorn" but "an unidentified", "an hour".
+CONSONANT_SOUND = re.compile(r"uni(?![dmn])|use|eu|one\b", re.IGNORECASE)
+VOWEL_SOUND = re.compile(r"[aeiou]|hour|honest|heir", re.IGNORECASE)
+MARK = "\0"  # in place of an identifier while its surroundings are mended
+PAIRS = ('""', "''", "“”", "‘’", "()", "[]", "{}", "<>")
 
 
 @dataclass(frozen=True)
@@ -35,7 +40,9 @@ class Prompt:
 
 
 def article(words: str) -> str:
-    return "an" if words[:1].lower() in "aeiou" else "a"
+    """ "a" or "an", as the first word sounds; quotes and brackets before it make no sound."""
+    heard = re.sub(r"^\W+", "", words)
+    return "an" if VOWEL_SOUND.match(heard) and not CONSONANT_SOUND.match(heard) else "a"
 
 
 def subject_phrase(class_noun: str, identifier: str = "", description: str = "") -> str:
@@ -69,8 +76,10 @@ def make_prompt(activity: str, class_noun: str, identifier: str = "", descriptio
 def without_identifier(text: str, identifier: str) -> str:
     """The text as scorers and rewards read it: the identifier taken out wherever it stands, the article mended.
 
-    The identifier is matched as whole words and literally ("[V]" and "<sks>" are no patterns, "sks" is no part of
-    "tasks"), in any case, with any spaces between the words of one that has several.
+    The identifier is matched literally ("[V]" and "<sks>" are no patterns), in any case, with any spaces between the
+    words of one that has several. Where it begins or ends with a letter or digit, a word must begin or end there ("sks"
+    is no part of "tasks"); "[V]" is found in "[V]cat" too. A hyphen to it goes with it, and so do quotes and brackets
+    that hold nothing else.
 
     Args:
         text: "an [V] cat next to an [V] cup".
@@ -80,18 +89,21 @@ def without_identifier(text: str, identifier: str) -> str:
         ParameterError: nothing is left of the text.
     """
     words = r"\s+".join(map(re.escape, identifier.split()))
-    found = re.compile(rf"(?P<article>\ban?\s+)?(?<!\w){words}(?!\w)(?:['’]s\b)?\s*(?P<next>\S*)", re.IGNORECASE)
+    start, end = (r"\b" if edge.isalnum() else "" for edge in (identifier.strip()[0], identifier.strip()[-1]))
+    marked = re.sub(rf"-?{start}{words}{end}(?:['’]s\b)?-?", MARK, text, flags=re.IGNORECASE)
+    emptied = re.compile("|".join(rf"{re.escape(left)}\s*{MARK}\s*{re.escape(right)}" for left, right in PAIRS))
+    while (shorter := emptied.sub(MARK, marked)) != marked:
+        marked = shorter
 
     def mend(match: re.Match) -> str:
-        following = match["next"]
-        if not following:
-            return ""
-        return _fix_article(match["article"] or "", following) + following
+        if not match["next"]:
+            return match["opening"]
+        return _fix_article(match["article"] or "", match["next"]) + match["opening"] + match["next"]
 
-    clean = text
-    while (shorter := found.sub(mend, clean, count=1)) != clean:
-        clean = shorter
-    clean = re.sub(r"\s+([,.;:!?])", r"\1", " ".join(clean.split()))
+    clean = re.sub(rf"(?<=\w){MARK}", f" {MARK}", marked)
+    around = rf"(?P<article>\ban?\s+)?(?P<opening>[\"'“‘(\[{{<]*)(?:{MARK}\s*)+(?P<next>\S*)"
+    clean = re.sub(around, mend, clean, flags=re.IGNORECASE)
+    clean = re.sub(r"\s+([,.;:!?)\]}])", r"\1", " ".join(clean.split()))
     if not clean:
         raise ParameterError(f"prompt {text!r} is nothing but the identifier {identifier!r}: add what it is.")
     return clean
