@@ -9,6 +9,7 @@ from PIL import Image
 from ibkit.cli import main
 from ibkit.data import dreambench
 from ibkit.data.dreambench import differences, read
+from ibkit.data.prompts import make_prompt
 from ibkit.errors import PhotoError
 from ibkit.runs import hash_file
 from tests.test_photos import DREAMBENCH
@@ -41,20 +42,40 @@ def test_a_part_of_it_can_be_read(folder):
         bench = read(place)
         assert [(s.name, s.live, len(s.photos)) for s in bench.subjects] == [("thing3", False, 2), ("cat", True, 2)]
         assert len(bench.object_prompts) == len(bench.live_prompts) == 25
-    assert bench.prompts(bench.subjects[1], "sks")[3].text == "a sks cat in place 3"
+    assert make_prompt(bench.live_prompts[3], "cat", "sks").text == "a sks cat in place 3"
 
 
 def test_what_is_missing_or_altered_is_named(folder, monkeypatch, tmp_path, capsys):
-    hashes = tmp_path / "hashes.json"
-    cat = folder / "dataset" / "cat"
-    hashes.write_text(json.dumps({"cat/00.jpg": hash_file(cat / "00.jpg"), "cat/01.jpg": hash_file(cat / "00.jpg")}))
+    hashes, dataset = tmp_path / "hashes.json", folder / "dataset"
+    right = hash_file(dataset / "cat" / "00.jpg")
+    published = {"cat/00.jpg": right, "cat/01.jpg": right, "thing3/00.jpg": hash_file(dataset / "thing3" / "00.jpg")}
+    hashes.write_text(json.dumps(published | {"thing3/05.jpg": "0", "thing3/06.jpg": "0", "dog2/00.jpg": "0"}))
     monkeypatch.setattr(dreambench, "HASHES", hashes)
     assert differences(folder, read(folder)) == [
         "2 subjects instead of 30", "1 live subjects instead of 9", "4 photos instead of 158",
-        f"{cat / '01.jpg'} is not the published file",
+        "thing3 has 2 photos instead of 3", "thing3/05.jpg is missing", "thing3/06.jpg is missing",
+        f"{dataset / 'thing3' / '01.jpg'} is not in the published set",
+        f"{dataset / 'cat' / '01.jpg'} is not the published file",
     ]  # fmt: skip
     assert main(["data", "dreambench", str(folder)]) == 1
     assert "differs: 2 subjects instead of 30" in capsys.readouterr().out
+
+
+def test_a_whole_folder_is_complete_when_every_hash_is_right(folder, monkeypatch, tmp_path, capsys):
+    photos = sorted((folder / "dataset").glob("*/*.jpg"))
+    hashes = tmp_path / "hashes.json"
+    hashes.write_text(json.dumps({f"{photo.parent.name}/{photo.name}": hash_file(photo) for photo in photos}))
+    whole = read(folder)
+    for name, value in {"HASHES": hashes, "N_SUBJECTS": 2, "N_LIVE": 1, "N_PHOTOS": 4}.items():
+        monkeypatch.setattr(dreambench, name, value)
+    monkeypatch.setattr(dreambench, "read", lambda where: whole)
+    assert main(["data", "dreambench", str(folder)]) == 0
+    assert "all 4 photos checked by their hash" in capsys.readouterr().out
+
+
+def test_every_published_photo_has_its_hash():
+    names = list(json.loads(dreambench.HASHES.read_text()))
+    assert len(names) == 158 and len({name.split("/")[0] for name in names}) == 30
 
 
 @pytest.mark.parametrize("counts", [(29, 25, 25), (30, 24, 25), (30, 25, 0)])

@@ -1,14 +1,17 @@
 """Protocols: the numbers of their prompts, what they are made of, and what the main job does with one."""
 
 import argparse
+from functools import partial
 
 import pytest
 
 from ibkit import main_job
+from ibkit.data import protocols
 from ibkit.data.protocols import class_nouns, names, read_protocol
 from ibkit.errors import ParameterError
 from ibkit.pocket.world import CLASSES, HELD_OUT, check_phrase
 from tests.test_dreambench import folder  # noqa: F401, a fixture
+from tests.test_photos import DREAMBENCH
 
 
 @pytest.mark.parametrize(
@@ -50,10 +53,24 @@ def test_the_pocket_world_can_judge_every_prompt_of_its_own():
             assert not {(noun, phrase) for phrase in protocol.train} & HELD_OUT
 
 
+def overlap(protocol):
+    """Training phrases that stand in a benchmark template."""
+    return [phrase for phrase in protocol.train for template in protocol.evaluate if phrase in template]
+
+
+@pytest.mark.skipif(not DREAMBENCH.is_dir(), reason="the real prompts in ../shared are not here")
+@pytest.mark.parametrize("subject, live", [("cat", True), ("vase", False)])
+def test_no_training_phrase_stands_in_a_template_of_dreambench(subject, live, monkeypatch):
+    read = partial(read_protocol, "dreambench", photos=DREAMBENCH / subject)
+    assert len(read().train) == 2 and not overlap(read())
+    monkeypatch.setitem(protocols.DREAMBENCH_TRAIN, live, ("in a library", "in the snow"))  # "a {subject} in the snow"
+    assert overlap(read()) == ["in the snow"]
+
+
 def test_dreambench_is_read_from_the_folder_of_the_subject(folder):  # noqa: F811
     protocol = read_protocol("dreambench", photos=folder / "dataset" / "cat")
     assert len(protocol.evaluate) == 25 and protocol.images_per_prompt == 4
-    assert protocol.evaluate[3] == "a {subject} in place 3" and not set(protocol.train) & set(protocol.evaluate)
+    assert protocol.evaluate[3] == "a {subject} in place 3" and not overlap(protocol)
     with pytest.raises(ParameterError, match="not one of DreamBench's subjects"):
         read_protocol("dreambench", photos=folder / "dataset" / "mine")
     with pytest.raises(ParameterError, match="needs a subject: .*--subject"):

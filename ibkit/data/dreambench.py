@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ibkit.data.photos import photo_files
-from ibkit.data.prompts import SLOT, Prompt, make_prompt
+from ibkit.data.prompts import SLOT
 from ibkit.errors import PhotoError
 from ibkit.runs import hash_file
 
@@ -21,7 +21,7 @@ SOURCE = "https://github.com/google/dreambooth"
 PROMPTS_FILE = "prompts_and_classes.txt"
 N_SUBJECTS, N_PHOTOS, N_LIVE, N_PROMPTS, IMAGES_PER_PROMPT = 30, 158, 9, 25, 4
 LIVE_CLASSES = ("cat", "dog")
-HASHES = Path(__file__).parent / "dreambench.sha256.json"  # of the files that we had; name -> SHA-256
+HASHES = Path(__file__).parent / "dreambench.sha256.json"  # of the published photos; "cat/00.jpg" -> SHA-256
 TEMPLATE = re.compile(r"""^\s*'(?P<text>[^']*\{0\} \{1\}[^']*)'\.format\(unique_token, class_token\),?\s*$""")
 
 
@@ -37,16 +37,13 @@ class BenchSubject:
 
 @dataclass(frozen=True)
 class DreamBench:
-    """The subjects that are there, and the prompts as templates such as "a {subject} in the snow" (`make_prompt`)."""
+    """The subjects that are there, and the prompts as templates such as "a {subject} in the snow"
+    (`ibkit.data.prompts.make_prompt`).
+    """
 
     subjects: tuple[BenchSubject, ...]
     object_prompts: tuple[str, ...]
     live_prompts: tuple[str, ...]
-
-    def prompts(self, subject: BenchSubject, identifier: str) -> list[Prompt]:
-        """The 25 prompts of a subject, each with its clean text for the scorers."""
-        templates = self.live_prompts if subject.live else self.object_prompts
-        return [make_prompt(template, subject.class_noun, identifier) for template in templates]
 
 
 def read(folder: str | Path) -> DreamBench:
@@ -95,12 +92,19 @@ def differences(folder: str | Path, bench: DreamBench) -> list[str]:
     ):
         if there != wanted:
             found.append(f"{there} {what} instead of {wanted}")
-    known = json.loads(HASHES.read_text())
+    published = json.loads(HASHES.read_text())
     for subject in bench.subjects:
-        for photo in subject.photos:
-            expected = known.get(f"{subject.name}/{photo.name}")
-            if expected and hash_file(photo) != expected:
-                found.append(f"{photo} is not the published file")
+        there = {f"{subject.name}/{photo.name}": photo for photo in subject.photos}
+        wanted = {name for name in published if name.startswith(f"{subject.name}/")}
+        if len(there) != len(wanted):
+            found.append(f"{subject.name} has {len(there)} photos instead of {len(wanted)}")
+        found += [f"{name} is missing" for name in sorted(wanted - there.keys())]
+        found += [f"{photo} is not in the published set" for name, photo in there.items() if name not in wanted]
+        found += [
+            f"{photo} is not the published file"
+            for name, photo in there.items()
+            if name in wanted and hash_file(photo) != published[name]
+        ]
     return found
 
 
@@ -127,5 +131,8 @@ def main(arguments: argparse.Namespace) -> int:
     for line in found:
         print(f"differs: {line}")
     if not found:
-        print(f"complete: {N_SUBJECTS} subjects, {N_PHOTOS} photos, {N_PROMPTS} + {N_PROMPTS} prompts")
+        print(
+            f"complete: {N_SUBJECTS} subjects, {N_PROMPTS} + {N_PROMPTS} prompts; "
+            f"all {N_PHOTOS} photos checked by their hash"
+        )
     return 1 if found else 0
