@@ -6,8 +6,9 @@ times: CSV, Markdown and LaTeX. `ibkit tables` makes them of several runs at onc
 
 from __future__ import annotations
 
+import difflib
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -39,8 +40,11 @@ def fidelity(scores: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.D
 
     Returns:
         Text table: one row a method, "value [low, high]" in a column for each metric, and the number of images.
+
+    Raises:
+        ScoreError: a metric that the scores do not have.
     """
-    return _wide(summarise(as_compared(scores), ("method",), metrics or measured(scores)), ["method"])
+    return _wide(summarise(as_compared(scores), ("method",), _asked(scores, metrics)), ["method"])
 
 
 def measured(scores: pd.DataFrame) -> list[str]:
@@ -49,18 +53,33 @@ def measured(scores: pd.DataFrame) -> list[str]:
     return [name for name in METRICS if name in scores.columns and name not in parts and scores[name].notna().any()]
 
 
+def _asked(scores: pd.DataFrame, metrics: Sequence[str] | None) -> list[str]:
+    """The metrics asked for, by default all that were measured.
+
+    Raises:
+        ScoreError: the scores have none of that name.
+    """
+    there = [name for name in METRICS if name in scores.columns and scores[name].notna().any()]
+    for name in metrics or ():
+        if name not in there:
+            near = difflib.get_close_matches(name, there, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"they have {', '.join(there) or 'none'}."
+            raise ScoreError(f"The scores have no metric {name!r}; {hint}")
+    return list(metrics or measured(scores))
+
+
 def by_prompts(scores: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.DataFrame:
     """The same apart for prompts that RL was trained on and for unseen ones (the paper's figures 6 to 9).
 
     Raises:
-        ScoreError: the scores do not say which prompts were seen.
+        ScoreError: the scores do not say which prompts were seen, or lack a metric that was asked for.
     """
     if "seen" not in scores.columns:
         raise ScoreError("The scores have no column seen: they are of an older evaluation; run 03_evaluate again.")
     compared = as_compared(scores)
     compared = compared[compared["seen"].notna()]
     compared = compared.assign(prompts=compared["seen"].astype(bool).map(SEEN_LABELS))
-    return _wide(summarise(compared, ("method", "prompts"), metrics or measured(scores)), ["method", "prompts"])
+    return _wide(summarise(compared, ("method", "prompts"), _asked(scores, metrics)), ["method", "prompts"])
 
 
 def differences(
@@ -71,12 +90,18 @@ def differences(
     Returns:
         Tidy table: method, against, metric, value, low, high, n, and verdict: "higher" or "lower" where zero is
         outside the 95 % interval, else "not told apart".
+
+    Raises:
+        ScoreError: no rows of `against`, or a metric that the scores do not have.
     """
-    compared, rows = as_compared(scores), []
+    compared, rows, asked = as_compared(scores), [], _asked(scores, metrics)
     one = compared[compared["method"] == against]
+    if one.empty:
+        there = ", ".join(in_method_order(compared["method"].unique())) or "none"
+        raise ScoreError(f"There are no rows of {against!r} to compare the other methods with; there are: {there}.")
     for method in in_method_order(compared["method"].unique()):
         other = compared[compared["method"] == method]
-        for metric in metrics or measured(scores):
+        for metric in asked:
             if method in (against, "real") or one[metric].isna().all() or other[metric].isna().all():
                 continue
             interval = bootstrap_difference(other, one, metric)
@@ -97,6 +122,40 @@ def differences_in_words(table: pd.DataFrame) -> pd.DataFrame:
             "n": table["n"],
         }
     )
+
+
+def confirmed(table: pd.DataFrame, rewards: Collection[str]) -> str:
+    """Whether measures of text fidelity that were not optimized rose with the reward, in words.
+
+    Args:
+        table: from `differences`: InstructBooth against DreamBooth, a row a metric.
+        rewards: what RL was trained on.
+
+    Returns:
+        Sentences: did the reward rise, which others rose and which did not, and what follows.
+    """
+    verdicts = table.set_index("metric")["verdict"]
+    reward = ", ".join(sorted(rewards))
+    unknown = sorted(set(rewards) - set(verdicts.index))
+    flat = [name for name in sorted(rewards) if name in verdicts.index and verdicts[name] != HIGHER]
+    apart = [name for name in verdicts.index if METRICS[name].kind == "text" and name not in rewards]
+    risen = [name for name in apart if verdicts[name] == HIGHER]
+    others = [f"{name} ({verdicts[name]})" for name in apart if name not in risen]
+    named = (
+        f"Not optimized, and higher: {', '.join(risen) or 'none'}; "
+        f"not optimized, and not higher: {', '.join(others) or 'none'}."
+    )
+    if unknown:
+        return f"Optimized: {reward}; {', '.join(unknown)} was not measured, so whether it rose is not known. {named}"
+    if flat:
+        return (
+            f"Optimized: {reward}, but {', '.join(f'{name} did not rise ({verdicts[name]})' for name in flat)}: "
+            f"there is no gain to confirm. {named}"
+        )
+    if not apart:
+        return f"Optimized, and higher: {reward}. Nothing else measures the text: the gain is not confirmed."
+    say = "all of them confirm" if not others else "some of them confirm" if risen else "none of them confirms"
+    return f"Optimized, and higher: {reward}. {named} Of the others {say} the gain."
 
 
 def as_markdown(table: pd.DataFrame) -> str:

@@ -1,5 +1,7 @@
 """Tables: what stands in them, when a difference is one, three formats, and several runs together."""
 
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -8,7 +10,7 @@ from ibkit.claims import evaluate_claims
 from ibkit.cli import main
 from ibkit.errors import ScoreError
 from ibkit.stats import check_scores
-from ibkit.tables import all_tables, as_latex, as_markdown, by_prompts, combine, differences, fidelity
+from ibkit.tables import all_tables, as_latex, as_markdown, by_prompts, combine, confirmed, differences, fidelity
 from tests.test_claims import images, story
 
 
@@ -58,6 +60,34 @@ def test_a_difference_is_one_only_where_its_interval_says_so(scores):
         row = found.loc["instructbooth"]
         assert row["value"] == pytest.approx(shift) and row["low"] < 0 < row["high"]
         assert row["verdict"] == "not told apart"
+
+
+def test_a_table_of_what_was_not_measured_is_refused(scores):
+    for table in (differences, fidelity, by_prompts):
+        with pytest.raises(ScoreError, match="no metric 'dinos'; did you mean 'dino'"):
+            table(scores, metrics=["dinos"])
+    with pytest.raises(ScoreError, match="no metric 'clip_t'; they have judge_text, judge_identity, dino"):
+        differences(scores, metrics=["clip_t"])
+    with pytest.raises(ScoreError, match="no rows of 'dreambooth' to compare .*there are: base, instructbooth"):
+        differences(scores[scores["method"] != "dreambooth"])
+
+
+@pytest.mark.parametrize(
+    "reward, clip_t, judge_text, words",
+    [
+        ("higher", "higher", "higher", "Optimized, and higher: image_reward. .*all of them confirm"),
+        ("higher", "higher", "lower", r"higher: clip_t; .* not higher: judge_text \(lower\). .*some of them confirm"),
+        ("higher", "not told apart", "lower", "higher: none; .*none of them confirms"),
+        ("not told apart", "higher", "higher", r"image_reward did not rise \(not told apart\): there is no gain to"),
+        (None, "higher", "higher", "image_reward was not measured, so .* is not known. .*higher: judge_text, clip_t"),
+    ],
+)
+def test_a_gain_is_confirmed_only_where_the_reward_rose(reward, clip_t, judge_text, words):
+    verdicts = {"judge_text": judge_text, "image_reward": reward, "clip_t": clip_t, "dino": "higher"}
+    table = pd.DataFrame([{"metric": m, "verdict": v} for m, v in verdicts.items() if v])
+    said = confirmed(table, {"image_reward"})
+    assert re.search(words, said) and "dino" not in said
+    assert ("confirm" in said) == (reward == "higher") or "no gain to confirm" in said
 
 
 def test_three_formats_say_the_same(scores):
