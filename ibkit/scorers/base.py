@@ -275,8 +275,8 @@ def reading(metric: str, what: str, folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def from_hub(metric: str, repository: str) -> Iterator[None]:
-    """Turn any failure to fetch official weights into one sentence that says what to do."""
+def from_hub(metric: str, repository: str, what: str = "weights") -> Iterator[None]:
+    """Turn any failure to fetch official weights (or another part, `what`) into one sentence that says what to do."""
     try:
         yield
     except ModelError:
@@ -284,21 +284,25 @@ def from_hub(metric: str, repository: str) -> Iterator[None]:
     except Exception as error:  # hub clients raise many kinds: offline, timeout, HTTP, missing file
         reason = " ".join(str(error).split())[:160] or type(error).__name__
         raise ModelError(
-            f"{metric}: its official weights ({repository}) are not in the local cache and could not be downloaded "
+            f"{metric}: its official {what} ({repository}) cannot be had from the local cache or the hub "
             f"({reason}): connect to the internet once, or set HF_HOME to a cache that has them, "
             "or leave this metric out."
         ) from error
 
 
-def hub_name(repository: str, file: str = "config.json") -> str:
+def hub_name(repository: str, *files: str) -> str:
     """A repository with the revision that was loaded from it, "facebook/dino-vits16@ab12cd34", for evaluators.
 
-    Call it once the weights are there; the revision is the folder that the hub's cache keeps `file` in.
+    Call it once the weights are there; the revision is the folder that the hub's cache keeps the first of `files` in
+    that it has (without any named, config.json).
     """
     from huggingface_hub import try_to_load_from_cache
 
-    path = try_to_load_from_cache(repository, file)
-    return f"{repository}@{Path(path).parent.name[:8]}" if isinstance(path, str) else repository
+    for file in files or ("config.json",):
+        path = try_to_load_from_cache(repository, file)
+        if isinstance(path, str):
+            return f"{repository}@{Path(path).parent.name[:8]}"
+    return repository
 
 
 def _lazy(module: str, attribute: str) -> Callable[[str | Path, str | torch.device], Scorer]:

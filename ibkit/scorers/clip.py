@@ -28,6 +28,7 @@ from ibkit.scorers.base import (
     check_vocabulary,
     embed_texts,
     from_hub,
+    hub_name,
     mean_cosine,
     reading,
     require_files,
@@ -36,6 +37,7 @@ from ibkit.scorers.base import (
 
 # OpenAI trained with QuickGELU. open_clip 3 builds plain "ViT-B-32" with GELU even for its weights, and only warns.
 OFFICIAL_MODEL, OFFICIAL_WEIGHTS = "ViT-B-32-quickgelu", "openai"
+WEIGHTS_FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.bin")  # on the hub, as open_clip prefers them
 CONFIG_FILE = "open_clip_config.json"
 WEIGHTS_FILE = "model.safetensors"
 
@@ -86,14 +88,16 @@ class ClipEncoder:
 
         with from_hub("CLIP", f"open_clip {OFFICIAL_MODEL}, {OFFICIAL_WEIGHTS}"):
             model, _, preprocess = open_clip.create_model_and_transforms(OFFICIAL_MODEL, pretrained=OFFICIAL_WEIGHTS)
-        tokenizer = open_clip.get_tokenizer(OFFICIAL_MODEL)
+        tokenizer = open_clip.get_tokenizer(OFFICIAL_MODEL)  # a part of open_clip, with no revision of its own
+        repository = open_clip.get_pretrained_cfg(OFFICIAL_MODEL, OFFICIAL_WEIGHTS)["hf_hub"].rstrip("/")
+        name = hub_name(repository, *WEIGHTS_FILES)
         check_vocabulary("CLIP", "open_clip", tokenizer.vocab_size, model.vocab_size)
         return cls(
             model,
             preprocess,
             tokenizer,
             lambda text: len(tokenizer.encode(text)) + 2,  # start and end of text
-            "CLIP ViT-B/32 (OpenAI); 224 px bicubic + centre crop, CLIP mean/std",
+            f"CLIP ViT-B/32 (OpenAI, {name}); 224 px bicubic + centre crop, CLIP mean/std",
             device,
         )
 
@@ -172,7 +176,7 @@ class ClipEncoder:
 class ClipT(Scorer):
     """CLIP-T: cosine of the picture's and the text's embedding; the text is without the identifier.
 
-    Source: InstructBooth, section 4.1 (text fidelity).
+    Source: InstructBooth, appendix C (text fidelity).
     """
 
     name = "clip_t"

@@ -348,11 +348,12 @@ class ImageReward(Scorer):
         from transformers import AutoTokenizer
 
         if str(weights) == "official":
-            with from_hub(cls.name, OFFICIAL_TOKENIZER):
+            with from_hub(cls.name, OFFICIAL_TOKENIZER, "tokenizer"):
                 tokenizer = AutoTokenizer.from_pretrained(OFFICIAL_TOKENIZER)
             model = ImageRewardModel.load_official()
             name = hub_name(OFFICIAL_REPOSITORY, "ImageReward.pt")
-            return cls(model, tokenizer, device, f"ImageReward ({name})")
+            reads = hub_name(OFFICIAL_TOKENIZER, "tokenizer_config.json")
+            return cls(model, tokenizer, device, f"ImageReward ({name}, tokenizer {reads})")
         folder = weights_folder(cls.name, weights, cls.name)
         model = ImageRewardModel.from_pretrained(folder)
         require_files(cls.name, folder, "tokenizer_config.json")

@@ -88,8 +88,10 @@ class PickScore(Scorer):
         if str(weights) == "official":
             with from_hub(cls.name, OFFICIAL_REPOSITORY):
                 model = load_transformer(cls.name, CLIPModel, OFFICIAL_REPOSITORY)
+            with from_hub(cls.name, OFFICIAL_TOKENIZER, "tokenizer"):
                 tokenizer = AutoTokenizer.from_pretrained(OFFICIAL_TOKENIZER)
-            where, kind = OFFICIAL_TOKENIZER, f"PickScore ({hub_name(OFFICIAL_REPOSITORY)}), unscaled cosine"
+            where, name = OFFICIAL_TOKENIZER, hub_name(OFFICIAL_TOKENIZER, "tokenizer_config.json")
+            kind = f"PickScore ({hub_name(OFFICIAL_REPOSITORY)}, tokenizer {name}), unscaled cosine"
         else:
             if str(weights) == "pocket":
                 raise ModelError(
