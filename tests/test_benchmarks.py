@@ -1,9 +1,13 @@
 """The benchmark that only a GPU can run in earnest: the same code runs here on a small U-Net."""
 
+import json
+
 import pytest
 import torch
 
-from benchmarks import sd15
+from benchmarks import scoring, sd15
+from ibkit.errors import ModelError
+from ibkit.scorers import SCORERS, make_scorer
 
 
 def test_the_benchmark_at_stable_diffusions_shape_runs_on_a_small_u_net(capsys):
@@ -22,3 +26,27 @@ def test_stable_diffusions_shape_is_not_tried_without_a_gpu(monkeypatch, capsys)
     with pytest.raises(SystemExit) as stopped:
         sd15.main()
     assert stopped.value.code == 2 and "needs a GPU" in capsys.readouterr().err
+
+
+def test_a_batch_scores_as_its_pictures_do_alone(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["scoring.py", "--images=3", "--repeats=1", "--device=cpu", "--json"])
+    assert scoring.main() == 0
+    found = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert {row["scorer"] for row in found["scorers"]} == SCORERS.keys() - {"pick_score"} and found["target"] == 1.5
+    assert all(row["max_abs_diff"] <= 1e-4 for row in found["scorers"])
+    with pytest.raises(ModelError, match="the pocket weights have none"):
+        make_scorer("pick_score", "pocket")  # the only one that is left out
+
+
+def test_a_score_that_depends_on_its_batch_ends_in_failure_and_a_slow_one_in_a_sentence(monkeypatch, capsys):
+    row = {"images_per_second": 9.0, "images_per_second_one_by_one": 9.0}
+    found = {"dino": {"ratio": 1.4, "max_abs_diff": 9e-5}, "clip_t": {"ratio": 1.5, "max_abs_diff": 2e-4}}
+    monkeypatch.setattr(scoring, "measure", lambda name, *_: row | {"scorer": name} | found[name])
+    monkeypatch.setattr("sys.argv", ["scoring.py", "--device", "cpu"])
+    monkeypatch.setattr(scoring, "SCORERS", ("dino",))
+    assert scoring.main() == 0
+    assert "dino: 1.40 times as fast as one by one, short of the target 1.5" in capsys.readouterr().out
+    monkeypatch.setattr(scoring, "SCORERS", ("dino", "clip_t"))
+    assert scoring.main() == 1
+    told = capsys.readouterr().out
+    assert "clip_t: batched and one by one differ by 2.0e-04, more than 0.0001" in told and "clip_t: 1.50" not in told
