@@ -1,6 +1,8 @@
 """Controlled changes, subject metrics made from DINO's patches, their statistics, and the notebook that shows them."""
 
 import dataclasses
+import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -19,6 +21,7 @@ from ibkit.runs import read_run
 from ibkit.scorers import make_scorer
 from tests.test_chain import papermill
 
+ROOT = Path(__file__).resolve().parents[1]
 # What each change may alter, and must.
 FIELDS = {
     "view": {"view"},
@@ -142,6 +145,19 @@ class TestTable:
             expected = self.Brightness()([pictures[pair.changed]], [pictures[pair.reference]])
             assert row.x == pytest.approx(expected.item()) and row.judge_identity == 1
         assert not table.duplicated(["subject", "change", "pair"]).any()
+
+    def test_without_clip_a_column_is_missing_and_nothing_else(self, pairs, monkeypatch):
+        scored = []
+        monkeypatch.setattr(subject_head, "score_pairs", lambda *given: scored.append(given[2]) or self.nothing())
+        monkeypatch.setattr(subject_head, "LearnedIdentity", lambda dino, head: None)
+        dino, heads = make_scorer("dino"), {None: None, 0: None, 1: None}
+        for clip_i in (make_scorer("clip_i"), None):
+            subject_head.measure(pairs, {}, dino, clip_i, heads, None)
+        assert scored[0].keys() - scored[1].keys() == {"clip_i"} and not scored[1].keys() - scored[0].keys()
+
+    @staticmethod
+    def nothing():
+        return pd.DataFrame(columns=["fold", *(f"learned_without_{fold}" for fold in range(subject_head.N_FOLDS))])
 
     def test_photos(self):
         photos = [Image.new("RGB", (40, 30), (v, v, v)) for v in (0, 100, 200)]
@@ -360,6 +376,46 @@ class TestHead:
         pictures = subject_head.training_pictures(dino, individuals, subject_head.HeadConfig(n_pictures=20))
         assert pictures.tokens.shape == (40, 64, 96)
         assert pictures.individual.tolist() == [0] * 20 + [1] * 20 and set(pictures.fold.tolist()) == {-1, 0, 1}
+
+
+def _shown(found, digits=2, sign=""):
+    """The way the notebook writes intervals: ".97 [.94, .99]", and differences: "−.01 [−.05, +.03]"."""
+    value, low, high = (
+        f"{x:{sign}.{digits}f}".replace("0.", ".", 1).replace("-", "−") for x in (found.value, found.low, found.high)
+    )
+    return f"{value} [{low}, {high}]"
+
+
+def _shares(found):
+    return f"{100 * found.value:.0f} % [{100 * found.low:.0f}, {100 * found.high:.0f}]"
+
+
+def test_the_reference_pairs_say_what_the_notebook_tells_to_expect():
+    changes = pd.read_csv(ROOT / "outputs" / "reference" / "changes.csv")
+    cells = json.loads((ROOT / "notebooks" / "05_dino_metric.ipynb").read_text(encoding="utf-8"))["cells"]
+    told = "".join("".join(cell["source"]) + "\n" for cell in cells).replace("**", "")
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in told.splitlines() if line[:1] == "|"]
+    rows = {first: rest for first, *rest in rows}
+    dino, clip_i = told.split("Mean DINO: ")[1].split("Mean CLIP-I: ")[:2]
+    means = changes.groupby("change")[["dino", "clip_i"]].mean().round(2)
+    for change in ("view", "pose", "identity", "place", "everything but identity"):
+        for words, mean in zip((dino, clip_i), means.loc[change], strict=True):
+            assert f"{change} {mean:.2f}".replace("0.", ".") in " ".join(words.split())
+    both = ("dino", "clip_i")
+    for change in ("pose", "identity", "place"):
+        falls = [analysis.fall(changes, name, change) for name in both]
+        assert rows[f"fall below view: {change}"] == [_shown(found, 3) for found in falls]
+    wrong = [_shares(analysis.misranked(changes, name)) for name in both]
+    assert rows["wrong individual preferred to a new pose"] == wrong
+    for name, label in {
+        "dino": "DINO", "clip_i": "CLIP-I", "patch_match": "patch matching", "true_mask": "true mask, middle layer",
+        "learned": "learned head", "learned_unseen": "the same, activities unseen",
+    }.items():  # fmt: skip
+        expected = []
+        for pair in (("pose", "identity and pose"), ("everything but identity", "everything")):
+            over = "" if name == "dino" else _shown(analysis.subject_auc(changes, name, *pair, minus="dino"), sign="+")
+            expected += [_shown(analysis.subject_auc(changes, name, *pair)), over]
+        assert rows[label] == expected
 
 
 def _cat():

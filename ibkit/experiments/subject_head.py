@@ -205,7 +205,7 @@ def measure(
     pairs: Sequence[Pair],
     pictures: Mapping[Scene, Image.Image],
     dino: Dino,
-    clip_i: Scorer,
+    clip_i: Scorer | None,
     heads: Mapping[int | None, IdentityHead],
     judge: Judge,
     on_pair: Callable[[int], None] = lambda done: None,
@@ -214,6 +214,7 @@ def measure(
 
     Args:
         pairs, pictures, judge, on_pair: as in `subject_changes.score_pairs`.
+        clip_i: None where its weights are missing; the table has no such column then.
         heads: of `train_heads`.
 
     Returns:
@@ -223,7 +224,7 @@ def measure(
     true, middle = TrueMask(dino, pictures), middle_layer(dino)
     scorers = {
         "dino": dino,
-        "clip_i": clip_i,
+        **({"clip_i": clip_i} if clip_i else {}),
         "patch_match": PatchMatch(dino),
         "true_mask_last": MaskedMean(dino, true, LAST_LAYER),
         "true_mask": MaskedMean(dino, true, middle),
