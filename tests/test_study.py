@@ -8,6 +8,7 @@ import subprocess
 import sys
 from dataclasses import replace
 
+import ipywidgets as widgets
 import numpy as np
 import pandas as pd
 import pytest
@@ -22,6 +23,7 @@ from ibkit.pocket.build.data import Pictures
 from ibkit.pocket.build.judge import reconstruct, train
 from ibkit.pocket.draw import render
 from ibkit.pocket.world import NO_ACTIVITY, sample_scene, sample_subject
+from ibkit.published import EVALUATORS
 from ibkit.runs import Run, project_root, read_run
 from ibkit.scorers.judge import RATERS, Judge
 from ibkit.stats import mean_interval
@@ -365,6 +367,19 @@ def test_the_page_asks_saves_undoes_and_ends(items, evaluated, tmp_path):
     assert "Every item of this study is answered" in page.message.value
     assert session.path.read_text().count('"undo"') == 1
     assert len(read_ratings(session.path).answers) == len(items)
+
+
+def test_a_button_that_was_pressed_gives_up_the_focus(items, evaluated, tmp_path, monkeypatch):
+    done = []
+    monkeypatch.setattr(widgets.Button, "blur", lambda button: done.append(button.description))
+    page = RatingPage(RatingSession(items, "Ann", tmp_path), {"orange cat": evaluated.references})
+    for button in (page.start, page.first, page.second, page.undo):
+        button.click()
+    assert done == ["Start", "Yes", "No", "Undo"]
+
+
+def test_the_subject_is_asked_about_as_in_the_paper():
+    assert all("closely resemble" in words for words in (QUESTIONS["subject"].ask, EVALUATORS["people_subject"]))
 
 
 def test_the_page_resumes_with_the_instruction_of_its_part(items, evaluated, tmp_path):

@@ -1,8 +1,8 @@
 """The rating page: the widgets over a `ratings.RatingSession`, for JupyterLab.
 
 It holds buttons, pictures and texts only (no Output widget, no code in the browser). The keyboard works as everywhere:
-Tab and Shift+Tab move between the buttons, Enter or the space bar presses the one in focus; the page never moves the
-focus by itself, so that no answer is nearer than the other.
+Tab and Shift+Tab move between the buttons, Enter or the space bar presses the one in focus. A button that was pressed
+gives up the focus and no other one gets it: no answer is nearer than the other, and a second Enter answers nothing.
 """
 
 from __future__ import annotations
@@ -42,6 +42,8 @@ class RatingPage:
         self.count = widgets.Label()
         self.start, self.first, self.second = widgets.Button(description="Start"), widgets.Button(), widgets.Button()
         self.undo = widgets.Button(description="Undo", tooltip="Take the last answer back", icon="undo")
+        for button in (self.start, self.first, self.second, self.undo):
+            button.on_click(lambda pressed: pressed.blur())
         self.start.on_click(lambda _: self._begin())
         self.first.on_click(lambda _: self._do(lambda: session.answer(0)))
         self.second.on_click(lambda _: self._do(lambda: session.answer(1)))

@@ -1,6 +1,6 @@
 """A study of the methods' pictures by people: what is asked, and what the votes say.
 
-Three questions, as in InstructBooth, section 3.3 and appendix F: *subject* (is this the subject of the photos?) and
+Three questions, as in InstructBooth, section 3.3 and appendix F: *subject* (does it closely resemble the photos'?) and
 *text* (does the picture show what the text says?), both answered by yes or no about one picture; and *preference*
 (which of two pictures of the same prompt and the same noise is better?). Several raters answer each item, and the
 majority counts.
@@ -60,7 +60,7 @@ class Question:
 # In the order of the paper's three parts (appendix F).
 QUESTIONS: dict[str, Question] = {
     "subject": Question(
-        "Is this the very individual of the reference photos?",
+        "Does the subject closely resemble the one in the reference photos?",
         "Compare looks: colours, pattern, proportions. Pose, place and what it is doing do not count, and neither does "
         "how beautiful the picture is.",
         ("yes", "no"),
