@@ -452,6 +452,8 @@ def _launched() -> dict[str, Any] | None:
         ParameterError: it launched processes on several machines.
     """
     place = {name: os.environ.pop(name, "") for name in LAUNCHER_VARIABLES}
+    for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:
+        del os.environ[name]  # or the kernels would look for torchrun's own server
     count = int(place["WORLD_SIZE"] or 1)
     if count == 1:
         return {}

@@ -6,15 +6,17 @@ import signal
 
 import pytest
 import torch
+from accelerate import PartialState
 from transformers import CLIPTokenizer
 
 from ibkit.data.prompts import training_prompts
-from ibkit.errors import ParameterError, TrainingError
+from ibkit.errors import IbkitError, ParameterError, ScoreError, TrainingError
 from ibkit.models import POCKET_PIPELINE
 from ibkit.rl import ddpo
-from ibkit.rl.processes import Processes, start
+from ibkit.rl.processes import Processes, _joined, start
 from ibkit.runs import Checkpoints
 from ibkit.sample import Sampler
+from ibkit.training import memory_advice
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")
@@ -49,6 +51,29 @@ def die_in_epoch_two(processes, device, folder, config):
 
     reward.calls = 0
     train_tiny(processes, device, folder, config, reward)
+
+
+def refuse_a_picture(processes, device, folder, config):
+    def reward(images, prompts):
+        raise KeyError("no such word")
+
+    train_tiny(processes, device, folder, config, reward)
+
+
+FAILURES = {
+    "the loss is not finite.": TrainingError("the loss is not finite."),
+    "the picture is empty.": ScoreError("the picture is empty."),
+    "out of memory: buy some.": MemoryError(),
+    "process 1 of 2 failed with ValueError: shapes do not fit": ValueError("shapes do not fit"),
+}
+
+
+def fail_in_turn(processes, device):
+    for error in FAILURES.values():
+        with pytest.raises(IbkitError if isinstance(error, MemoryError) else type(error)):
+            with processes.agree(), memory_advice("buy some"):
+                raise error
+    processes.share(None)
 
 
 # --- one process ------------------------------------------------------------------------------------------------
@@ -111,10 +136,49 @@ def test_a_killed_process_ends_the_job_and_one_process_goes_on(tmp_path):
     assert len(rows) == 3 and difference(resumed, whole) <= 1e-6
 
 
+def test_a_reward_that_fails_in_another_process_is_told_by_the_first(tmp_path):
+    sentence = "the reward function failed with KeyError: 'no such word'; mend it and resume"
+    with pytest.raises(TrainingError, match=sentence), start(2, CPU, refuse_a_picture, tmp_path, CONFIG) as processes:
+        train_tiny(processes, CPU, tmp_path, CONFIG)
+
+
+def test_whatever_fails_in_another_process_fails_here_even_below_a_launcher(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", "True")  # torchrun's, whose server these processes do not use
+    sentences = []
+    with start(2, CPU, fail_in_turn) as processes:
+        for _ in FAILURES:
+            try:
+                with processes.agree():
+                    pass
+            except TrainingError as error:
+                sentences.append(str(error))
+        assert processes.share("still together") == "still together"
+    assert sentences == list(FAILURES)
+    assert os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True"
+
+
+def test_processes_that_cannot_meet_say_why_and_leave_the_environment(monkeypatch):
+    class Unmet(PartialState):
+        def __init__(self, cpu):
+            raise RuntimeError("the address is in use")
+
+    monkeypatch.setattr("accelerate.PartialState", Unmet)
+    before = dict(os.environ)
+    with pytest.raises(RuntimeError, match="the address is in use"), _joined(0, 2, 1, "cpu"):
+        pass
+    assert dict(os.environ) == before
+
+
 def test_more_processes_than_pictures_are_refused(tmp_path):
     config = dataclasses.replace(CONFIG, images_per_epoch=1)
     with pytest.raises(ParameterError, match="1 images an epoch cannot be shared by 2 processes"):
         train_tiny(Processes(0, 2), CPU, tmp_path, config)
+
+
+def test_one_gpu_by_its_number_is_refused():
+    with pytest.raises(ParameterError, match="2 processes cannot train together on cuda:1 alone: use device='cuda'"):
+        with start(2, torch.device("cuda:1"), train_tiny):
+            pass
 
 
 def test_an_accelerator_that_cannot_be_shared_out_is_refused():

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ibkit.device import available_cpus
-from ibkit.errors import ParameterError, TrainingError
+from ibkit.errors import IbkitError, ParameterError, TrainingError
 
 JOIN_SECONDS = 10
 
@@ -23,7 +23,7 @@ JOIN_SECONDS = 10
 class Processes:
     """`count` processes that train together, of which this is the one with this `number`; by itself, the only one.
 
-    Every process must call `gather`, `share` and `add_gradients` in the same order.
+    Every process must call `agree`, `gather`, `share` and `add_gradients` in the same order.
     """
 
     def __init__(self, number: int = 0, count: int = 1):
@@ -41,6 +41,31 @@ class Processes:
     def deal(self, chunks: Sequence) -> list:
         """This process's share of the chunks, in turn."""
         return list(chunks[self.number :: self.count])
+
+    @contextmanager
+    def agree(self) -> Iterator[None]:
+        """Inside, each process works on its own share; where one fails, all of them fail, and say why.
+
+        Raises:
+            TrainingError: another process failed, with what it said; one that fails raises its own error.
+        """
+        if self.count == 1:
+            yield
+            return
+        from accelerate.utils import gather_object
+
+        failure, sentence = None, ""
+        try:
+            yield
+        except Exception as error:  # of any kind, or the others would wait for a process that is gone
+            failure, sentence = error, str(error)
+            if not isinstance(error, IbkitError):
+                sentence = f"process {self.number} of {self.count} failed with {type(error).__name__}: {error}"
+        sentences = self._together(gather_object, [sentence])
+        if failure is not None:
+            raise failure
+        if any(sentences):
+            raise TrainingError(next(filter(None, sentences)))
 
     def gather(self, mine: list) -> list:
         """What all processes made of their shares, in the order before `deal`; tensors come on the CPU."""
@@ -90,13 +115,19 @@ def start(count: int, device: torch.device, helper: Callable, *arguments) -> Ite
             it travels by name. It must train with the same data as the caller.
 
     Raises:
-        ParameterError: fewer GPUs than processes, or an accelerator that cannot be shared out.
+        ParameterError: fewer GPUs than processes, one GPU named for all of them, or an accelerator that cannot be
+            shared out.
     """
     if count == 1:
         yield Processes()
         return
     if device.type not in ("cpu", "cuda"):
         raise ParameterError(f"{count} processes cannot train together on {device.type}: use 1, or device='cpu'.")
+    if device.type == "cuda" and device.index is not None:
+        raise ParameterError(
+            f"{count} processes cannot train together on {device} alone: use device='cuda' (CUDA_VISIBLE_DEVICES "
+            "chooses the GPUs), or 1 process."
+        )
     if device.type == "cuda" and torch.cuda.device_count() < count:
         raise ParameterError(f"{count} processes need {count} GPUs and {torch.cuda.device_count()} are here.")
     port = _free_port()
@@ -119,7 +150,7 @@ def start(count: int, device: torch.device, helper: Callable, *arguments) -> Ite
 
 
 def _help(number: int, count: int, port: int, kind: str, helper: Callable, arguments: tuple) -> None:
-    """What a started process does. An error that all processes meet is told by the first."""
+    """What a started process does. A TrainingError is met by all processes, and told by the first."""
     import signal
 
     from ibkit.device import keep_memory
@@ -140,6 +171,7 @@ def _joined(number: int, count: int, port: int, kind: str) -> Iterator[None]:
 
     place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    place["TORCHELASTIC_USE_AGENT_STORE"] = False  # torchrun's True would let no process serve that address
     threads = max(1, available_cpus() // count)
     if kind == "cpu":
         place["OMP_NUM_THREADS"] = threads
@@ -147,11 +179,13 @@ def _joined(number: int, count: int, port: int, kind: str) -> Iterator[None]:
     os.environ.update({name: str(value) for name, value in place.items()})
     try:
         state = PartialState(cpu=kind == "cpu")
-        if kind == "cpu":
-            torch.set_num_threads(threads)
-        yield
+        try:
+            if kind == "cpu":
+                torch.set_num_threads(threads)
+            yield
+        finally:
+            state.destroy_process_group()
     finally:
-        state.destroy_process_group()
         PartialState._reset_state()
         for name, value in before.items():
             os.environ.pop(name) if value is None else os.environ.update({name: value})
