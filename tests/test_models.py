@@ -1,6 +1,7 @@
 """The model bundle: prompts are never cut silently, adapters travel, damaged folders are refused in one sentence."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -8,7 +9,7 @@ import torch
 from ibkit.data.prompts import check_identifier, make_prompt, training_prompts
 from ibkit.device import generator
 from ibkit.errors import ModelError, ParameterError
-from ibkit.models import load_model, use_quick_attention
+from ibkit.models import TextToImage, load_model, model_fingerprint, use_quick_attention
 from ibkit.rl.rollout import rollout
 from ibkit.sample import Sampler, sample
 from tests.tiny import tiny_model
@@ -66,6 +67,43 @@ def test_an_adapter_starts_as_the_identity_and_travels(tiny, folder, tmp_path):
     theirs.unet = pipeline.unet
     use_quick_attention(theirs.unet, theirs.device)
     torch.testing.assert_close(noise_of(theirs), tuned, rtol=1e-5, atol=1e-6)
+
+
+def of_weights(weight: torch.Tensor) -> TextToImage:
+    """A model whose U-Net is one layer of these weights."""
+    unet, nothing = torch.nn.Linear(*reversed(weight.shape), bias=False), torch.nn.Identity()
+    unet.weight.data = weight
+    return TextToImage("layer", unet, nothing, nothing, None, None, torch.device("cpu"))
+
+
+def test_the_fingerprint_depends_on_every_weight_and_on_nothing_else():
+    weight = torch.randn(400, 500, generator=generator(0))
+    before, fingerprints = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            fingerprints.append(model_fingerprint(of_weights(weight.clone())))
+    finally:
+        torch.set_num_threads(before)
+    assert fingerprints[0] == fingerprints[1]
+    changed, swapped = weight.clone(), weight.clone()
+    changed[7, 7] = torch.nextafter(changed[7, 7], torch.tensor(9.0))
+    swapped.view(-1)[[3, 1000]] = swapped.view(-1)[[1000, 3]]  # 997 places apart
+    others = (changed, swapped, weight.view(500, 400), weight.double())
+    assert len({fingerprints[0], *(model_fingerprint(of_weights(other)) for other in others)}) == 5
+
+
+@pytest.mark.parametrize("sample_size, batches", [(32, [32, 8]), (256, [4] * 10)])
+def test_large_pictures_are_decoded_a_few_at_a_time(tiny, monkeypatch, sample_size, batches):
+    seen = []
+
+    def decode(latents):
+        seen.append(len(latents))
+        return SimpleNamespace(sample=torch.zeros(len(latents), 3, 2, 2))
+
+    monkeypatch.setattr(tiny.vae, "decode", decode)
+    tiny.unet.register_to_config(sample_size=sample_size)  # twice as many pixels
+    assert len(tiny.decode(torch.zeros(40, 4, 1, 1))) == 40 and seen == batches
 
 
 def test_only_the_adapter_is_trainable(tiny):

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from ibkit.device import generator
-from ibkit.models import TextToImage, model_fingerprint
+from ibkit.models import TextToImage, default_batch, model_fingerprint
 from ibkit.runs import hash_json
 from ibkit.sample import Sampler, sample_latents
 
@@ -48,7 +48,7 @@ def class_images(
     )
     folder.mkdir(parents=True, exist_ok=True)
     missing = [i for i in range(n) if not (folder / f"{i:04d}.png").exists()]
-    batch = 32 if model.image_px <= 128 else 4
+    batch = default_batch(model.image_px)
     for first in range(0, len(missing), batch):
         indices = missing[first : first + batch]
         seeds = [int(torch.randint(2**31, (), generator=generator(seed, "class image", i))) for i in indices]
