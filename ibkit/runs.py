@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     import pandas as pd
     import torch
     from matplotlib.figure import Figure
+    from PIL import Image
 
 SCHEMA = 1
 MANIFEST, JOURNAL, LOCK = "manifest.json", "outputs.jsonl", ".lock"
@@ -460,6 +461,12 @@ class Run:
         """Write a table as CSV without its index, floats in full; returns its path."""
         return self.write_text(rel, table.to_csv(index=False, lineterminator="\n"))
 
+    def write_picture(self, rel: str | os.PathLike, picture: "Image.Image") -> Path:
+        """Write a picture as PNG; returns its path."""
+        buffer = io.BytesIO()
+        picture.save(buffer, format="PNG")
+        return self.write_bytes(rel, buffer.getvalue())
+
     def write_tensors(self, rel: str | os.PathLike, tensors: Mapping[str, "torch.Tensor"]) -> Path:
         """Write tensors as safetensors; returns its path."""
         tensors = _savable(tensors)
@@ -750,13 +757,15 @@ class Checkpoints:
         A damaged one is passed over with a warning.
         """
         self._clear_leftovers()
-        for step in reversed(self.steps()):
+        steps = self.steps()
+        while steps:
+            step = steps.pop()
             try:
                 return step, *self._load(step)
             except (OSError, ValueError, KeyError, TypeError) as error:
+                instead = "the one before it is used" if steps else "none is left, so training starts anew"
                 warnings.warn(
-                    f"The checkpoint of step {step} in {self.folder} is damaged ({error}); the one before it is used.",
-                    stacklevel=2,
+                    f"The checkpoint of step {step} in {self.folder} is damaged ({error}); {instead}.", stacklevel=2
                 )
         return None
 

@@ -1,6 +1,9 @@
 """RL that is killed, interrupted, or finds its disk full or a checkpoint damaged ends as if nothing had been."""
 
 import dataclasses
+import itertools
+import os
+import shutil
 from collections import namedtuple
 
 import pytest
@@ -72,10 +75,68 @@ def test_ctrl_c_leaves_a_whole_checkpoint(tokenizer, tmp_path, expected, where):
     def interrupt(*arguments):
         if (tmp_path / "checkpoints").exists():
             raise KeyboardInterrupt
-        return brightness(*arguments)
+        return brightness(*arguments) if where == "reward" else None
 
     options = {"reward": interrupt} if where == "reward" else {"on_epoch": interrupt}
     with pytest.raises(KeyboardInterrupt):
         trained(tokenizer, tmp_path, **options)
     assert not list((tmp_path / "checkpoints").glob(".*"))
     assert equal(trained(tokenizer, tmp_path), expected)
+
+
+def test_ctrl_c_within_a_save_leaves_a_checkpoint_that_goes_on(tokenizer, tmp_path, monkeypatch, expected):
+    """At every change of a name, before and after it, and half-way through the tensors, in the save of the third epoch,
+    which drops an old checkpoint too.
+    """
+    train(tiny_model(tokenizer), PROMPTS, brightness, dataclasses.replace(THREE, n_epochs=2), tmp_path / "before")
+    save = runs._save_tensors
+
+    def half(tensors, path):
+        save(tensors, path)
+        os.truncate(path, path.stat().st_size // 2)
+
+    found = []
+    for n in itertools.count(1):
+        folder, calls = shutil.copytree(tmp_path / "before", tmp_path / f"{n}"), []
+
+        def interrupted(function, before_the_end, calls=calls, n=n):
+            def call(*arguments):
+                for moment in (before_the_end, function):
+                    calls.append(1)
+                    if len(calls) == n:
+                        moment(*arguments)
+                        raise KeyboardInterrupt
+                function(*arguments)
+
+            return call
+
+        with monkeypatch.context() as patch:
+            patch.setattr(runs, "_save_tensors", interrupted(save, half))
+            for name in ("rename", "replace"):
+                patch.setattr(os, name, interrupted(getattr(os, name), lambda *paths: None))
+            try:
+                trained(tokenizer, folder)
+                break
+            except KeyboardInterrupt:
+                pass
+        epochs = []
+        adapter = trained(tokenizer, folder, on_epoch=lambda row, model, epochs=epochs: epochs.append(row["epoch"]))
+        found.append(3 - len(epochs))
+        assert equal(adapter, expected)
+        assert not list((folder / "checkpoints").glob(".*"))
+    assert found == [2, 2, 2, 3, 3, 3]
+
+
+def test_an_epoch_whose_on_epoch_was_interrupted_is_made_and_told_again(tokenizer, tmp_path):
+    """Or what it keeps of the last epoch would be missing for good."""
+    seen = []
+
+    def on_epoch(row, model):
+        seen.append(row["epoch"])
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        trained(tokenizer, tmp_path, on_epoch=on_epoch)
+    trained(tokenizer, tmp_path, on_epoch=on_epoch)
+    assert seen == [0, 1, 2, 2]

@@ -13,6 +13,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
 from ibkit import runs
 from ibkit.errors import ArtifactError
@@ -660,6 +661,14 @@ def test_only_the_newest_are_kept_and_none_from_a_future_that_was_left(tmp_path)
     assert checkpoints.steps() == [30, 40]
 
 
+def test_a_picture_is_written_and_noted(tmp_path):
+    run = open_run(tmp_path / "run")
+    picture = Image.effect_noise((5, 4), 50)
+    with Image.open(run.write_picture("samples/0.png", picture)) as read:
+        assert read.format == "PNG" and read.tobytes() == picture.tobytes()
+    assert run.has("samples/0.png")
+
+
 def test_one_checkpoint_alone_is_not_allowed(tmp_path):
     with pytest.raises(ValueError, match="at least 2"):
         Checkpoints(tmp_path, keep=1)
@@ -689,13 +698,14 @@ def test_a_damaged_checkpoint_is_passed_over_with_a_warning(tmp_path, damage):
     for step in (1, 2):
         checkpoints.save(step, {"w": torch.full((4,), float(step))}, {"step": step})
     damage(tmp_path / "step-000002")
-    with pytest.warns(UserWarning, match="checkpoint of step 2 .* is damaged"):
+    with pytest.warns(UserWarning, match="checkpoint of step 2 .* is damaged .*; the one before it is used"):
         step, tensors, state = checkpoints.latest()
     assert (step, tensors["w"].tolist(), state) == (1, [1.0] * 4, {"step": 1})
     damage(tmp_path / "step-000001")
     with pytest.warns(UserWarning, match="is damaged") as caught:
         assert checkpoints.latest() is None
     assert [warning.message.args[0].split()[4] for warning in caught] == ["2", "1"]
+    assert str(caught[1].message).endswith("; none is left, so training starts anew.")
 
 
 def test_a_process_killed_from_outside_during_saves_leaves_a_readable_checkpoint(tmp_path):
