@@ -10,7 +10,7 @@ from PIL import Image
 
 from ibkit.data.prompts import training_prompts
 from ibkit.device import generator
-from ibkit.errors import ArtifactError, TrainingError
+from ibkit.errors import ArtifactError, ParameterError, TrainingError
 from ibkit.rl import ddpo
 from ibkit.rl.advantages import PromptStats
 from ibkit.rl.ddim import step_mean
@@ -114,6 +114,15 @@ def test_group_relative_advantages_know_only_their_own_batch():
     stats.advantages(["a", "a"], torch.tensor([100.0, 200.0]))
     advantages = stats.advantages(["a", "b", "a", "b"], torch.tensor([1.0, 5.0, 3.0, 5.0]))
     torch.testing.assert_close(advantages, torch.tensor([-1.0, 0.0, 1.0, 0.0]), rtol=1e-4, atol=1e-4)
+
+
+def test_a_buffer_of_zero_is_enough_for_group_relative_advantages():
+    """With the other settings as they are: two prompts, eight pictures each, half of one DDPO batch."""
+    config = DDPOConfig(stats_buffer=0)
+    stats = PromptStats(config.stats_buffer, config.stats_min_count)
+    rewards = torch.tensor([9.0, 11.0] * 4 + [1.0, 2.0] * 4)
+    advantages = stats.advantages(["easy"] * 8 + ["hard"] * 8, rewards)
+    torch.testing.assert_close(advantages, torch.tensor([-1.0, 1.0] * 8), rtol=1e-4, atol=1e-4)
 
 
 def test_a_scorer_as_reward_reads_the_clean_prompt_and_sees_the_photos():
@@ -410,6 +419,12 @@ def test_a_reward_function_that_fails_says_so_and_keeps_the_checkpoint(tiny, tmp
     with pytest.raises(TrainingError, match="reward function failed with KeyError: 'no such word'; mend it and resume"):
         train(tiny, PROMPTS, reward, CONFIG, tmp_path)
     assert Checkpoints(tmp_path / "checkpoints").latest()[0] == 1
+
+
+def test_a_deterministic_sampler_is_refused_at_the_start(tiny, tmp_path):
+    config = dataclasses.replace(CONFIG, sampler=Sampler(4, 1.0, eta=0.0))
+    with pytest.raises(ParameterError, match=r"standard deviation 0 \(sampler: DDIM, 4 steps, guidance 1, eta 0\)"):
+        train(tiny, PROMPTS, brightness, config, tmp_path)
 
 
 def test_a_reward_of_the_wrong_shape_is_refused(tiny, tmp_path):

@@ -100,7 +100,9 @@ def constant_reward(images, prompts):
 
 
 def test_training_ends_early_and_returns_the_best_policy(tokenizer, tmp_path):
-    """The best epoch is the first with a full window; the result is the adapter as that epoch left it."""
+    """The best epoch is the first with a full window; the result is the policy that drew its pictures, so the adapter
+    as the epoch before it left it.
+    """
     falling.calls, adapters = 0, []
     model = tiny_model(tokenizer)
     guard = Guard(window=2, patience=2)
@@ -110,12 +112,23 @@ def test_training_ends_early_and_returns_the_best_policy(tokenizer, tmp_path):
     )  # fmt: skip
     assert len(rows) == 4 and guard.best(rows) == 1
     result = model.lora_state()
-    assert all(torch.equal(result[name], adapters[1][name]) for name in result)
-    assert any(not torch.equal(result[name], adapters[3][name]) for name in result)
+    assert all(torch.equal(result[name], adapters[0][name]) for name in result)
+    assert any(not torch.equal(result[name], adapters[1][name]) for name in result)
     # Asked to go on, it has nothing left to do and gives the same policy.
     again = tiny_model(tokenizer)
     assert train(again, PROMPTS, constant_reward, CONFIG, tmp_path / "a", 0, falling, guard) == rows
     assert all(torch.equal(value, again.lora_state()[name]) for name, value in result.items())
+
+
+def test_patience_without_anything_watched_returns_the_last_policy(tokenizer, tmp_path):
+    adapters, model = [], tiny_model(tokenizer)
+    config = dataclasses.replace(CONFIG, n_epochs=2)
+    guard = Guard(window=1, patience=1)
+    train(
+        model, PROMPTS, constant_reward, config, tmp_path, guard=guard,
+        on_epoch=lambda row, model: adapters.append(model.lora_state()),
+    )  # fmt: skip
+    assert len(adapters) == 2 and all(torch.equal(v, adapters[1][n]) for n, v in model.lora_state().items())
 
 
 def test_without_patience_the_last_policy_is_the_result(tokenizer, tmp_path):

@@ -1,10 +1,12 @@
 """`ibkit check rl`: it passes on the kit as it is, and each check fails on the error that it is for."""
 
 import json
+import math
 
 import torch
 
 from ibkit import cli
+from ibkit.errors import ParameterError
 from ibkit.rl import advantages, ddim, ddpo, rollout, selfcheck
 from ibkit.rl.selfcheck import run_checks
 from tests.tiny import tiny_model
@@ -105,6 +107,41 @@ def test_one_baseline_for_all_prompts(tokenizer, monkeypatch):
         lambda self, prompts, rewards: right(self, ["one"] * len(prompts), rewards),
     )
     assert failed(tokenizer) == {"advantages of prompts by hand"}
+
+
+def test_a_log_prob_of_nan_is_not_hidden_by_the_finite_ones(tokenizer, monkeypatch):
+    steps = []
+
+    def broken(x, mean, std):
+        steps.append(1)
+        return log_prob(x, mean, std) * (torch.nan if len(steps) == 2 else 1.0)
+
+    monkeypatch.setattr(selfcheck, "log_prob", broken)
+    assert failed(tokenizer) == {"stored log-prob, scored again in the same batch shape"}
+
+
+def test_ratios_of_nan_are_not_taken_for_a_notice_of_guidance(tokenizer, monkeypatch):
+    def broken(*arguments):
+        loss, ratio, kl = pair_loss(*arguments)
+        return loss, ratio * torch.nan, kl
+
+    monkeypatch.setattr(selfcheck, "pair_loss", broken)
+    assert failed(tokenizer) == {"|ratio - 1| before the first update", "another guidance in sampling goes unnoticed"}
+
+
+def test_an_error_fails_the_checks_that_meet_it_and_no_other(tokenizer, monkeypatch):
+    def refuse(*arguments, **settings):
+        raise ParameterError("denoising step 9 has standard deviation 0.")
+
+    monkeypatch.setattr("ibkit.sample.make_schedule", refuse)
+    checks = run_checks(tiny_model(tokenizer))
+    assert [check.name for check in checks if check.ok] == [
+        "log-prob against torch.distributions.Normal, fp64",
+        "policy gradient against REINFORCE, relative",
+        "advantages of prompts by hand",
+    ]
+    failures = [check for check in checks if not check.ok]
+    assert all(math.isnan(check.measured) and check.hint.startswith("denoising step 9") for check in failures)
 
 
 def test_the_command(tokenizer, monkeypatch, capsys):

@@ -16,13 +16,14 @@ class PromptStats:
     Args:
         buffer_size: rewards kept for each prompt; 0 keeps none from earlier batches, so that a picture is compared with
             those of its own prompt in the same batch: group-relative advantages (GRPO, Shao et al. 2024, eq. 3).
-        min_count: rewards a prompt needs before its own statistics are used.
+        min_count: rewards a prompt needs before its own statistics are used; with a buffer of 0 always 2.
     """
 
     EPSILON = 1e-6
 
     def __init__(self, buffer_size: int = 64, min_count: int = 8):
-        self.buffer_size, self.min_count = buffer_size, min_count
+        # a group is all that a prompt will ever have; one picture alone has nothing to be compared with in it
+        self.buffer_size, self.min_count = buffer_size, min_count if buffer_size else 2
         self.rewards: dict[str, deque[float]] = {}
 
     def advantages(self, prompts: list[str], rewards: torch.Tensor) -> torch.Tensor:

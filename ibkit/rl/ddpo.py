@@ -15,7 +15,8 @@ Shapes: B images of an epoch, T denoising steps, M (image, step) pairs of a micr
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -70,7 +71,7 @@ class DDPOConfig:
         micro_batch: images of a rollout, or (image, step) pairs of a gradient step, in a forward pass: memory and speed
             only, gradients are accumulated.
         stats_buffer, stats_min_count: of `PromptStats`; 16 and 16 in DDPO's code; a buffer of 0 makes advantages
-            group-relative.
+            group-relative, and `stats_min_count` without meaning.
         checkpoint_every: epochs between checkpoints.
     """
 
@@ -156,10 +157,13 @@ def train(
 
     Args:
         prompts: of both kinds for InstructBooth's trick, see `training_prompts`.
+        reward: scores the pictures. Where training continues the caller must give the same one, and the same guard:
+            unlike the settings they are not compared.
         folder: for checkpoints; training continues from the newest one there, on the same random streams.
         monitor: watches the epoch's images (subject fidelity, the judge); never part of the objective.
         guard: warns, may end the training early, and then the result is the best policy it saw; see `rl.guard`.
-        on_epoch: called after each epoch with its row and the model (progress, sample grids).
+        on_epoch: called after each epoch with its row and the model (progress, sample grids), before the epoch's
+            checkpoint is written: at least once for every epoch, again for those that an interruption made it repeat.
         processes: that train together, each in a call of its own with the same arguments; only the first watches
             (monitor, on_epoch) and writes. See `rl.processes.start` and `help_train`.
 
@@ -173,7 +177,7 @@ def train(
         TrainingError: a reward, loss or gradient that is not finite, a reward function that fails, memory that does not
             suffice, or another process that ended; the last checkpoint stays.
         ArtifactError: the checkpoints in `folder` are of another training.
-        ParameterError: fewer images an epoch than processes.
+        ParameterError: fewer images an epoch than processes, or a sampler whose trained steps are deterministic.
     """
     processes = processes or Processes()
     if config.images_per_epoch < processes.count:
@@ -183,6 +187,11 @@ def train(
     origin = {k: hash_json(v) for k, v in asdict(config).items() if k not in MAY_CHANGE}
     origin |= {"model": model_fingerprint(model), "prompts": hash_json([p.text for p in prompts]), "seed": str(seed)}
     schedule = config.sampler.schedule(model)
+    if not bool((schedule.std[: config.n_trained_steps(len(schedule))] > 0).all()):
+        raise ParameterError(
+            f"a denoising step that is to be trained has standard deviation 0 (sampler: {config.sampler}), so its "
+            "log-probability is not defined: train with an eta above 0, such as 1."
+        )
     trainable = model.add_lora(config.lora_rank, generator(seed, "lora"))
     optimizer = torch.optim.AdamW(
         trainable, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
@@ -207,7 +216,6 @@ def train(
         stats.load(state["stats"])
         history = state["history"]
 
-    advice = f"lower micro_batch (now {config.micro_batch}), which changes nothing but memory and speed"
     ended = len(history) >= config.n_epochs or bool(guard and guard.gives_up(history))
     while not ended:
         epoch = len(history)
@@ -215,8 +223,7 @@ def train(
         chosen = epoch_prompts(prompts, config.images_per_epoch, seed, epoch)
         texts = [p.text for p in chosen]
         streams = [generator(seed, "rollout", epoch, i) for i in range(len(chosen))]
-        with memory_advice(advice):
-            trajectories, images, rewards = collect(model, chosen, reward, schedule, config, streams, processes)
+        trajectories, images, rewards = collect(model, chosen, reward, schedule, config, streams, processes)
         if not bool(torch.isfinite(rewards).all()):
             bad = int((~torch.isfinite(rewards)).nonzero()[0])
             raise TrainingError(
@@ -235,29 +242,37 @@ def train(
             for t, v in zip(schedule.timesteps, trajectories.log_probs.mean(1).tolist(), strict=True)
         }
         stream = generator(seed, "update", epoch)
-        with memory_advice(advice):
-            row |= update(
-                model, optimizer, trainable, average, trajectories, advantages, schedule, config, stream, processes
-            )
+        before = [v.clone() for v in average]  # what the guard judges is the pictures of this policy
+        row |= update(
+            model, optimizer, trainable, average, trajectories, advantages, schedule, config, stream, processes
+        )
         row["seconds"] = time.perf_counter() - started
         history.append(row)
         if guard:
             row |= guard.look(history)
-            if guard.best(history) == epoch:
-                best = [v.clone() for v in average]
+            if guard.best(history) == epoch:  # while there is no frontier, the newest policy
+                best = before if "frontier" in row else [v.clone() for v in average]
         ended = epoch + 1 == config.n_epochs or bool(guard and guard.gives_up(history))
+        if on_epoch:
+            on_epoch(row, model)
         if processes.first and ((epoch + 1) % config.checkpoint_every == 0 or ended):
             tensors = {f"lora.{k}": v for k, v in model.lora_state().items()} | optimizer_tensors(optimizer)
             for name, adapter in (("average", average), ("best", best)):
                 tensors |= {f"{name}.{i}": v.cpu() for i, v in enumerate(adapter)}
             checkpoints.save(epoch + 1, tensors, {"origin": origin, "stats": stats.state(), "history": history})
-        if on_epoch:
-            on_epoch(row, model)
     with torch.no_grad():
         for parameter, value in zip(trainable, best if guard and guard.patience else average, strict=True):
             parameter.copy_(value)
     model.unet.requires_grad_(False)
     return history
+
+
+@contextmanager
+def _own_share(processes: Processes, config: DDPOConfig) -> Iterator[None]:
+    """Inside, a process works on its share; where it fails, for lack of memory too, all processes say why."""
+    advice = f"lower micro_batch (now {config.micro_batch}), which changes nothing but memory and speed"
+    with processes.agree(), memory_advice(advice):
+        yield
 
 
 def collect(
@@ -272,13 +287,12 @@ def collect(
     """An epoch's trajectories, images and rewards (B,): each process makes its share and gets everybody's."""
     chunks = torch.arange(len(prompts)).split(processes.chunk(len(prompts), config.micro_batch))
     mine = []
-    for members in processes.deal(chunks):
-        asked = [prompts[i] for i in members]
-        made = rollout(
-            model, [p.text for p in asked], schedule, config.sampler.guidance, [streams[i] for i in members], len(asked)
-        )
-        images = model.decode(made.latents[-1])
-        mine.append((made.latents, made.log_probs, images, _rewarded(reward, images, asked)))
+    with _own_share(processes, config):
+        for members in processes.deal(chunks):
+            asked, own = [prompts[i] for i in members], [streams[i] for i in members]
+            made = rollout(model, [p.text for p in asked], schedule, config.sampler.guidance, own, len(asked))
+            images = model.decode(made.latents[-1])
+            mine.append((made.latents, made.log_probs, images, _rewarded(reward, images, asked)))
     latents, log_probs, images, rewards = zip(*processes.gather(mine), strict=True)
     trajectories = Trajectories(
         torch.cat(latents, 1).to(model.device),
@@ -327,18 +341,19 @@ def update(
     for members in order.split(config.batch):
         steps = torch.stack([torch.randperm(n_steps, generator=stream)[:n_drawn] for _ in members])
         pairs = torch.stack([members.repeat_interleave(n_drawn), steps.flatten()], 1)
-        for micro in processes.deal(pairs.split(processes.chunk(len(pairs), config.micro_batch))):
-            image, step = micro[:, 0].to(model.device), micro[:, 1].to(model.device)
-            loss, ratio, kl = pair_loss(model, trajectories, image, step, advantages[image], schedule, config)
-            if not bool(torch.isfinite(loss).all()):
-                raise TrainingError(
-                    f"the policy loss is not finite (ratio {ratio.min().item():.3g} "
-                    f"to {ratio.max().item():.3g}): lower the learning rate."
-                )
-            ((loss + config.kl_weight * kl).sum() / len(pairs)).backward()
-            deviation = (ratio.detach() - 1).abs()
-            ratio_first = deviation.max().item() if ratio_first is None else ratio_first
-            measured.append(torch.stack([loss.detach(), kl.detach(), (deviation > config.clip_range).float()]))
+        with _own_share(processes, config):
+            for micro in processes.deal(pairs.split(processes.chunk(len(pairs), config.micro_batch))):
+                image, step = micro[:, 0].to(model.device), micro[:, 1].to(model.device)
+                loss, ratio, kl = pair_loss(model, trajectories, image, step, advantages[image], schedule, config)
+                if not bool(torch.isfinite(loss).all()):
+                    raise TrainingError(
+                        f"the policy loss is not finite (ratio {ratio.min().item():.3g} "
+                        f"to {ratio.max().item():.3g}): lower the learning rate."
+                    )
+                ((loss + config.kl_weight * kl).sum() / len(pairs)).backward()
+                deviation = (ratio.detach() - 1).abs()
+                ratio_first = deviation.max().item() if ratio_first is None else ratio_first
+                measured.append(torch.stack([loss.detach(), kl.detach(), (deviation > config.clip_range).float()]))
         processes.add_gradients(trainable)
         norm = torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
         if not bool(torch.isfinite(norm)):

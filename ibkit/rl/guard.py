@@ -39,8 +39,8 @@ class Guard:
     Attributes:
         weight: λ, the subject's weight in the frontier; RPO validates with 0.3, 0.5 and 0.7.
         window: epochs in a mean.
-        patience: epochs without a better frontier before the training stops and returns the best policy;
-            0 = never, and the training returns its last.
+        patience: epochs without a better frontier before the training stops and returns the best policy, the one
+            that drew the last pictures of the best window; 0 = never, and the training returns its last.
         certainty: standard errors by which a mean must have moved before the alarm believes it.
     """
 

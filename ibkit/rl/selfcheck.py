@@ -6,17 +6,20 @@ adapter whose weights are not zero, because an untrained one hides errors.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 
 from ibkit.data.prompts import training_prompts
 from ibkit.device import generator, pick_device
+from ibkit.errors import IbkitError
 from ibkit.models import TextToImage, load_model
 from ibkit.presets import PRESETS
 from ibkit.rl.advantages import PromptStats
-from ibkit.rl.ddim import log_prob, step_mean
+from ibkit.rl.ddim import Schedule, log_prob, step_mean
 from ibkit.rl.ddpo import DDPOConfig, pair_loss, policy_loss
 from ibkit.rl.rollout import Trajectories, rollout
 
@@ -26,7 +29,9 @@ N_IMAGES = 4
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: what was measured, what is allowed, and whether it holds (`measured` < `allowed`)."""
+    """One comparison: what was measured, what is allowed, and whether it holds (`measured` < `allowed`, so never for
+    NaN, which stands for a check that could not be made); `hint` says what to suspect where it does not.
+    """
 
     name: str
     measured: float
@@ -39,7 +44,7 @@ class Check:
 
 
 class Subject:
-    """The policy under test: a model with a trained-looking adapter, and trajectories that it made."""
+    """The policy under test: a model with a trained-looking adapter, and trajectories that it made when first asked."""
 
     def __init__(self, model: TextToImage, config: DDPOConfig):
         self.model, self.config = model, config
@@ -47,11 +52,22 @@ class Subject:
         with torch.no_grad():
             for i, p in enumerate(self.trainable):
                 p.add_(ADAPTER_STD * torch.randn(p.shape, generator=generator(0, "selfcheck adapter", i)).to(p.device))
-        self.schedule = config.sampler.schedule(model)
         prompts = training_prompts(["playing soccer", "dancing"], "cat", "sks")
         self.texts = [prompts[i % len(prompts)].text for i in range(N_IMAGES)]
-        self.trajectories = self.roll(config.sampler.guidance)
-        self.pairs = torch.cartesian_prod(torch.arange(N_IMAGES), torch.arange(len(self.schedule))).to(model.device)
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        return self.config.sampler.schedule(self.model)
+
+    @cached_property
+    def trajectories(self) -> Trajectories:
+        return self.roll(self.config.sampler.guidance)
+
+    @cached_property
+    def pairs(self) -> torch.Tensor:
+        """All (image, step), (N_IMAGES T, 2)."""
+        steps = torch.arange(len(self.schedule))
+        return torch.cartesian_prod(torch.arange(N_IMAGES), steps).to(self.model.device)
 
     def roll(self, guidance: float) -> Trajectories:
         streams = [generator(0, "selfcheck", i) for i in range(N_IMAGES)]
@@ -74,15 +90,15 @@ def ratio_before_the_first_update(subject: Subject) -> float:
 
 def stored_log_probs_at_the_same_batch_shape(subject: Subject) -> float:
     trajectories, schedule = subject.trajectories, subject.schedule
-    worst = 0.0
+    differences = []
     with torch.no_grad():
         for i in range(len(schedule)):
             x_t, t = trajectories.latents[i], schedule.timesteps[i].expand(N_IMAGES)
             eps_hat = subject.model.guided_noise(x_t, t, trajectories.text, subject.config.sampler.guidance)
             mean = step_mean(x_t, eps_hat, schedule.alpha_bar[i], schedule.alpha_bar_prev[i], schedule.std[i])
             again = log_prob(trajectories.latents[i + 1], mean, schedule.std[i])
-            worst = max(worst, (again - trajectories.log_probs[i]).abs().max().item())
-    return worst
+            differences.append(again - trajectories.log_probs[i])
+    return torch.stack(differences).abs().max().item()  # torch's maximum of NaN is NaN, Python's need not be
 
 
 def log_prob_against_torch(subject: Subject) -> float:
@@ -122,7 +138,8 @@ def reinforce_on_a_gaussian(subject: Subject) -> float:
 def guidance_of_training_and_sampling(subject: Subject) -> float:
     """1 when a rollout with another guidance than the training's goes unnoticed by the ratio; else 0."""
     other = subject.ratios(subject.roll(subject.config.sampler.guidance + 1.0))
-    return float((other - 1).abs().max() < 10 * subject.config.clip_range)
+    noticed = (other - 1).abs().max() >= 10 * subject.config.clip_range  # NaN is no notice
+    return float(not noticed)
 
 
 def accumulated_gradient(subject: Subject) -> float:
@@ -207,4 +224,12 @@ def run_checks(model: TextToImage | None = None) -> list[Check]:
         model = load_model("pocket", device=pick_device("auto"))
     config = replace(PRESETS["pocket"].ddpo, trained_share=1.0)
     subject = Subject(model, config)
-    return [Check(name, measure(subject), allowed, hint) for name, measure, allowed, hint in CHECKS]
+    return [_made(subject, *check) for check in CHECKS]
+
+
+def _made(subject: Subject, name: str, measure: Callable[[Subject], float], allowed: float, hint: str) -> Check:
+    """A check, made; one that an error ends has failed, with the error's sentence for its hint."""
+    try:
+        return Check(name, measure(subject), allowed, hint)
+    except IbkitError as error:
+        return Check(name, math.nan, allowed, str(error))
