@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from ibkit.claims import SUBJECT_METRICS, TEXT_METRICS
+from ibkit.data.photos import read_rgb
 from ibkit.data.subject import PersonalizedSubject, choose_activities
 from ibkit.device import generator
 from ibkit.errors import ArtifactError, ModelError, ParameterError, ScoreError
@@ -51,7 +52,7 @@ class Inputs:
     @property
     def references(self) -> list[Image.Image]:
         """The subject's photos, as DreamBooth was trained on them."""
-        return [_read(path) for path in sorted(self.personalized.path("photos").glob("*.png"))]
+        return [read_rgb(path) for path in sorted(self.personalized.path("photos").glob("*.png"))]
 
     def activities(self, asked: Sequence[str], usual: Sequence[str]) -> list[str]:
         """The activities asked for, else those that RL was trained on (`usual`: the preset's, where it took these).
@@ -307,7 +308,7 @@ def score(
         raise ScoreError(f"The references show {subject.name}, but there are pictures of {', '.join(sorted(others))}.")
     parts = []
     for part in batches(rows, batch_size):
-        images = [_read(Path(folder) / path) for path in part["image"]]
+        images = [read_rgb(Path(folder) / path) for path in part["image"]]
         columns = {
             name: scorer(images, list(part["text"]), references).double().numpy() for name, scorer in scorers.items()
         }
@@ -336,7 +337,7 @@ def drift(scores: pd.DataFrame, folder: str | Path, dino: Dino, batch_size: int 
     paths = list(dict.fromkeys([*base, *asked["image"]]))
     embedded = {}
     for part in batches(paths, batch_size):
-        pictures = [_read(Path(folder) / path) for path in part]
+        pictures = [read_rgb(Path(folder) / path) for path in part]
         with torch.inference_mode():
             embedded |= dict(zip(part, dino.embed(pictures).double().cpu(), strict=True))
     values = [
@@ -423,8 +424,3 @@ def main_metrics(scores: pd.DataFrame) -> tuple[str, str]:
             raise ScoreError(f"The scores have none of {', '.join(metrics)}: nothing measures {kind} fidelity.")
         chosen.append(there[0])
     return chosen[0], chosen[1]
-
-
-def _read(path: Path) -> Image.Image:
-    with Image.open(path) as picture:
-        return picture.convert("RGB")

@@ -19,6 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
+from ibkit.data.photos import read_rgb
 from ibkit.stats import METRICS, in_method_order, method_label, summarise
 
 # Okabe and Ito's palette: told apart with every common colour blindness. A method keeps its colour and marker in
@@ -397,8 +398,7 @@ def _draw_picture(axis: matplotlib.axes.Axes, picture: Image.Image) -> None:
 def _picture(image: Image.Image | str | Path, root: Path) -> Image.Image:
     if isinstance(image, Image.Image):
         return image
-    with Image.open(root / image) as picture:
-        return picture.convert("RGB")
+    return read_rgb(root / image)
 
 
 def _whiskers(cell: pd.Series) -> np.ndarray:

@@ -154,6 +154,12 @@ def load_photo(path: str | Path, size_px: int) -> Photo:
     )
 
 
+def read_rgb(path: str | Path) -> Image.Image:
+    """A picture that the kit wrote, such as a run's PNG, as RGB; a user's photo needs `load_photo`."""
+    with Image.open(path) as picture:
+        return picture.convert("RGB")
+
+
 def _open(content: bytes, path: Path) -> Image.Image:
     """Read the header of a picture; the pixels stay undecoded."""
     Image.init()

@@ -26,6 +26,7 @@ import pandas as pd
 from PIL import Image
 from safetensors.torch import load_file
 
+from ibkit.data.photos import read_rgb
 from ibkit.data.prompts import article
 from ibkit.data.subject import PersonalizedSubject
 from ibkit.errors import ParameterError
@@ -280,10 +281,7 @@ def measure(
     """A copy of `rows` (from `jobs`, pictures made) with a column for each measurement."""
     parts = []
     for part in batches(rows, batch_size):
-        images = []
-        for path in part["image"]:
-            with Image.open(Path(folder) / path) as picture:
-                images.append(picture.convert("RGB"))
+        images = [read_rgb(Path(folder) / path) for path in part["image"]]
         parts.append(part.assign(**measures(images, list(part["activity"]))))
         if on_image:
             on_image(sum(map(len, parts)))

@@ -13,11 +13,12 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
+from ibkit.data.photos import read_rgb
 from ibkit.figures import FAINT, HOUSE_STYLE, INK, METHOD_COLOURS, METHOD_MARKERS, NotebookFigure
 from ibkit.published import published
 from ibkit.stats import in_method_order, method_label
 from ibkit.study.ratings import Task
-from ibkit.study.votes import QUESTIONS, read_picture
+from ibkit.study.votes import QUESTIONS
 
 FIDELITY = {"text": "Text fidelity", "subject": "Subject fidelity"}
 COUNTERPART = {"text": "people_text", "subject": "people_subject"}  # what published.py calls table 1's columns
@@ -55,7 +56,7 @@ def questionnaire(
                 axes[2].set_title("reference photos", loc="center", fontsize=8)
             labels = asked.labels if len(task.images) == 2 else (f"{asked.labels[0]} or {asked.labels[1]}?",)
             for axis, path, label in zip(axes[4:], task.images, labels, strict=False):
-                axis.imshow(read_picture(path), interpolation="nearest")
+                axis.imshow(read_rgb(path), interpolation="nearest")
                 axis.set_title(label, loc="center", fontsize=8)
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")

@@ -14,9 +14,10 @@ from collections.abc import Mapping, Sequence
 import ipywidgets as widgets
 from PIL import Image
 
+from ibkit.data.photos import read_rgb
 from ibkit.errors import StudyError
 from ibkit.study.ratings import RatingSession
-from ibkit.study.votes import QUESTIONS, read_picture
+from ibkit.study.votes import QUESTIONS
 
 PICTURE_PX = 256  # width of a picture on the page; small ones are enlarged by whole pixels
 
@@ -95,7 +96,7 @@ class RatingPage:
         if asking and task.question != "text":
             photos = [_image(photo, PICTURE_PX // 2) for photo in self.references[task.subject]]
         self.photos.children = [widgets.Label("Reference photos:"), *photos] if photos else []
-        self.pictures.children = [_image(read_picture(path), PICTURE_PX) for path in task.images] if asking else []
+        self.pictures.children = [_image(read_rgb(path), PICTURE_PX) for path in task.images] if asking else []
         if asking:
             self.first.description, self.second.description = QUESTIONS[task.question].labels
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 
+from ibkit.data.photos import read_rgb
 from ibkit.data.subject import PersonalizedSubject
 from ibkit.errors import StudyError
 from ibkit.pocket.world import Subject, line_up, said_in
 from ibkit.scorers.judge import ANSWERS, RATERS, Judge
-from ibkit.study.votes import VOTE_COLUMNS, check_votes, read_picture
+from ibkit.study.votes import VOTE_COLUMNS, check_votes
 
 
 @dataclass(frozen=True)
@@ -118,7 +119,7 @@ def _look(
     pictures = pictures[pictures["path"] != ""]
     sights = {}
     for name, rows in pictures.groupby("subject", sort=False):
-        log_probs, vectors = judge.look([read_picture(path) for path in rows["path"]])
+        log_probs, vectors = judge.look([read_rgb(path) for path in rows["path"]])
         text, text_grades = _text(log_probs, list(rows["activity"]))
         subject, subject_grades = _subject(judge, vectors, subjects[name].world)
         keys = zip(rows["path"], rows["activity"], strict=True)

@@ -22,6 +22,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from ibkit.data.photos import read_rgb
 from ibkit.data.subject import PersonalizedSubject
 from ibkit.errors import ArtifactError, ParameterError, StudyError
 from ibkit.runs import CompletedRun, hash_json, identify, read_run, resolve
@@ -105,7 +106,7 @@ class Evaluated:
     @property
     def references(self) -> list[Image.Image]:
         """The subject's photos."""
-        return [read_picture(path) for path in sorted(self.personalized.path("photos").glob("*.png"))]
+        return [read_rgb(path) for path in sorted(self.personalized.path("photos").glob("*.png"))]
 
 
 def read_evaluated(folder: str | Path, model: str, revision: str = "") -> Evaluated:
@@ -196,12 +197,6 @@ def make_items(evaluated: Sequence[Evaluated], n_items: int = 0, seed: int = 0) 
 def study_name(items: pd.DataFrame) -> str:
     """A name for the study, made from its items: ratings of another one are not of these pictures."""
     return hash_json(sorted(items["item"]))[:12]
-
-
-def read_picture(path: str | Path) -> Image.Image:
-    """A picture as RGB."""
-    with Image.open(path) as picture:
-        return picture.convert("RGB")
 
 
 def _pictures(one: Evaluated) -> pd.DataFrame:
