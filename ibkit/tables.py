@@ -138,7 +138,9 @@ def confirmed(table: pd.DataFrame, rewards: Collection[str]) -> str:
     reward = ", ".join(sorted(rewards))
     unknown = sorted(set(rewards) - set(verdicts.index))
     flat = [name for name in sorted(rewards) if name in verdicts.index and verdicts[name] != HIGHER]
-    apart = [name for name in verdicts.index if METRICS[name].kind == "text" and name not in rewards]
+    # The class is shown before RL already: it has no gain to confirm.
+    left_out = {"judge_class", *rewards}
+    apart = [name for name in verdicts.index if METRICS[name].kind == "text" and name not in left_out]
     risen = [name for name in apart if verdicts[name] == HIGHER]
     others = [f"{name} ({verdicts[name]})" for name in apart if name not in risen]
     named = (
@@ -154,8 +156,8 @@ def confirmed(table: pd.DataFrame, rewards: Collection[str]) -> str:
         )
     if not apart:
         return f"Optimized, and higher: {reward}. Nothing else measures the text: the gain is not confirmed."
-    say = "all of them confirm" if not others else "some of them confirm" if risen else "none of them confirms"
-    return f"Optimized, and higher: {reward}. {named} Of the others {say} the gain."
+    say = "All of the others confirm" if not others else "Some of the others confirm" if risen else "None confirms"
+    return f"Optimized, and higher: {reward}. {named} {say} the gain."
 
 
 def as_markdown(table: pd.DataFrame) -> str:

@@ -75,18 +75,23 @@ def test_a_table_of_what_was_not_measured_is_refused(scores):
 @pytest.mark.parametrize(
     "reward, clip_t, judge_text, words",
     [
-        ("higher", "higher", "higher", "Optimized, and higher: image_reward. .*all of them confirm"),
-        ("higher", "higher", "lower", r"higher: clip_t; .* not higher: judge_text \(lower\). .*some of them confirm"),
-        ("higher", "not told apart", "lower", "higher: none; .*none of them confirms"),
+        ("higher", "higher", "higher", "Optimized, and higher: image_reward. .*All of the others confirm"),
+        (
+            "higher",
+            "higher",
+            "lower",
+            r"higher: clip_t; .* not higher: judge_text \(lower\). .*Some of the others confirm",
+        ),
+        ("higher", "not told apart", "lower", "higher: none; .*None confirms"),
         ("not told apart", "higher", "higher", r"image_reward did not rise \(not told apart\): there is no gain to"),
         (None, "higher", "higher", "image_reward was not measured, so .* is not known. .*higher: judge_text, clip_t"),
     ],
 )
 def test_a_gain_is_confirmed_only_where_the_reward_rose(reward, clip_t, judge_text, words):
-    verdicts = {"judge_text": judge_text, "image_reward": reward, "clip_t": clip_t, "dino": "higher"}
-    table = pd.DataFrame([{"metric": m, "verdict": v} for m, v in verdicts.items() if v])
+    verdicts = {"judge_text": judge_text, "image_reward": reward, "clip_t": clip_t, "dino": "higher", "judge_class": ""}
+    table = pd.DataFrame([{"metric": m, "verdict": v} for m, v in verdicts.items() if v is not None])
     said = confirmed(table, {"image_reward"})
-    assert re.search(words, said) and "dino" not in said
+    assert re.search(words, said) and "dino" not in said and "judge_class" not in said
     assert ("confirm" in said) == (reward == "higher") or "no gain to confirm" in said
 
 
