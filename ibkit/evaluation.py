@@ -119,11 +119,6 @@ def image_seeds(seed: int, n_images: int) -> list[int]:
     return [int(torch.randint(2**31, (), generator=generator(seed, "evaluation image", i))) for i in range(n_images)]
 
 
-def default_batch(image_px: int) -> int:
-    """Pictures made at a time when the user does not say: what a laptop takes at 64 px, a GPU of 12 GiB at 512 px."""
-    return 32 if image_px <= 128 else 4
-
-
 def jobs(
     subject: PersonalizedSubject,
     activities: Sequence[str],
