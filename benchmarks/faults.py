@@ -17,7 +17,10 @@ import statistics
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+from ibkit.device import available_cpus
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # for the tests' tiny model
@@ -84,6 +87,7 @@ def kill_once(context, folder: Path, rng: random.Random, usual_s: float, in_writ
             writing = any(folder.glob("checkpoints/.step-*.new"))
             seen += writing and not was_writing
             was_writing = writing
+            time.sleep(0.0005)  # leaves the core to those that train
         time.sleep(rng.uniform(0, 0.004))
     else:
         child.join(rng.uniform(0, usual_s))
@@ -111,7 +115,8 @@ def run_trials(n: int, base: Path) -> dict:
     finish(context, base / "warm-up")
     usual_s = statistics.median(finish(context, base / f"whole-{i}") for i in range(2))
     expected = (base / "whole-0" / RESULT).read_bytes()
-    rows = [trial(context, base, i, usual_s, expected) for i in range(n)]
+    with ThreadPoolExecutor(available_cpus()) as pool:  # a training has one thread
+        rows = list(pool.map(lambda number: trial(context, base, number, usual_s, expected), range(n)))
     moments = [m for row in rows for m in row["moments"]]
     return {
         "trials": n,

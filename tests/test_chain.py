@@ -44,11 +44,42 @@ def outputs(tmp_path_factory):
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture(scope="module")
-def done(outputs):
+def run_the_pocket(outputs):
     """The main job with two RL seeds on the pocket model."""
     words = [word for value in SMALL for word in ("-p", value)]
-    result = ibkit("run", "--name", outputs.name, "--device", "cpu", "--rl-seeds", 0, 1, *words)
+    return ibkit("run", "--name", outputs.name, "--device", "cpu", "--rl-seeds", 0, 1, *words)
+
+
+def run_photos(outputs, tokenizer, folder):
+    """The main job on a user's photos and a model of SD 1.x's format with random weights, twice: with the scorers of
+    that scale, whose weights are out of reach here, and with the pocket's.
+    """
+    tiny_model(tokenizer).save_pipeline(folder / "model")
+    (folder / "my dog").mkdir()
+    for i, photo in enumerate(world_photos(demo_subject("dog"), 3)):
+        photo.resize((300, 200)).save(folder / "my dog" / f"{i}.jpg")
+    chain = ["--model", folder / "model", "--subject", folder / "my dog", "--class-noun", "dog", "--device", "cpu"]
+    for word in SMALL:
+        chain += ["-p", word]
+    name = outputs.name
+    offline = ibkit("run", "--name", f"{name}-offline", *chain, HF_HUB_OFFLINE=1, HF_HOME=folder / "cache")
+    return offline, ibkit("run", "--name", f"{name}-photos", "--scorer-weights", "pocket", *chain)
+
+
+@pytest.fixture(scope="module")
+def jobs(outputs, tokenizer, tmp_path_factory):
+    """Both, side by side: each is a chain of notebooks on one core."""
+    with ThreadPoolExecutor(2) as pool:
+        pocket = pool.submit(run_the_pocket, outputs)
+        photos = pool.submit(run_photos, outputs, tokenizer, tmp_path_factory.mktemp("photos"))
+    yield pocket.result(), photos.result()
+    for suffix in ("offline", "photos"):
+        shutil.rmtree(main_job.OUTPUTS / f"{outputs.name}-{suffix}", ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def done(jobs):
+    result, _ = jobs
     assert result.returncode == 0, result.stdout + result.stderr
     return result
 
@@ -125,29 +156,16 @@ def test_the_tour(outputs, done):
     assert "figures/gallery.png" in read_run(outputs / "tour").outputs
 
 
-def test_your_own_photos_on_a_local_folder_in_sd_format(tokenizer, outputs, done, tmp_path):
-    """The whole chain on a model of SD 1.x's format with random weights, without any truth about the subject."""
-    tiny_model(tokenizer).save_pipeline(tmp_path / "model")
-    (tmp_path / "my dog").mkdir()
-    for i, photo in enumerate(world_photos(demo_subject("dog"), 3)):
-        photo.resize((300, 200)).save(tmp_path / "my dog" / f"{i}.jpg")
-    chain = ["--model", tmp_path / "model", "--subject", tmp_path / "my dog", "--class-noun", "dog", "--device", "cpu"]
-    for word in SMALL:
-        chain += ["-p", word]
-    # A local model takes the presets of Stable Diffusion, whose scorers come from the hub; here it is out of reach.
-    offline = ibkit("run", "--name", f"{outputs.name}-offline", *chain, HF_HUB_OFFLINE=1, HF_HOME=tmp_path / "cache")
-    shutil.rmtree(main_job.OUTPUTS / f"{outputs.name}-offline")
+def test_your_own_photos_on_a_local_folder_in_sd_format(jobs, outputs):
+    _, (offline, result) = jobs
     assert offline.returncode == 2, offline.stderr[-3000:]
     assert "official weights" in offline.stderr and "connect to the internet once" in offline.stderr
-    result = ibkit("run", "--name", f"{outputs.name}-photos", "--scorer-weights", "pocket", *chain)
-    try:
-        assert result.returncode == 0, result.stdout + result.stderr
-        scores = read_run(main_job.OUTPUTS / f"{outputs.name}-photos" / "03_evaluate").table("scores.csv")
-        assert set(scores["subject"]) == {"my dog"} and scores["dino"].notna().all()
-        assert "judge_activity" not in scores or scores["judge_activity"].isna().all()
-        assert json.loads(ibkit("claims", main_job.OUTPUTS / f"{outputs.name}-photos", "--json").stdout)
-    finally:
-        shutil.rmtree(main_job.OUTPUTS / f"{outputs.name}-photos")
+    assert result.returncode == 0, result.stdout + result.stderr
+    run = main_job.OUTPUTS / f"{outputs.name}-photos"
+    scores = read_run(run / "03_evaluate").table("scores.csv")
+    assert set(scores["subject"]) == {"my dog"} and scores["dino"].notna().all()
+    assert "judge_activity" not in scores or scores["judge_activity"].isna().all()
+    assert json.loads(ibkit("claims", run, "--json").stdout)
 
 
 def test_the_subject_of_the_run_is_the_demonstration_cat(done, outputs):
