@@ -153,6 +153,8 @@ def test_without_a_judge_the_scorers_stand_in():
     ]
     assert {claim.verdict for claim in claims.values()} == {"reproduced"}
     assert claims["C1"].unit == "score" and "points" not in claims["C1"].figure()
+    # ImageReward is what RL raised, so any other text scorer speaks before it
+    assert by_id(scores.assign(clip_t=scores["image_reward"]))["C2"].metric == "clip_t"
 
 
 def test_prompts_without_an_activity_do_not_enter_text_fidelity():

@@ -54,7 +54,8 @@ AXES = {"n_images": "images made", "n_identifier_images": "images made with the 
 MEASURED = ("reward_identifier", "judge_activity", "judge_identity", "monitor")
 # Half of the reward that personalization lost is to be won back; reached when this many epochs are there on average.
 SHARE, WINDOW = 0.5, 3
-MIN_PAIRS = 6  # of runs, below which an interval is not given: of equal arms, 26 % of those of three pairs exclude 1
+# Of runs, below which an interval is not given: three pairs tell equal arms apart in 25 % (benchmarks/intervals.py).
+MIN_PAIRS = 6
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 
+from ibkit.data.photos import read_rgb
 from ibkit.device import generator
 from ibkit.models import TextToImage, default_batch, model_fingerprint
 from ibkit.runs import hash_json
@@ -59,9 +59,4 @@ def class_images(
             temporary.replace(folder / f"{i:04d}.png")
         if on_image:
             on_image(n - len(missing) + first + len(indices), n)
-    return [_read(folder / f"{i:04d}.png") for i in range(n)]
-
-
-def _read(path: Path) -> Image.Image:
-    with Image.open(path) as image:
-        return Image.fromarray(np.array(image.convert("RGB")))
+    return [read_rgb(folder / f"{i:04d}.png") for i in range(n)]
