@@ -373,6 +373,11 @@ def _both_kinds_learn_faster(table: pd.DataFrame) -> _Outcome:
     if np.isnan(last["ratio_low"]):
         raise _CannotTest(f"Too few runs for an interval. {'; '.join(told)}.")
     interval = Interval(last["ratio"], last["ratio_low"], last["ratio_high"], int(last["n_pairs"]))
+    shown, low, high = (100 * last[f"activity_{which}"] for which in ("difference", "low", "high"))
+    told.append(
+        f"{last['dreambooth_steps']} steps, on the way: the activity (simulated judge) {shown:+.0f} points "
+        f"[{low:+.0f}, {high:+.0f}] more often with both kinds"
+    )
     seeds = table["rl_seed"].nunique()
     return _Outcome("reward_identifier", interval, interval.low > 1, "; ".join(told), seeds, "times as many images")
 

@@ -257,6 +257,7 @@ def curves(slope_identifier, n_seeds=6):
             "n_images": 48 * epoch,
             "n_identifier_images": (24 if arm == "both" else 48) * epoch,
             "reward_identifier": -4 + slope * (1 + 0.02 * seed) * epoch,
+            "judge_activity": epoch / (24 if arm == "both" else 48),
             "reward_base": 0.0,
         }
         for arm, slope in (("both", 0.4), ("identifier_equal_totals", slope_identifier))
@@ -268,6 +269,7 @@ def curves(slope_identifier, n_seeds=6):
 def test_c7_compares_the_images_that_both_arms_need():
     claim = claim_of("prompt_kinds", curves(0.2))
     assert claim.verdict == "reproduced" and claim.low > 1 and claim.figure().endswith(" times")
+    assert "the activity (simulated judge) +12 points [+12, +12] more often with both kinds" in claim.detail
     assert claim_of("prompt_kinds", curves(0.8)).verdict == "not reproduced"
     few = claim_of("prompt_kinds", curves(0.2, n_seeds=5))
     assert few.verdict == "not tested" and "Too few runs" in few.detail

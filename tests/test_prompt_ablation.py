@@ -350,6 +350,17 @@ def test_equal_identifier_images_are_compared_along_those():
     assert row["axis"] == "n_identifier_images" and row["ratio"] == pytest.approx(1) and row["gain_difference"] == 0
 
 
+def test_the_judge_is_asked_beside_the_reward():
+    """Equal rewards, and only with both kinds does the activity come: from 0 to 80 % on a straight line."""
+    table = table_of([(4, 4)] * 6)
+    table["judge_activity"] = np.where(table["arm"] == "both", 0.1 * table["epoch"], 0.0)
+    (row,) = efficiency(table).to_dict("records")
+    assert row["gain_difference"] == 0 and row["activity_difference"] == pytest.approx(0.4)
+    assert row["activity_low"] == pytest.approx(0.4) and row["activity_high"] == pytest.approx(0.4)
+    (row,) = efficiency(table[table["rl_seed"] < 2]).to_dict("records")
+    assert row["activity_difference"] == pytest.approx(0.4) and math.isnan(row["activity_low"])
+
+
 def test_a_run_that_never_gets_there_counts_with_its_horizon():
     flat = [-4.0] * 9
     table = table_of([(4, 8)] * 6)

@@ -467,14 +467,16 @@ def pair_runs(table: pd.DataFrame, arm: str) -> pd.DataFrame:
 
     Returns:
         One row a pair, with `RUN_KEYS`; the start, the level to reach and the horizon (images of the shorter run);
-        `both` and `other`, images to reach the level, infinite where a run never does; `gain_both`, `gain_other`.
+        `both` and `other`, images to reach the level, infinite where a run never does; `gain_both` and `gain_other`
+        (`mean_gain`) of the reward, `activity_both` and `activity_other` of the judge's share.
         A pair in which personalization lost no reward has nothing to win back and is left out.
 
     Raises:
         ScoreError: a column is missing, or a run stands there twice.
     """
     axis = ARMS[arm].axis
-    if missing := {"arm", "epoch", "reward_identifier", "reward_base", axis, *RUN_KEYS} - set(table.columns):
+    needed = {"arm", "epoch", "reward_identifier", "judge_activity", "reward_base", axis, *RUN_KEYS}
+    if missing := needed - set(table.columns):
         raise ScoreError(f"the table of prompt kinds lacks {', '.join(sorted(missing))}: run 06_prompt_ablation again.")
     if table.duplicated(["arm", *RUN_KEYS, "epoch"]).any():
         raise ScoreError("the table of prompt kinds holds an epoch of a run twice: keep one of each.")
@@ -492,9 +494,12 @@ def pair_runs(table: pd.DataFrame, arm: str) -> pd.DataFrame:
         for name, curve in zip(("both", "other"), curves.values(), strict=True):
             x, y = curve[axis].to_numpy(float), curve["reward_identifier"].to_numpy(float)
             n = images_to_reach(x, y, level)
+            shown = curve["judge_activity"].to_numpy(float)
             row |= {name: n if n <= horizon else math.inf, f"gain_{name}": mean_gain(x, y, horizon)}
+            row |= {f"activity_{name}": mean_gain(x, shown, horizon)}
         rows.append(row)
-    columns = [*RUN_KEYS, "start", "level", "horizon", "both", "gain_both", "other", "gain_other"]
+    columns = [*RUN_KEYS, "start", "level", "horizon"]
+    columns += [f"{kind}{name}" for name in ("both", "other") for kind in ("", "gain_", "activity_")]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -510,12 +515,14 @@ def efficiency(table: pd.DataFrame, n_resamples: int = 10_000) -> pd.DataFrame:
     back (`images_to_reach`). Above 1, both kinds are faster. A run that never gets there counts with its horizon, as in
     a restricted mean survival time: the ratio then says less than the truth about the slower arm, never more, as long
     as only the slower arm's runs are cut. Where no run of either arm gets there, there is no ratio. The difference of
-    mean gains (`mean_gain`, both - other) needs no level and is always there.
+    mean gains (`mean_gain`, both - other) needs no level and is always there, for the reward that was trained and for
+    the activity that the judge sees, which was not.
 
     Returns:
         One row a comparison: dreambooth_steps, arm, axis, n_pairs, reached_both, reached_other, ratio, ratio_low,
-        ratio_high, gain_difference, gain_low, gain_high, verdict. Bounds are of a paired 95 % bootstrap over subjects
-        and, within them, RL seeds; missing below `MIN_PAIRS` pairs.
+        ratio_high, gain_difference, gain_low, gain_high, activity_difference, activity_low, activity_high, verdict (of
+        the ratio). Bounds are of a paired 95 % bootstrap over subjects and, within them, RL seeds; missing below
+        `MIN_PAIRS` pairs.
 
     Raises:
         ScoreError: see `pair_runs`.
@@ -526,21 +533,22 @@ def efficiency(table: pd.DataFrame, n_resamples: int = 10_000) -> pd.DataFrame:
             if arm == "both" or (pairs := pair_runs(part, arm)).empty:
                 continue
             cut = {name: np.minimum(pairs[name], pairs["horizon"]).to_numpy() for name in ("both", "other")}
-            gains = {name: pairs[f"gain_{name}"].to_numpy() for name in ("both", "other")}
             reached = {name: int(np.isfinite(pairs[name]).sum()) for name in ("both", "other")}
             ratio = cut["other"].mean() / cut["both"].mean() if sum(reached.values()) else math.nan
             row = {"dreambooth_steps": steps, "arm": arm, "axis": spec.axis, "n_pairs": len(pairs)}
             row |= {f"reached_{name}": count for name, count in reached.items()}
             row |= {"ratio": ratio, "ratio_low": math.nan, "ratio_high": math.nan}
-            row |= {"gain_difference": gains["both"].mean() - gains["other"].mean()}
-            row |= {"gain_low": math.nan, "gain_high": math.nan}
-            if len(pairs) >= MIN_PAIRS:
-                options = {"groups": list(pairs["class_noun"]), "n_resamples": n_resamples}
-                gain = bootstrap_statistic(gains, lambda both, other: both - other, **options)
-                row |= {"gain_low": gain.low, "gain_high": gain.high}
-                if sum(reached.values()):
-                    interval = bootstrap_statistic(cut, lambda both, other: other / both, **options)
-                    row |= {"ratio_low": interval.low, "ratio_high": interval.high}
+            options = {"groups": list(pairs["class_noun"]), "n_resamples": n_resamples}
+            if len(pairs) >= MIN_PAIRS and sum(reached.values()):
+                interval = bootstrap_statistic(cut, lambda both, other: other / both, **options)
+                row |= {"ratio_low": interval.low, "ratio_high": interval.high}
+            for kind in ("gain", "activity"):
+                gains = {name: pairs[f"{kind}_{name}"].to_numpy() for name in ("both", "other")}
+                row |= {f"{kind}_difference": gains["both"].mean() - gains["other"].mean()}
+                row |= {f"{kind}_low": math.nan, f"{kind}_high": math.nan}
+                if len(pairs) >= MIN_PAIRS:
+                    gain = bootstrap_statistic(gains, lambda both, other: both - other, **options)
+                    row |= {f"{kind}_low": gain.low, f"{kind}_high": gain.high}
             rows.append(row | {"verdict": _verdict(row)})
     return pd.DataFrame(rows)
 
