@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from ibkit.device import generator
-from ibkit.models import TextToImage
+from ibkit.models import TextToImage, default_batch
 from ibkit.rl.ddim import Schedule, make_schedule, step_mean
 
 
@@ -46,17 +46,19 @@ def sample_latents(
     prompts: Sequence[str],
     seeds: Sequence[int],
     sampler: Sampler,
-    batch_size: int = 32,
+    batch_size: int = 0,
     on_batch: Callable[[int], None] | None = None,
 ) -> torch.Tensor:
     """Latents (B, C, H, W) of one picture for each prompt.
 
     Args:
         seeds: one a picture; the noise depends on the seed alone, not on prompt, batch or model.
+        batch_size: pictures in a forward pass (twice as many rows with guidance); 0 = what suits their size.
         on_batch: called with the number of pictures done, for progress.
     """
     schedule = sampler.schedule(model)
     text = model.encode_text(list(prompts))
+    batch_size = batch_size or default_batch(model.image_px)
     parts = []
     for first in range(0, len(prompts), batch_size):
         generators = [generator(seed, "sample") for seed in seeds[first : first + batch_size]]
@@ -82,7 +84,7 @@ def sample(
     prompts: Sequence[str],
     seeds: Sequence[int],
     sampler: Sampler,
-    batch_size: int = 32,
+    batch_size: int = 0,
     on_batch: Callable[[int], None] | None = None,
 ) -> list[Image.Image]:
     """Pictures, one for each prompt and seed; see `sample_latents`."""

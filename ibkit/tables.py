@@ -180,8 +180,12 @@ def in_all_formats(table: pd.DataFrame) -> dict[str, str]:
 
 
 def all_tables(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Name -> text table: `fidelity`, `differences`, and, where both kinds were drawn, `seen_and_unseen`."""
-    found = {"fidelity": fidelity(scores), "differences": differences_in_words(differences(scores))}
+    """Name -> text table: `fidelity`; `differences`, where DreamBooth is among the methods; `seen_and_unseen`, where
+    both kinds were drawn.
+    """
+    found = {"fidelity": fidelity(scores)}
+    if "dreambooth" in set(as_compared(scores)["method"]):
+        found["differences"] = differences_in_words(differences(scores))
     if "seen" in scores.columns and as_compared(scores)["seen"].dropna().nunique() == 2:
         found["seen_and_unseen"] = by_prompts(scores)
     return found
@@ -232,6 +236,8 @@ def main(arguments: Namespace) -> int:
     tables = all_tables(scores)
     for name, table in tables.items():
         print(f"{name.replace('_', ' ').capitalize()}\n\n{as_markdown(table)}")
+    if "differences" not in tables:
+        print("No table of differences: it sets the other methods beside DreamBooth, of which there are no rows.")
     if arguments.out:
         folder = resolve(arguments.out)
         folder.mkdir(parents=True, exist_ok=True)

@@ -11,7 +11,7 @@ from ibkit.device import generator
 from ibkit.errors import ModelError, ParameterError
 from ibkit.models import TextToImage, load_model, model_fingerprint, use_quick_attention
 from ibkit.rl.rollout import rollout
-from ibkit.sample import Sampler, sample
+from ibkit.sample import Sampler, sample, sample_latents
 from tests.tiny import tiny_model
 
 
@@ -104,6 +104,29 @@ def test_large_pictures_are_decoded_a_few_at_a_time(tiny, monkeypatch, sample_si
     monkeypatch.setattr(tiny.vae, "decode", decode)
     tiny.unet.register_to_config(sample_size=sample_size)  # twice as many pixels
     assert len(tiny.decode(torch.zeros(40, 4, 1, 1))) == 40 and seen == batches
+
+
+@pytest.mark.parametrize("largest, batches", [(32, [32, 8]), (4, [4] * 10)])
+def test_pictures_are_drawn_as_many_at_a_time_as_suits_their_size(tiny, monkeypatch, largest, batches):
+    seen, sizes = [], []
+
+    def guided_noise(x, *rest):
+        seen.append(len(x))
+        return torch.zeros_like(x)
+
+    def size(image_px):
+        sizes.append(image_px)
+        return largest
+
+    monkeypatch.setattr(tiny, "guided_noise", guided_noise)
+    monkeypatch.setattr("ibkit.sample.default_batch", size)
+    monkeypatch.setattr("ibkit.rl.rollout.default_batch", size)
+    prompts, sampler = ["a cat"] * 40, Sampler(2, 3.0, 1.0)
+    sample_latents(tiny, prompts, list(range(40)), sampler)
+    assert seen[::2] == seen[1::2] == batches  # two steps
+    seen.clear()
+    rollout(tiny, prompts, sampler.schedule(tiny), 3.0, [generator(0, i) for i in range(40)])
+    assert seen[::2] == seen[1::2] == batches and set(sizes) == {tiny.image_px}
 
 
 def test_only_the_adapter_is_trainable(tiny):

@@ -105,6 +105,14 @@ def test_three_formats_say_the_same(scores):
     assert all_tables(scores.assign(seen=True)).keys() == {"fidelity", "differences"}
 
 
+def test_without_dreambooth_there_are_the_other_tables(tmp_path, scores, capsys):
+    (tmp_path / "run").mkdir()
+    scores[scores["method"] != "dreambooth"].to_csv(tmp_path / "run" / "scores.csv", index=False)
+    assert main(["tables", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    assert "No table of differences" in capsys.readouterr().out
+    assert {path.stem for path in (tmp_path / "out").iterdir()} == {"fidelity", "seen_and_unseen", "scores"}
+
+
 def test_runs_on_several_subjects_make_one_table(tmp_path, scores, capsys):
     for name in ("cat", "dog"):
         (tmp_path / name).mkdir()

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from ibkit.models import TextToImage
+from ibkit.models import TextToImage, default_batch
 from ibkit.rl.ddim import Schedule, log_prob, step_mean
 
 
@@ -31,16 +31,17 @@ def rollout(
     schedule: Schedule,
     guidance: float,
     generators: list[torch.Generator],
-    batch_size: int = 32,
+    batch_size: int = 0,
 ) -> Trajectories:
     """Sample one image for each prompt and record the trajectory.
 
     Args:
         generators: one for each image, on the CPU; it draws the initial noise and each step's, so an image depends on
             its own stream alone, whatever batch it is in.
-        batch_size: images in a forward pass (twice as many rows with guidance).
+        batch_size: images in a forward pass (twice as many rows with guidance); 0 = what suits their size.
     """
     text = model.encode_text(prompts)
+    batch_size = batch_size or default_batch(model.image_px)
     parts = [
         _rollout(model, text[i : i + batch_size], schedule, guidance, generators[i : i + batch_size])
         for i in range(0, len(prompts), batch_size)
