@@ -1,6 +1,6 @@
 # make run      set up if needed, then the main job: personalize, RL, evaluate, report   (make run ARGS="--help")
 # make weights  set up if needed, then build the pocket models                          (make weights ARGS="--help")
-# make test     set up if needed, then the tests                                        (make test ARGS="-k photos")
+# make test     set up if needed, then the tests, on two cores                          (make test ARGS="-k photos -n 0")
 # make help     this text            make clean-venv   remove .venv, so that the next call sets it up anew
 # PYTHON=python3.12 chooses the Python that .venv is made from (3.11 or newer).
 
@@ -27,7 +27,7 @@ weights: $(STAMP)
 	@$(VENV)/bin/python -m ibkit.pocket.build $(ARGS)
 
 test: $(STAMP)
-	@$(VENV)/bin/python -m pytest $(ARGS)
+	@$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -339,7 +339,12 @@ def widgets_below(widget):
         yield from widgets_below(child)
 
 
-def test_the_page_asks_saves_undoes_and_ends(items, evaluated, tmp_path):
+@pytest.fixture
+def fast_clicks(monkeypatch):
+    monkeypatch.setattr("ibkit.study.page.DOUBLE_CLICK_SECONDS", 0.0)
+
+
+def test_the_page_asks_saves_undoes_and_ends(items, evaluated, tmp_path, fast_clicks):
     session = RatingSession(items, "Ann", tmp_path)
     page = RatingPage(session, {"orange cat": evaluated.references})
     assert "Part 1 of 3" in page.headline.value and page.first.layout.display == "none" and not page.pictures.children
@@ -367,6 +372,20 @@ def test_the_page_asks_saves_undoes_and_ends(items, evaluated, tmp_path):
     assert "Every item of this study is answered" in page.message.value
     assert session.path.read_text().count('"undo"') == 1
     assert len(read_ratings(session.path).answers) == len(items)
+
+
+def test_a_double_click_is_one_answer(items, evaluated, tmp_path, monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("ibkit.study.page.time.monotonic", lambda: now[0])
+    session = RatingSession(items, "Ann", tmp_path)
+    page = RatingPage(session, {"orange cat": evaluated.references})
+    page.start.click()
+    page.first.click()  # the button stands where Start's double click may land
+    assert session.n_done == 0
+    for seconds, done in ((1.0, 1), (1.2, 1), (1.4, 2)):
+        now[0] = seconds
+        page.first.click()
+        assert session.n_done == done
 
 
 def test_a_button_that_was_pressed_gives_up_the_focus(items, evaluated, tmp_path, monkeypatch):

@@ -3,12 +3,14 @@
 It holds buttons, pictures and texts only (no Output widget, no code in the browser). The keyboard works as everywhere:
 Tab and Shift+Tab move between the buttons, Enter or the space bar presses the one in focus. A button that was pressed
 gives up the focus and no other one gets it: no answer is nearer than the other, and a second Enter answers nothing.
+The second half of a double click is left out, since it would answer an item that nobody has seen.
 """
 
 from __future__ import annotations
 
 import html
 import io
+import time
 from collections.abc import Mapping, Sequence
 
 import ipywidgets as widgets
@@ -19,6 +21,7 @@ from ibkit.errors import StudyError
 from ibkit.study.ratings import RatingSession
 from ibkit.study.votes import QUESTIONS
 
+DOUBLE_CLICK_SECONDS = 0.3  # an answer that comes sooner was meant for the item before
 PICTURE_PX = 256  # width of a picture on the page; small ones are enlarged by whole pixels
 
 
@@ -46,8 +49,8 @@ class RatingPage:
         for button in (self.start, self.first, self.second, self.undo):
             button.on_click(lambda pressed: pressed.blur())
         self.start.on_click(lambda _: self._begin())
-        self.first.on_click(lambda _: self._do(lambda: session.answer(0)))
-        self.second.on_click(lambda _: self._do(lambda: session.answer(1)))
+        self.first.on_click(lambda _: self._answer(0))
+        self.second.on_click(lambda _: self._answer(1))
         self.undo.on_click(lambda _: self._do(session.undo))
         self.answers = widgets.HBox([self.first, self.second, self.undo])
         foot = widgets.HBox([self.progress, self.count])
@@ -60,6 +63,10 @@ class RatingPage:
         self._instructed = self.session.current.question
         self.session.restart_clock()
         self._show()
+
+    def _answer(self, choice: int) -> None:
+        if time.monotonic() - self._shown_at >= DOUBLE_CLICK_SECONDS:
+            self._do(lambda: self.session.answer(choice))
 
     def _do(self, act) -> None:
         """An error inside a click would go unseen to a log: it is shown, and nothing else changes."""
@@ -99,6 +106,7 @@ class RatingPage:
         self.pictures.children = [_image(read_rgb(path), PICTURE_PX) for path in task.images] if asking else []
         if asking:
             self.first.description, self.second.description = QUESTIONS[task.question].labels
+        self._shown_at = time.monotonic()
 
 
 def _visible(widget: widgets.DOMWidget, yes: bool) -> None:
