@@ -358,7 +358,7 @@ def _both_kinds_learn_faster(table: pd.DataFrame) -> _Outcome:
 
     Compared at equal totals, from the most overfitted model of the table.
     """
-    from ibkit.experiments.prompt_ablation import efficiency
+    from ibkit.experiments.prompt_ablation import efficiency, kept_by_class
 
     rows = efficiency(table)
     rows = rows[rows["arm"] == "identifier_equal_totals"].sort_values("dreambooth_steps")
@@ -378,6 +378,11 @@ def _both_kinds_learn_faster(table: pd.DataFrame) -> _Outcome:
         f"{last['dreambooth_steps']} steps, on the way: the activity (simulated judge) {shown:+.0f} points "
         f"[{low:+.0f}, {high:+.0f}] more often with both kinds"
     )
+    kept = [
+        f"{row.class_noun} {100 * row.kept:.0f} % ({row.dreambooth_steps} steps)"
+        for row in kept_by_class(table).dropna(subset="kept").itertuples()
+    ]
+    told.append(f"of the lost reward the class prompts still had before RL: {', '.join(kept)}")
     seeds = table["rl_seed"].nunique()
     return _Outcome("reward_identifier", interval, interval.low > 1, "; ".join(told), seeds, "times as many images")
 

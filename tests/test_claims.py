@@ -259,6 +259,8 @@ def curves(slope_identifier, n_seeds=6):
             "reward_identifier": -4 + slope * (1 + 0.02 * seed) * epoch,
             "judge_activity": epoch / (24 if arm == "both" else 48),
             "reward_base": 0.0,
+            "training_reward_identifier": -4.0,
+            "training_reward_class": -3.0 if arm == "both" else None,
         }
         for arm, slope in (("both", 0.4), ("identifier_equal_totals", slope_identifier))
         for seed in range(n_seeds)
@@ -270,6 +272,7 @@ def test_c7_compares_the_images_that_both_arms_need():
     claim = claim_of("prompt_kinds", curves(0.2))
     assert claim.verdict == "reproduced" and claim.low > 1 and claim.figure().endswith(" times")
     assert "the activity (simulated judge) +12 points [+12, +12] more often with both kinds" in claim.detail
+    assert claim.detail.endswith("the class prompts still had before RL: cat 25 % (950 steps)")
     assert claim_of("prompt_kinds", curves(0.8)).verdict == "not reproduced"
     few = claim_of("prompt_kinds", curves(0.2, n_seeds=5))
     assert few.verdict == "not tested" and "Too few runs" in few.detail

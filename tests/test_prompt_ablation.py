@@ -19,6 +19,7 @@ from ibkit.experiments.prompt_ablation import (
     explained_share,
     images_per_prompt,
     images_to_reach,
+    kept_by_class,
     learning_curves,
     load_arm,
     load_personalized,
@@ -394,6 +395,20 @@ def test_what_cannot_be_paired_is_left_out():
     other = table_of([(4, 4)]).assign(dreambooth_steps=500)
     rows = efficiency(pd.concat([table, other]))
     assert list(rows["dreambooth_steps"]) == [500, 950] and list(rows["ratio"]) == pytest.approx([1, 2])
+
+
+def test_what_the_class_prompts_have_kept():
+    table = pd.concat([table_of([(3, 6), (4, 6)]), table_of([(3, 3)]).assign(class_noun="dog")])
+    both, cat = table["arm"] == "both", table["class_noun"] == "cat"
+    table["training_reward_identifier"] = np.where(both, -3.0, -5.0) + 9.0 * (table["epoch"] > 0)  # before RL: -4
+    table["training_reward_class"] = np.where(cat, -1.0, -4.0) + 9.0 * (table["epoch"] > 0)
+    table.loc[~both, "training_reward_class"] = math.nan
+    kept = kept_by_class(table)
+    assert list(kept["class_noun"]) == ["cat", "dog"] and list(kept["kept"]) == pytest.approx([0.75, 0])
+    assert list(kept["identifier"]) == [-4, -4] and list(kept["class"]) == [-1, -4] and list(kept["base"]) == [0, 0]
+    assert kept_by_class(table.assign(reward_base=-4.0))["kept"].isna().all()  # nothing was lost
+    with pytest.raises(ScoreError, match="lacks training_reward_class"):
+        kept_by_class(table.drop(columns="training_reward_class"))
 
 
 def test_a_table_that_cannot_be_read():

@@ -553,6 +553,31 @@ def efficiency(table: pd.DataFrame, n_resamples: int = 10_000) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
+def kept_by_class(table: pd.DataFrame) -> pd.DataFrame:
+    """Of the reward that personalization took from the identifier prompts, the share that the class prompts still have.
+
+    From the first epoch's own pictures, before any update. Near 1 the class prompts can teach what the identifier
+    prompts have lost, as InstructBooth's section 2.2 has it; near 0 they have lost as much.
+
+    Args:
+        table: prompt_kinds.csv.
+
+    Returns:
+        One row for each class_noun and dreambooth_steps: rewards `identifier` (all arms), `class` (of "both") and
+        `base`, and `kept` = (class - identifier) / (base - identifier), missing where nothing was lost.
+
+    Raises:
+        ScoreError: a column is missing.
+    """
+    kinds = {"identifier": "training_reward_identifier", "class": "training_reward_class", "base": "reward_base"}
+    if missing := {"epoch", "class_noun", "dreambooth_steps", *kinds.values()} - set(table.columns):
+        raise ScoreError(f"the table of prompt kinds lacks {', '.join(sorted(missing))}: run 06_prompt_ablation again.")
+    first = table[table["epoch"] == 0].groupby(["class_noun", "dreambooth_steps"])[list(kinds.values())].mean()
+    first = first.set_axis(list(kinds), axis=1)
+    lost = first["base"] - first["identifier"]
+    return first.assign(kept=((first["class"] - first["identifier"]) / lost).where(lost > 0)).reset_index()
+
+
 def _verdict(row: dict) -> str:
     if math.isnan(row["ratio"]):
         return "no run got there: train for more epochs"
