@@ -154,7 +154,7 @@ class PromptAblation(Measured):
     prompts: list[str] = param([], "activities to train on; empty = the preset's")
     dreambooth_steps: list[int] = param([950], "how long each model is personalized first", low=1, high=100_000)
     train_seeds: list[int] = param([0], "RL seeds of every arm", low=0, high=2**31 - 1)
-    n_epochs: int = param(20, "RL epochs of an arm", low=1, high=100_000)
+    n_epochs: int = param(16, "RL epochs of an arm", low=1, high=100_000)
     images_per_epoch: int = param(
         0, "of the arm with both kinds, half of each kind; 0 = the preset's", low=0, high=100_000
     )
