@@ -7,7 +7,10 @@ import torch
 
 from tests.tiny import tiny_model
 
-torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it gives, and much more on a busy machine
+# Tiny tensors: a second thread costs more than it gives, and much more on a busy machine. So it is in the programs that
+# tests start.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items):
