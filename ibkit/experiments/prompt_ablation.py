@@ -475,9 +475,7 @@ def pair_runs(table: pd.DataFrame, arm: str) -> pd.DataFrame:
         ScoreError: a column is missing, or a run stands there twice.
     """
     axis = ARMS[arm].axis
-    needed = {"arm", "epoch", "reward_identifier", "judge_activity", "reward_base", axis, *RUN_KEYS}
-    if missing := needed - set(table.columns):
-        raise ScoreError(f"the table of prompt kinds lacks {', '.join(sorted(missing))}: run 06_prompt_ablation again.")
+    _check_columns(table, {"arm", "epoch", "reward_identifier", "judge_activity", "reward_base", axis, *RUN_KEYS})
     if table.duplicated(["arm", *RUN_KEYS, "epoch"]).any():
         raise ScoreError("the table of prompt kinds holds an epoch of a run twice: keep one of each.")
     rows = []
@@ -570,12 +568,16 @@ def kept_by_class(table: pd.DataFrame) -> pd.DataFrame:
         ScoreError: a column is missing.
     """
     kinds = {"identifier": "training_reward_identifier", "class": "training_reward_class", "base": "reward_base"}
-    if missing := {"epoch", "class_noun", "dreambooth_steps", *kinds.values()} - set(table.columns):
-        raise ScoreError(f"the table of prompt kinds lacks {', '.join(sorted(missing))}: run 06_prompt_ablation again.")
+    _check_columns(table, {"epoch", "class_noun", "dreambooth_steps", *kinds.values()})
     first = table[table["epoch"] == 0].groupby(["class_noun", "dreambooth_steps"])[list(kinds.values())].mean()
     first = first.set_axis(list(kinds), axis=1)
     lost = first["base"] - first["identifier"]
     return first.assign(kept=((first["class"] - first["identifier"]) / lost).where(lost > 0)).reset_index()
+
+
+def _check_columns(table: pd.DataFrame, needed: set[str]) -> None:
+    if missing := needed - set(table.columns):
+        raise ScoreError(f"the table of prompt kinds lacks {', '.join(sorted(missing))}: run 06_prompt_ablation again.")
 
 
 def _verdict(row: dict) -> str:
