@@ -140,6 +140,7 @@ def _results(scores: pd.DataFrame, evaluation: CompletedRun) -> list[dict]:
     """Return a block for each metric: our value and interval of each method beside the published numbers."""
     evaluators = evaluation.metrics.get("evaluators", {})
     table = summarise(as_compared(scores))
+    with_rl = set(scores.loc[scores["rl_seed"] >= 0, "method"])  # below 0: without RL
     blocks = []
     for metric in table["metric"].unique():
         part = table[table["metric"] == metric].set_index("method")
@@ -150,7 +151,7 @@ def _results(scores: pd.DataFrame, evaluation: CompletedRun) -> list[dict]:
                 "value": show(part.loc[method, "value"]),
                 "interval": f"[{show(part.loc[method, 'low'])}, {show(part.loc[method, 'high'])}]",
                 "n": int(part.loc[method, "n"]),
-                "seeds": int(part.loc[method, "seeds"]),
+                "seeds": int(part.loc[method, "seeds"]) if method in with_rl else "–",
                 "published": [_published_value(number) for number in published(method, metric)],
             }
             for method in in_method_order(part.index)
@@ -515,7 +516,7 @@ This run's numbers compare with the published ones only where model, evaluator, 
 {% for row in block.rows %}
 <tr><th scope="row">{{ row.method | method }}</th><td class="number">{{ row.value }}</td>
 <td class="number">{{ row.interval }}</td><td class="number">{{ row.n }}</td>
-<td class="number">{{ row.seeds if row.method not in ("base", "dreambooth") else "–" }}</td>
+<td class="number">{{ row.seeds }}</td>
 <td>{{ row.published | join(", ") or "–" }}</td></tr>
 {% endfor %}
 </tbody>

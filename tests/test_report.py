@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import time
 import urllib.request
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from PIL import Image, ImageDraw
 
 from ibkit import figures
 from ibkit.errors import ArtifactError
-from ibkit.report import build_report
+from ibkit.report import _results, build_report
 from ibkit.runs import Run
 from ibkit.stats import as_compared, check_scores
 
@@ -49,7 +50,7 @@ def score_table(n_images=20):
                 rows.append(
                     {
                         "method": method,
-                        "rl_seed": 0,
+                        "rl_seed": 0 if method == "instructbooth" else -1,
                         "subject": "cat",
                         "class_noun": "cat",
                         "prompt_id": prompt_id,
@@ -168,6 +169,15 @@ def test_page_is_well_formed_and_accessible(page):
     assert all(cell.get("scope") in ("row", "col") for cell in page.all("th"))
     ids = {attributes["id"] for _, attributes in page.tags if "id" in attributes}
     assert {link["href"][1:] for link in page.all("a")} <= ids
+
+
+def test_only_methods_with_rl_have_seeds():
+    table = score_table(2)
+    photos = table[table["method"] == "dreambooth"].assign(method="real", prompt_id="photo").head(2)
+    photos["image_seed"] = [0, 1]
+    blocks = _results(pd.concat([table, photos]), SimpleNamespace(metrics={}))
+    seeds = {(row["method"], row["seeds"]) for block in blocks for row in block["rows"]}
+    assert seeds == {("base", "–"), ("dreambooth", "–"), ("instructbooth", 1), ("real", "–")}
 
 
 def test_page_needs_nothing_from_outside(page, report):
