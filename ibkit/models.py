@@ -109,23 +109,32 @@ class TextToImage:
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image], generator: torch.Generator | None = None) -> torch.Tensor:
-        """Scaled latents (B, C, H, W) of pictures: a sample of the posterior, or its mean without a generator."""
+        """Scaled latents (B, C, H, W) of pictures: a sample of the posterior, or its mean without a generator; as many
+        at a time as `default_batch` says.
+        """
         pixels = torch.stack([torch.from_numpy(np.array(i.convert("RGB"))).permute(2, 0, 1) for i in images])
-        posterior = self.vae.encode(pixels.to(self.device).float() / 127.5 - 1).latent_dist
-        z = posterior.mean
-        if generator is not None:
-            z = z + posterior.std * torch.randn(z.shape, generator=generator).to(z)
+        posteriors = [
+            self.vae.encode(part.to(self.device).float() / 127.5 - 1).latent_dist for part in self._batches(pixels)
+        ]
+        z = torch.cat([posterior.mean for posterior in posteriors])
+        if generator is not None:  # drawn at once: the noise does not depend on the batches
+            std = torch.cat([posterior.std for posterior in posteriors])
+            z = z + std * torch.randn(z.shape, generator=generator).to(z)
         return z * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         """Pictures of scaled latents (B, C, H, W); as many at a time as `default_batch` says."""
         images = []
-        for part in latents.split(default_batch(self.image_px)):
+        for part in self._batches(latents):
             pixels = self.vae.decode(part.to(self.device) / self.vae.config.scaling_factor).sample
             pixels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
             images += [Image.fromarray(p) for p in pixels]
         return images
+
+    def _batches(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Pictures or latents (B, ...), as many at a time as the autoencoder's memory takes."""
+        return rows.split(default_batch(self.image_px))
 
     def save_pipeline(self, folder: str | Path) -> None:
         """Write the model as a diffusers pipeline folder that `StableDiffusionPipeline.from_pretrained` loads."""
@@ -235,7 +244,7 @@ def model_fingerprint(model: TextToImage) -> str:
 
 
 def default_batch(image_px: int) -> int:
-    """Pictures made at a time when the user does not say: what a laptop takes at 64 px, a GPU of 12 GiB at 512 px."""
+    """Pictures drawn, encoded or decoded at a time by default: what suits a laptop at 64 px, 12 GiB of GPU at 512."""
     return 32 if image_px <= 128 else 4
 
 

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from PIL import Image
 
 from ibkit.data.prompts import check_identifier, make_prompt, training_prompts
 from ibkit.device import generator
@@ -104,6 +105,36 @@ def test_large_pictures_are_decoded_a_few_at_a_time(tiny, monkeypatch, sample_si
     monkeypatch.setattr(tiny.vae, "decode", decode)
     tiny.unet.register_to_config(sample_size=sample_size)  # twice as many pixels
     assert len(tiny.decode(torch.zeros(40, 4, 1, 1))) == 40 and seen == batches
+
+
+@pytest.mark.parametrize("px, batches", [(64, [10]), (512, [4, 4, 2])])
+def test_large_pictures_are_encoded_a_few_at_a_time(tiny, monkeypatch, px, batches):
+    """Stable Diffusion's autoencoder takes 0.63 GiB a picture: all 200 class pictures at once fit no GPU."""
+    seen = []
+
+    def encode(pixels):  # a picture's latent does not depend on the others, to the bit
+        seen.append(len(pixels))
+        mean = pixels[:, :, :: px // 8, :: px // 8]
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=mean.abs() + 1))
+
+    monkeypatch.setattr(tiny.vae, "encode", encode)
+    tiny.unet.register_to_config(sample_size=px // 2)  # twice as many pixels
+    drawn = torch.randint(256, (10, px, px, 3), dtype=torch.uint8, generator=generator(0))
+    pictures = [Image.fromarray(p) for p in drawn.numpy()]
+    mean, sampled = tiny.encode_images(pictures), tiny.encode_images(pictures, generator(1))
+    assert seen == batches * 2
+    assert torch.equal(mean, torch.cat([tiny.encode_images([picture]) for picture in pictures]))
+    scale = tiny.vae.config.scaling_factor
+    noise = torch.randn(mean.shape, generator=generator(1))
+    torch.testing.assert_close(sampled, mean + ((mean / scale).abs() + 1) * noise * scale)
+
+
+def test_pictures_encoded_in_batches_are_those_encoded_alone(tiny, monkeypatch):
+    monkeypatch.setattr("ibkit.models.default_batch", lambda image_px: 2)
+    drawn = torch.randint(256, (5, 16, 16, 3), dtype=torch.uint8, generator=generator(0))
+    pictures = [Image.fromarray(p) for p in drawn.numpy()]
+    alone = torch.cat([tiny.encode_images([picture]) for picture in pictures])
+    torch.testing.assert_close(tiny.encode_images(pictures), alone, rtol=1e-5, atol=1e-5)  # rounding of another batch
 
 
 @pytest.mark.parametrize("largest, batches", [(32, [32, 8]), (4, [4] * 10)])
