@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ibkit.data.prompts import check_identifier, make_prompt, training_prompts
 from ibkit.device import generator
@@ -205,6 +206,110 @@ def test_missing_and_damaged_folders_are_refused(folder, tmp_path):
     weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
     weights.unlink()
     with pytest.raises(ModelError, match="cannot be read"):
+        load_model(str(folder))
+
+
+def rewrite(folder, part, change):
+    """Change the weights of a part, a dict of tensors by name."""
+    (path,) = (folder / part).glob("*.safetensors")
+    save_file(change(load_file(path)), path, metadata={"format": "pt"})
+
+
+def without_three(state):
+    return {key: state[key] for key in sorted(state)[3:]}
+
+
+def one_replaced(value):
+    """Replace the first weight that has several dimensions by `value` of it."""
+
+    def change(state):
+        key = next(k for k in sorted(state) if state[k].ndim > 1)
+        return state | {key: value(state[key])}
+
+    return change
+
+
+def one_not_finite(bad):
+    def value(weight):
+        weight = weight.clone()
+        weight.view(-1)[-1] = bad
+        return weight
+
+    return one_replaced(value)
+
+
+def renamed(prefix):
+    return lambda state: {prefix + key: weight for key, weight in state.items()}
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (without_three, r"3 missing \(first [a-z]\w*\.[\w.]+\); restore or download"),
+        (lambda state: state | {"ears.weight": torch.ones(2)}, r"1 not of this model \(first ears.weight\)"),
+        (renamed("encoder_"), r"\d+ missing \(first .*, \d+ not of this model \(first encoder_"),
+        (renamed("_orig_mod."), r"begin with '_orig_mod\.', the first _orig_mod\..*remove that prefix"),
+        (renamed("module."), r"begin with 'module\.'"),
+        (renamed("text_encoder."), r"begin with 'text_encoder\.'"),
+        (one_replaced(lambda weight: weight[:-1].clone()), r"1 of another shape than its config says \(first .*weight"),
+        (one_not_finite(torch.nan), r"1 not finite \(first .*weight\)"),
+        (one_not_finite(-torch.inf), r"1 not finite \(first .*weight\)"),
+        (lambda state: without_three(one_not_finite(torch.nan)(state)), r"3 missing"),
+    ],
+)
+def test_weights_that_would_be_random_or_not_finite_are_refused(folder, part, change, says):
+    rewrite(folder, part, change)
+    with pytest.raises(ModelError, match=rf"^the {part} in .*{says}") as refused:
+        load_model(str(folder))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_wrapped_part_loads_once_the_advice_is_followed(tiny, folder):
+    rewrite(folder, "unet", renamed("_orig_mod."))
+    with pytest.raises(ModelError, match="remove that prefix"):
+        load_model(str(folder))
+    rewrite(folder, "unet", lambda state: {k.removeprefix("_orig_mod."): w for k, w in state.items()})
+    assert torch.equal(noise_of(load_model(str(folder))), noise_of(tiny))
+
+
+OLD_ATTENTION = {"to_q.": "query.", "to_k.": "key.", "to_v.": "value.", "to_out.0.": "proj_attn."}
+
+
+def as_in_2022(state):
+    """The autoencoder's attention as Stable Diffusion 1.x was published."""
+    for new, old in OLD_ATTENTION.items():
+        assert any(new in key for key in state)
+        state = {key.replace(new, old): weight for key, weight in state.items()}
+    return state
+
+
+@pytest.mark.parametrize(
+    "part, change",
+    [
+        ("text_encoder", lambda state: {f"text_model.{k.removeprefix('text_model.')}": w for k, w in state.items()}),
+        ("text_encoder", lambda state: {k.removeprefix("text_model."): w for k, w in state.items()}),
+        ("text_encoder", lambda state: state | {"text_model.embeddings.position_ids": torch.arange(24)[None]}),
+        ("text_encoder", lambda state: state | {"text_projection.weight": torch.ones(16, 16)}),
+        ("text_encoder", lambda state: state | {"logit_scale": torch.ones(1), "vision_model.x": torch.ones(1)}),
+        ("vae", as_in_2022),
+    ],
+)
+def test_harmless_differences_of_real_folders_load(tiny, folder, part, change):
+    rewrite(folder, part, change)
+    assert model_fingerprint(load_model(str(folder))) == model_fingerprint(tiny)
+
+
+def test_finite_weights_whose_sum_overflows_load(folder):
+    rewrite(folder, "unet", one_replaced(lambda weight: torch.full_like(weight, 3e38)))
+    load_model(str(folder))
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "unet", "vae"])
+def test_a_file_that_was_cut_off_is_refused(folder, part):
+    (path,) = (folder / part).glob("*.safetensors")
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ModelError, match=rf"{part}.*(is damaged|cannot be read)|cannot be read.*{part}"):
         load_model(str(folder))
 
 
