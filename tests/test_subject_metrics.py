@@ -16,7 +16,7 @@ from ibkit.experiments import subject_analysis as analysis
 from ibkit.experiments import subject_changes, subject_head, subject_metrics
 from ibkit.experiments.subject_changes import CHANGES, controlled_pairs, fold_of
 from ibkit.pocket.draw import render, subject_mask
-from ibkit.pocket.world import Scene, line_up, reference_scenes
+from ibkit.pocket.world import Scene, doing, line_up, reference_scenes
 from ibkit.runs import read_run
 from ibkit.scorers import make_scorer
 from tests.test_chain import papermill
@@ -113,7 +113,7 @@ class TestControlledPairs:
             if pair.change == "identity"
         )
         scene = rest[0].reference
-        cook = dataclasses.replace(scene, activity="cooking a gourmet meal")
+        cook = dataclasses.replace(scene, **doing("cooking a gourmet meal"))
         before, after = np.asarray(render(scene), int), np.asarray(render(cook), int)
         outside = (np.asarray(subject_mask(scene)) == 0) & (np.asarray(subject_mask(cook)) == 0)
         expected = (np.abs(before - after).max(2) > 25)[outside].mean()

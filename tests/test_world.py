@@ -9,8 +9,8 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from ibkit.pocket.build.data import GROUP, contradicts, scene_group
-from ibkit.pocket.draw import render, render_at_rest, subject_mask
+from ibkit.pocket.build.data import GROUP, MIXED_GROUP, grades, is_better, mixed_group, scene_group
+from ibkit.pocket.draw import render, subject_mask
 from ibkit.pocket.world import (
     ACCESSORIES,
     ACTIVITIES,
@@ -21,6 +21,7 @@ from ibkit.pocket.world import (
     HELD_OUT,
     IDENTIFIERS,
     NO_ACTIVITY,
+    PARTS,
     PLACES,
     RARE_SUBJECT,
     SHAPES,
@@ -30,9 +31,13 @@ from ibkit.pocket.world import (
     activities_of,
     caption,
     check_phrase,
+    doing,
     line_up,
+    mixtures_of,
+    parts_in,
     reference_scenes,
     said_in,
+    sample_mixture,
     sample_scene,
     sample_subject,
     vocabulary,
@@ -65,7 +70,8 @@ def test_the_world_is_as_large_as_it_says():
 def test_every_thing_that_can_be_drawn_is_drawn_differently():
     for class_noun in CLASSES:
         pictures = [
-            render(Scene(DEMO_SUBJECTS[class_noun], a)).tobytes() for a in activities_of(class_noun, with_none=True)
+            render(Scene(DEMO_SUBJECTS[class_noun], **doing(a))).tobytes()
+            for a in activities_of(class_noun, with_none=True)
         ]
         assert len(set(pictures)) == len(pictures)
     assert len({render(Scene(DEMO_SUBJECTS["cat"], place=p)).tobytes() for p in PLACES}) == len(PLACES)
@@ -122,37 +128,90 @@ def test_reference_photos_show_the_subject_at_rest_in_two_places():
     assert len(scenes) == 5 and {s.activity for s in scenes} == {NO_ACTIVITY} and len({s.place for s in scenes}) == 2
 
 
-def test_a_character_at_rest_among_the_things_of_its_activity():
-    scene = Scene(Subject("cat", "red", "blue", "plain"), "playing soccer", "park")
-    at_rest, posed, without = (
-        np.asarray(x, int) for x in (render_at_rest(scene), render(scene), render(resting(scene)))
+def test_the_scenes_of_earlier_versions_keep_every_pixel_and_word():
+    pixels, words, rng = hashlib.sha256(), hashlib.sha256(), random.Random("pinned scenes")
+    for i in range(1500):
+        scene = sample_scene(rng, held_out=i % 2 == 0)
+        pixels.update(render(scene).tobytes())
+        if i % 5 == 0:
+            pixels.update(subject_mask(scene).tobytes())
+        facts = f"{scene.activity}|{scene.place}|{scene.accessory}|{scene.view}|{scene.subject}"
+        words.update(f"{caption(scene, rng)}|{facts}\n".encode())
+    for subject in DEMO_SUBJECTS.values():
+        for scene in reference_scenes(subject):
+            pixels.update(render(scene).tobytes())
+    assert pixels.hexdigest() == "ff801eac9bc0ef74fd7f7072911545df2b047df0287191ae2356cf177a1cbaab"
+    assert words.hexdigest() == "0821b2ca31b2c8ba565cc4e0a02c101b0cc8eeaccf7f29a50825a55adf10849b"
+
+
+def test_activities_have_a_pose_things_or_both():
+    assert PARTS["playing soccer"] == ("pose", "things") and PARTS["doing a wheelie"] == ("pose",)
+    assert PARTS["with popcorn in it"] == ("things",) and all(PARTS.values()) and set(PARTS) == set(ACTIVITIES)
+
+
+def test_pose_and_things_are_drawn_apart():
+    subject = Subject("cat", "red", "blue", "plain")
+    soccer, rest = doing("playing soccer"), doing(NO_ACTIVITY)
+    whole, things, pose, nothing = (
+        np.asarray(render(Scene(subject, **facts)), int)
+        for facts in (soccer, soccer | {"pose": NO_ACTIVITY}, soccer | {"things": NO_ACTIVITY}, rest)
     )
-    ball = np.s_[44:, 48:]  # right of the feet
-    assert (at_rest[ball] == posed[ball]).mean() > 0.9 > (at_rest[ball] == without[ball]).mean()
-    assert (at_rest[:44] != posed[:44]).any()
-    assert render_at_rest(resting(scene)).tobytes() == render(resting(scene)).tobytes()
+    ball = np.s_[44:, 54:]  # right of the kicking foot
+    assert (things[ball] == whole[ball]).mean() > 0.9 > (things[ball] == nothing[ball]).mean()
+    assert (pose[ball] == nothing[ball]).mean() > 0.9
+    body = np.s_[10:60, :52]
+    assert (pose[body] == whole[body]).mean() > 0.95 > (things[body] == whole[body]).mean()
 
 
-def resting(scene: Scene) -> Scene:
-    return replace(scene, activity=NO_ACTIVITY)
+def test_every_mixture_is_drawn_and_differs_from_every_whole_scene():
+    for noun in CLASSES:
+        seen = {render(Scene(DEMO_SUBJECTS[noun], **doing(a))).tobytes() for a in activities_of(noun, with_none=True)}
+        pairs = [pair for kind in mixtures_of(noun).values() for pair in kind]
+        scenes = [Scene(DEMO_SUBJECTS[noun], *pair) for pair in pairs]
+        assert all(scene.is_mixture for scene in scenes) and len(set(pairs)) == len(pairs)
+        assert len({render(s).tobytes() for s in scenes} | seen) == len(scenes) + len(seen)
+
+
+@pytest.mark.parametrize(
+    "noun, pose, things, shown",
+    [
+        ("cat", "playing soccer", "playing soccer", ("playing soccer",)),
+        ("cat", "playing soccer", NO_ACTIVITY, ()),
+        ("cat", NO_ACTIVITY, "playing soccer", ()),
+        ("cat", "dancing", "playing soccer", ()),
+        ("bike", "doing a wheelie", NO_ACTIVITY, ("doing a wheelie",)),
+        ("bike", "doing a wheelie", "carrying a stack of boxes", ("doing a wheelie", "carrying a stack of boxes")),
+        ("pot", "lying on its side", "with pens in it", ("lying on its side", "with pens in it")),
+        ("cat", NO_ACTIVITY, NO_ACTIVITY, ()),
+    ],
+)
+def test_a_scene_shows_an_activity_when_every_part_of_it_is_there(noun, pose, things, shown):
+    scene = Scene(DEMO_SUBJECTS[noun], pose, things)
+    assert scene.shown == shown and scene.activity == (shown or (NO_ACTIVITY,))[0]
+
+
+def test_mixtures_can_be_drawn_by_kind():
+    rng = random.Random(4)
+    for kind in mixtures_of("cat"):
+        scene = sample_mixture(rng, DEMO_SUBJECTS["cat"], kind, place="moon")
+        assert (scene.pose, scene.things) in mixtures_of("cat")[kind] and scene.place == "moon"
+    with pytest.raises(ValueError, match="a cup has no mixture 'things at rest': choose one of another pose"):
+        sample_mixture(rng, DEMO_SUBJECTS["cup"], "things at rest")
 
 
 def test_the_mask_is_where_another_subject_would_change_the_picture():
     scene = Scene(
         Subject("cat", "red", "blue", "plain"),
-        "cooking a gourmet meal",
-        "kitchen",
+        **doing("cooking a gourmet meal"),
+        place="kitchen",
         view=View(0.02, 0.0, 1.0, True, 0.3),
     )
-    other = Scene(Subject("cat", "green", "yellow", "plain"), "cooking a gourmet meal", "kitchen", view=scene.view)
+    other = replace(scene, subject=Subject("cat", "green", "yellow", "plain"))
     changed = np.abs(np.asarray(render(scene), int) - np.asarray(render(other), int)).max(2) > 0
     mask = np.asarray(subject_mask(scene))
     assert not changed[mask == 0].any()
-    stove = np.asarray(render(Scene(scene.subject, NO_ACTIVITY, "kitchen", view=scene.view)))
-    assert (mask > 0).sum() < (
-        np.asarray(subject_mask(Scene(scene.subject, NO_ACTIVITY, "kitchen", view=scene.view))) > 0
-    ).sum()  # the stove hides the legs
-    assert stove.shape == (64, 64, 3)
+    at_rest = np.asarray(subject_mask(replace(scene, **doing(NO_ACTIVITY))))
+    assert (mask > 0).sum() < (at_rest > 0).sum()  # the stove hides the legs
 
 
 def test_groups_hold_one_difference_each_and_captions_that_contradict_it():
@@ -165,10 +224,34 @@ def test_groups_hold_one_difference_each_and_captions_that_contradict_it():
         )
         assert one.subject.body != base.subject.body and one.activity == base.activity and one.place == base.place
     assert GROUP == 4
-    scene = Scene(DEMO_SUBJECTS["cat"], "dancing", "park")
-    assert contradicts("a cat dancing", scene, Scene(DEMO_SUBJECTS["cat"], "sleeping", "park"))
-    assert not contradicts("a cat dancing", scene, Scene(DEMO_SUBJECTS["cat"], "dancing", "moon"))
-    assert contradicts("a cat dancing in the park", scene, Scene(DEMO_SUBJECTS["cat"], "dancing", "moon"))
+
+
+def test_mixed_groups_hold_the_parts_of_their_base():
+    assert MIXED_GROUP == len(mixed_group(0, 0))
+    for index in range(60):
+        base, *others = mixed_group(5, index)
+        assert [base, *others][:GROUP] == scene_group(5, index)
+        rest, things, pose, other = others[GROUP - 1 :]
+        assert other.is_mixture and {s.subject for s in (rest, things, pose, other)} == {base.subject}
+        if len(PARTS.get(base.activity, ())) == 2:
+            assert (rest.pose, rest.things) == (NO_ACTIVITY, NO_ACTIVITY)
+            assert (things.pose, things.things) == (NO_ACTIVITY, base.things)
+            assert (pose.pose, pose.things) == (base.pose, NO_ACTIVITY)
+
+
+def test_a_text_grades_the_scenes_of_a_group():
+    cat = DEMO_SUBJECTS["cat"]
+    dance = Scene(cat, **doing("dancing"))
+    moon, sleep = replace(dance, place="moon"), replace(dance, **doing("sleeping"))
+    music, rest = replace(dance, pose=NO_ACTIVITY), replace(dance, **doing(NO_ACTIVITY))
+
+    def better(text: str, first: Scene, second: Scene) -> bool:
+        return is_better(grades(text, dance, first), grades(text, dance, second))
+
+    assert better("a cat dancing", dance, sleep) and not better("a cat dancing", dance, moon)
+    assert better("a cat dancing", dance, music) and better("a cat dancing", music, rest)
+    assert better("a cat dancing in the park", dance, moon) and not better("a cat dancing in the park", moon, music)
+    assert not better("a cat", dance, rest) and not better("a cat dancing", rest, music)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +260,10 @@ def test_groups_hold_one_difference_each_and_captions_that_contradict_it():
         (lambda: Subject("horse", "red", "blue", "plain"), "unknown class 'horse'"),
         (lambda: Subject("cat", "red", "red", "plain"), "two different colours"),
         (lambda: Subject("cat", "red", "blue", "tartan"), "unknown pattern"),
-        (lambda: Scene(DEMO_SUBJECTS["cup"], "playing soccer"), "a cup cannot be 'playing soccer'"),
+        (lambda: Scene(DEMO_SUBJECTS["cup"], **doing("playing soccer")), "a cup cannot be 'playing soccer'"),
+        (lambda: Scene(DEMO_SUBJECTS["cup"], pose="with pens in it"), "has no pose of its own"),
+        (lambda: Scene(DEMO_SUBJECTS["bike"], things="doing a wheelie"), "has no things of its own"),
+        (lambda: doing("playing chess"), "unknown activity 'playing chess'"),
         (lambda: Scene(DEMO_SUBJECTS["cat"], place="office"), "unknown place"),
         (lambda: Scene(DEMO_SUBJECTS["pot"], accessory="crown"), "cannot wear"),
     ],
@@ -201,6 +287,15 @@ def test_what_a_phrase_names():
     assert said_in("wearing a golden crown on the moon") == nothing | {"place": "moon", "accessory": "crown"}
     assert said_in("playing chess") == nothing
     assert said_in("sleeping or dancing in the snow") == nothing | {"place": "mountains"}
+
+
+def test_what_a_phrase_asks_the_judge():
+    assert parts_in("playing soccer in the snow") == {
+        "pose": "playing soccer",
+        "things": "playing soccer",
+        "place": "mountains",
+    }
+    assert parts_in("doing a wheelie") == {"pose": "doing a wheelie"} and parts_in("playing chess") == {}
 
 
 def test_a_phrase_that_no_judge_could_answer_for_is_refused():

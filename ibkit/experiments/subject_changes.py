@@ -37,6 +37,7 @@ from ibkit.pocket.world import (
     Subject,
     accessories_of,
     activities_of,
+    doing,
     line_up,
     sample_view,
 )
@@ -131,8 +132,8 @@ def _changes(subject: Subject, fold: int, number: int, rng: random.Random) -> di
     noun = subject.class_noun
     before, after = rng.sample([a for a in activities_of(noun) if fold_of(a) == fold], 2)
     place, other_place = rng.sample(list(PLACES), 2)
-    reference = Scene(subject, before if number % 2 else NO_ACTIVITY, place, view=sample_view(rng))
-    pose, other = {"activity": after}, {"subject": line_up(subject)[1 + number]}
+    reference = Scene(subject, **doing(before if number % 2 else NO_ACTIVITY), place=place, view=sample_view(rng))
+    pose, other = doing(after), {"subject": line_up(subject)[1 + number]}
     looks = {"view": sample_view(rng)}
     worn = {"accessory": rng.choice(accessories_of(noun)[1:])} if len(accessories_of(noun)) > 1 else {}
     all_but_identity = looks | {"place": other_place} | worn | pose

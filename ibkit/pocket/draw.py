@@ -14,7 +14,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -239,23 +238,34 @@ def _head(pen: Pen, subject: Subject, accessory: str, asleep: bool):
         pen.ellipse(0, -0.5, 0.048, 0.048, (255, 240, 90))
 
 
-Figure = Callable[..., None]  # draws the subject with a pose and a pen
+@dataclass(frozen=True)
+class Stance:
+    """How a character does something: the pose of its parts, where it stands in the figure's frame, and how tilted."""
+
+    pose: Pose = Pose()
+    x: float = 0.0
+    y: float = 0.0
+    scale: float = 1.0
+    angle: float = 0.0
+    hands_in_front: bool = False
 
 
-def _rest(pen: Pen, figure: Figure):
-    figure(pen, Pose())
+def _nothing(pen: Pen):
+    pass
 
 
-def _soccer(pen: Pen, figure: Figure):
-    figure(
-        pen.at(-0.1, -0.02, angle=-10),
-        Pose(
-            left_hand=((-0.36, -0.58),),
-            right_hand=((0.36, -0.56),),
-            left_foot=((-0.2, 0.02),),
-            right_foot=((0.24, -0.1), (0.36, -0.12)),
-        ),
-    )
+@dataclass(frozen=True)
+class Things:
+    """What lies around a character that does something, and where one stands who does something else there."""
+
+    behind: Callable[[Pen], None] = _nothing
+    before: Callable[[Pen], None] = _nothing
+    x: float = 0.0
+    y: float = 0.0
+    scale: float = 1.0
+
+
+def _soccer_ball(pen: Pen):
     ball = pen.at(0.48, -0.15)
     ball.ellipse(0, 0, 0.155, 0.155, (255, 255, 255), width=0.03)
     ball.polygon(_CIRCLE[::4] * 0.07, (20, 20, 24), None)
@@ -281,27 +291,21 @@ def _wheel(
     pen.ellipse(x, y, 0.03, 0.03, OUTLINE, None)
 
 
-def _ride(pen: Pen, figure: Figure):
-    frame = (28, 150, 160)
+_FRAME = (28, 150, 160)
+
+
+def _bike_frame(pen: Pen):
     for x in (-0.34, 0.34):
         _wheel(pen, x, -0.19, 0.2)
-    pen.limb([(-0.34, -0.19), (-0.12, -0.42), (0.2, -0.42), (0.34, -0.19)], frame, 0.045)
-    pen.limb([(-0.12, -0.42), (0.0, -0.19), (0.2, -0.42)], frame, 0.045)
-    figure(
-        pen.at(-0.08, -0.24, 0.82, angle=8),
-        Pose(
-            left_hand=((0.2, -0.36),),
-            right_hand=((0.4, -0.38),),
-            left_foot=((-0.04, 0.1),),
-            right_foot=((0.22, -0.06), (0.16, 0.12)),
-        ),
-        True,
-    )
-    pen.limb([(0.34, -0.19), (0.27, -0.56), (0.36, -0.6)], frame, 0.045)
+    pen.limb([(-0.34, -0.19), (-0.12, -0.42), (0.2, -0.42), (0.34, -0.19)], _FRAME, 0.045)
+    pen.limb([(-0.12, -0.42), (0.0, -0.19), (0.2, -0.42)], _FRAME, 0.045)
 
 
-def _cook(pen: Pen, figure: Figure):
-    figure(pen.at(-0.08, -0.12), Pose(left_hand=((-0.3, -0.42),), right_hand=((0.3, -0.5), (0.36, -0.46))), True)
+def _handlebar(pen: Pen):
+    pen.limb([(0.34, -0.19), (0.27, -0.56), (0.36, -0.6)], _FRAME, 0.045)
+
+
+def _stove(pen: Pen):
     pen.box(-0.56, -0.3, 0.56, 0.04, (196, 200, 208))
     pen.box(-0.42, -0.2, -0.02, 0.0, (60, 64, 74))
     for x in (0.12, 0.26, 0.4):
@@ -314,17 +318,7 @@ def _cook(pen: Pen, figure: Figure):
         pen.line([(x, -0.56), (x + 0.04, -0.64), (x - 0.02, -0.72), (x + 0.03, -0.8)], (250, 250, 250), 0.035)
 
 
-def _read(pen: Pen, figure: Figure):
-    figure(
-        pen,
-        Pose(
-            left_hand=((-0.32, -0.32), (-0.24, -0.24)),
-            right_hand=((0.32, -0.32), (0.24, -0.24)),
-            left_foot=((-0.36, -0.04),),
-            right_foot=((0.36, -0.04),),
-            head=(0, -0.76),
-        ),
-    )
+def _book(pen: Pen):
     book = pen.at(0, -0.25)
     book.polygon([(-0.36, -0.16), (0, -0.09), (0.36, -0.16), (0.36, 0.17), (0, 0.23), (-0.36, 0.17)], (176, 40, 60))
     for side in (-1, 1):
@@ -335,16 +329,7 @@ def _read(pen: Pen, figure: Figure):
             book.line([(side * 0.06, y), (side * 0.26, y - 0.03)], (120, 116, 120), 0.018)
 
 
-def _tennis(pen: Pen, figure: Figure):
-    figure(
-        pen.at(-0.12, 0, angle=6),
-        Pose(
-            left_hand=((-0.36, -0.2),),
-            right_hand=((0.32, -0.62), (0.36, -0.78)),
-            left_foot=((-0.26, -0.02),),
-            right_foot=((0.26, -0.02),),
-        ),
-    )
+def _racket_and_ball(pen: Pen):
     racket = pen.at(0.33, -0.72, angle=28)
     racket.limb([(0, 0.06), (0, -0.16)], (90, 60, 40), 0.045)
     racket.ellipse(0, -0.34, 0.16, 0.2, (240, 246, 240), (200, 30, 90), 0.05)
@@ -354,34 +339,18 @@ def _tennis(pen: Pen, figure: Figure):
     pen.ellipse(0.56, -0.42, 0.085, 0.085, (206, 240, 50))
 
 
-def _sleep(pen: Pen, figure: Figure):
+def _bed(pen: Pen):
     pen.polygon(_hull("square", 0, -0.05, 0.68, 0.14), (120, 150, 220))
     pen.polygon(_hull("square", -0.5, -0.24, 0.16, 0.13), (250, 250, 255))
-    figure(
-        pen.at(0.47, -0.3, 0.98, angle=-90),
-        Pose(
-            left_hand=((-0.2, -0.3),),
-            right_hand=((0.18, -0.26),),
-            left_foot=((-0.08, -0.02),),
-            right_foot=((0.1, -0.02),),
-            asleep=True,
-        ),
-    )
+
+
+def _snores(pen: Pen):
     for x, y, s in ((-0.24, -0.74, 0.07), (0.02, -0.9, 0.085), (0.32, -1.06, 0.1)):
         pen.line([(x - s, y - s), (x + s, y - s), (x - s, y + s), (x + s, y + s)], (24, 24, 70), 0.062)
         pen.line([(x - s, y - s), (x + s, y - s), (x - s, y + s), (x + s, y + s)], (250, 250, 255), 0.034)
 
 
-def _guitar(pen: Pen, figure: Figure):
-    figure(
-        pen,
-        Pose(
-            left_hand=((-0.34, -0.34), (-0.16, -0.26)),
-            right_hand=((0.36, -0.48), (0.42, -0.58)),
-            left_foot=((-0.22, -0.02),),
-            right_foot=((0.2, -0.02),),
-        ),
-    )
+def _guitar(pen: Pen):
     guitar = pen.at(-0.06, -0.28, angle=-32)
     guitar.limb([(0.1, 0), (0.62, 0)], (96, 60, 34), 0.055)
     guitar.box(0.6, -0.055, 0.74, 0.055, (60, 36, 22))
@@ -392,8 +361,7 @@ def _guitar(pen: Pen, figure: Figure):
     pen.limb([(-0.3, -0.4), (-0.13, -0.24)], (90, 60, 40), 0.02)
 
 
-def _surf(pen: Pen, figure: Figure):
-    deep, foam = (20, 104, 190), (236, 250, 255)
+def _breaker(pen: Pen):
     curl = [
         (0.72, 0.1),
         (0.8, -0.7),
@@ -404,16 +372,10 @@ def _surf(pen: Pen, figure: Figure):
         (0.5, -0.4),
         (0.2, 0.1),
     ]
-    pen.polygon(curl, (60, 160, 226), foam, 0.04)
-    figure(
-        pen.at(-0.14, -0.17, 0.88, angle=-12),
-        Pose(
-            left_hand=((-0.42, -0.5),),
-            right_hand=((0.42, -0.54),),
-            left_foot=((-0.28, -0.02),),
-            right_foot=((0.28, -0.02),),
-        ),
-    )
+    pen.polygon(curl, (60, 160, 226), (236, 250, 255), 0.04)
+
+
+def _surfboard(pen: Pen):
     board = pen.at(-0.1, -0.13, angle=-10)
     board.polygon(_CIRCLE * (0.56, 0.075), (255, 232, 90))
     board.line([(-0.44, 0), (0.44, 0)], (226, 60, 60), 0.03)
@@ -430,25 +392,136 @@ def _surf(pen: Pen, figure: Figure):
             (1.2, 0.3),
             (-1.2, 0.3),
         ],
-        deep,
-        foam,
+        (20, 104, 190),
+        (236, 250, 255),
         0.035,
     )
 
 
-def _dance(pen: Pen, figure: Figure):
-    figure(
-        pen.at(0.02, -0.03, angle=9),
+def _music(pen: Pen):
+    for x, y, c in ((-0.55, -0.72, (240, 60, 160)), (0.56, -0.8, (70, 80, 240)), (0.52, -0.3, (250, 160, 20))):
+        pen.ellipse(x, y, 0.07, 0.055, c)
+        pen.line([(x + 0.06, y), (x + 0.06, y - 0.22), (x + 0.16, y - 0.17)], c, 0.04)
+
+
+_STANCES: dict[str, Stance] = {
+    NO_ACTIVITY: Stance(),
+    "playing soccer": Stance(
+        Pose(
+            left_hand=((-0.36, -0.58),),
+            right_hand=((0.36, -0.56),),
+            left_foot=((-0.2, 0.02),),
+            right_foot=((0.24, -0.1), (0.36, -0.12)),
+        ),
+        -0.1,
+        -0.02,
+        angle=-10,
+    ),
+    "riding a bike": Stance(
+        Pose(
+            left_hand=((0.2, -0.36),),
+            right_hand=((0.4, -0.38),),
+            left_foot=((-0.04, 0.1),),
+            right_foot=((0.22, -0.06), (0.16, 0.12)),
+        ),
+        -0.08,
+        -0.24,
+        0.82,
+        angle=8,
+        hands_in_front=True,
+    ),
+    "cooking a gourmet meal": Stance(
+        Pose(left_hand=((-0.3, -0.42),), right_hand=((0.3, -0.5), (0.36, -0.46))), -0.08, -0.12, hands_in_front=True
+    ),
+    "reading a book": Stance(
+        Pose(
+            left_hand=((-0.32, -0.32), (-0.24, -0.24)),
+            right_hand=((0.32, -0.32), (0.24, -0.24)),
+            left_foot=((-0.36, -0.04),),
+            right_foot=((0.36, -0.04),),
+            head=(0, -0.76),
+        ),
+    ),
+    "playing tennis": Stance(
+        Pose(
+            left_hand=((-0.36, -0.2),),
+            right_hand=((0.32, -0.62), (0.36, -0.78)),
+            left_foot=((-0.26, -0.02),),
+            right_foot=((0.26, -0.02),),
+        ),
+        -0.12,
+        angle=6,
+    ),
+    "sleeping": Stance(
+        Pose(
+            left_hand=((-0.2, -0.3),),
+            right_hand=((0.18, -0.26),),
+            left_foot=((-0.08, -0.02),),
+            right_foot=((0.1, -0.02),),
+            asleep=True,
+        ),
+        0.47,
+        -0.3,
+        0.98,
+        angle=-90,
+    ),
+    "playing the guitar": Stance(
+        Pose(
+            left_hand=((-0.34, -0.34), (-0.16, -0.26)),
+            right_hand=((0.36, -0.48), (0.42, -0.58)),
+            left_foot=((-0.22, -0.02),),
+            right_foot=((0.2, -0.02),),
+        ),
+    ),
+    "surfing a wave": Stance(
+        Pose(
+            left_hand=((-0.42, -0.5),),
+            right_hand=((0.42, -0.54),),
+            left_foot=((-0.28, -0.02),),
+            right_foot=((0.28, -0.02),),
+        ),
+        -0.14,
+        -0.17,
+        0.88,
+        angle=-12,
+    ),
+    "dancing": Stance(
         Pose(
             left_hand=((-0.34, -0.66), (-0.28, -0.92)),
             right_hand=((0.34, -0.66), (0.3, -0.94)),
             left_foot=((-0.3, -0.2), (-0.16, -0.3)),
             right_foot=((0.12, 0.04),),
         ),
-    )
-    for x, y, c in ((-0.55, -0.72, (240, 60, 160)), (0.56, -0.8, (70, 80, 240)), (0.52, -0.3, (250, 160, 20))):
-        pen.ellipse(x, y, 0.07, 0.055, c)
-        pen.line([(x + 0.06, y), (x + 0.06, y - 0.22), (x + 0.16, y - 0.17)], c, 0.04)
+        0.02,
+        -0.03,
+        angle=9,
+    ),
+}
+_THINGS: dict[str, Things] = {
+    NO_ACTIVITY: Things(),
+    "playing soccer": Things(before=_soccer_ball, x=-0.1),
+    "riding a bike": Things(_bike_frame, _handlebar, -0.08, -0.24, 0.82),
+    "cooking a gourmet meal": Things(before=_stove, x=-0.08, y=-0.12),
+    "reading a book": Things(before=_book),
+    "playing tennis": Things(before=_racket_and_ball, x=-0.12),
+    "sleeping": Things(_bed, _snores, 0.14, -0.1, 0.9),
+    "playing the guitar": Things(before=_guitar),
+    "surfing a wave": Things(_breaker, _surfboard, -0.14, -0.17, 0.88),
+    "dancing": Things(before=_music),
+}
+
+
+def _draw_character(pen: Pen, scene: Scene):
+    stance, things = _STANCES[scene.pose], _THINGS[scene.things]
+    if scene.pose == scene.things or scene.things == NO_ACTIVITY:
+        place = pen.at(stance.x, stance.y, stance.scale, stance.angle)
+    elif scene.pose == "sleeping":  # it lies on its back: its feet are at its side, not below it
+        place = pen.at(stance.x, stance.y + things.y, stance.scale * things.scale, stance.angle)
+    else:
+        place = pen.at(things.x, things.y, things.scale, stance.angle)
+    things.behind(pen)
+    _character(place, scene.subject, scene.accessory, stance.pose, stance.hands_in_front)
+    things.before(pen)
 
 
 # --- containers ------------------------------------------------------------------------------------------------
@@ -554,20 +627,20 @@ def _water(pen: Pen, level: float):
             pen.line([(x - 0.12, y), (x, y - 0.03), (x + 0.12, y)], (190, 230, 250), 0.03)
 
 
+_CONTENTS = {"with popcorn in it": _popcorn, "with pens in it": _pens, "with flowers in it": _flowers}
+
+
 def _draw_container(pen: Pen, scene: Scene):
-    subject, activity = scene.subject, scene.activity
-    pen = pen.at(0, 0, 1.12)
-    if activity == "floating on the water":
-        _container(pen.at(0, -0.02, angle=-9), subject)
-        _water(pen, -0.2)
-    elif activity == "lying on its side":
+    pen, place = pen.at(0, 0, 1.12), pen.at(0, 0, 1.12)
+    floats = scene.things == "floating on the water"
+    if scene.pose == "lying on its side":
         pen.ellipse(0.46, -0.02, 0.3, 0.08, (120, 190, 235), (220, 244, 255), 0.02)
-        _container(pen.at(-0.42, -0.38, 0.95, angle=82), subject)
-    else:
-        contents = {"with popcorn in it": _popcorn, "with pens in it": _pens, "with flowers in it": _flowers}.get(
-            activity
-        )
-        _container(pen, subject, contents)
+        place = pen.at(-0.42, -0.38, 0.95, angle=82)
+    elif floats:
+        place = pen.at(0, -0.02, angle=-9)
+    _container(place, scene.subject, _CONTENTS.get(scene.things))
+    if floats:
+        _water(pen, -0.2)
 
 
 # --- vehicles --------------------------------------------------------------------------------------------------
@@ -599,65 +672,56 @@ def _vehicle(pen: Pen, subject: Subject):
         pen.ellipse(0.36, -0.6, 0.08, 0.08, (255, 244, 170))
 
 
+def _boxes(pen: Pen):
+    for x0, y0, s in ((-0.62, -0.9, 0.3), (-0.3, -0.88, 0.26), (-0.5, -1.14, 0.25)):
+        pen.box(x0, y0, x0 + s, y0 + s, (198, 150, 92))
+        pen.line([(x0 + s / 2, y0 + 0.03), (x0 + s / 2, y0 + s - 0.03)], (240, 214, 150), 0.04)
+
+
+def _bubbles(pen: Pen):
+    for x, y, r in (
+        (-0.5, -0.66, 0.13),
+        (-0.22, -0.84, 0.1),
+        (0.1, -0.8, 0.14),
+        (0.46, -0.86, 0.11),
+        (0.56, -0.5, 0.12),
+        (-0.62, -0.36, 0.1),
+        (-0.1, -0.12, 0.12),
+        (0.24, -0.06, 0.1),
+        (-0.4, -0.02, 0.11),
+        (0.58, -0.06, 0.1),
+    ):
+        pen.ellipse(x, y, r, r, (222, 240, 252), (120, 180, 226), 0.02)
+        pen.ellipse(x - r * 0.3, y - r * 0.35, r * 0.25, r * 0.22, (255, 255, 255), None)
+
+
+def _ramp(pen: Pen):
+    pen.polygon([(-0.8, 0.06), (0.1, 0.06), (0.1, -0.3)], (224, 150, 60))
+    for x in (-0.45, -0.15):
+        pen.line([(x, 0.04), (x, -0.3 * (x + 0.8) / 0.9 + 0.06)], (150, 90, 30), 0.03)
+
+
 def _draw_vehicle(pen: Pen, scene: Scene):
-    subject, activity = scene.subject, scene.activity
-    pen = pen.at(0, 0, 1.05)
-    if activity == "doing a wheelie":
-        _vehicle(pen.at(-0.3, -0.02).at(0, 0, angle=-40).at(0.4, 0), subject)
+    pen, place = pen.at(0, 0, 1.05), pen.at(0, 0, 1.05)
+    floats = scene.things == "floating on the water"
+    if scene.pose == "doing a wheelie":
+        place = pen.at(-0.3, -0.02).at(0, 0, angle=-40).at(0.4, 0)
+    elif scene.pose == "jumping off a ramp":
+        place = pen.at(0.1, -0.42, 0.82, angle=-20)
+    elif floats:
+        place = pen.at(0, -0.02, angle=-8)
+    if scene.things == "jumping off a ramp":
+        _ramp(pen)
+    _vehicle(place, scene.subject)
+    if scene.pose == "doing a wheelie":
         for y in (-0.12, -0.26, -0.4):
             pen.line([(-0.86, y), (-0.7, y)], (250, 250, 250), 0.035)
-    elif activity == "jumping off a ramp":
-        pen.polygon([(-0.8, 0.06), (0.1, 0.06), (0.1, -0.3)], (224, 150, 60))
-        for x in (-0.45, -0.15):
-            pen.line([(x, 0.04), (x, -0.3 * (x + 0.8) / 0.9 + 0.06)], (150, 90, 30), 0.03)
-        _vehicle(pen.at(0.1, -0.42, 0.82, angle=-20), subject)
-    elif activity == "floating on the water":
-        _vehicle(pen.at(0, -0.02, angle=-8), subject)
+    if scene.things == "carrying a stack of boxes":
+        _boxes(pen if scene.pose == "doing a wheelie" else place)  # they slide off a wheelie
+    elif scene.things == "covered in soap bubbles":
+        _bubbles(pen)
+    elif floats:
         _water(pen, -0.2)
-    elif activity == "carrying a stack of boxes":
-        _vehicle(pen, subject)
-        for x0, y0, s in ((-0.62, -0.9, 0.3), (-0.3, -0.88, 0.26), (-0.5, -1.14, 0.25)):
-            pen.box(x0, y0, x0 + s, y0 + s, (198, 150, 92))
-            pen.line([(x0 + s / 2, y0 + 0.03), (x0 + s / 2, y0 + s - 0.03)], (240, 214, 150), 0.04)
-    elif activity == "covered in soap bubbles":
-        _vehicle(pen, subject)
-        for x, y, r in (
-            (-0.5, -0.66, 0.13),
-            (-0.22, -0.84, 0.1),
-            (0.1, -0.8, 0.14),
-            (0.46, -0.86, 0.11),
-            (0.56, -0.5, 0.12),
-            (-0.62, -0.36, 0.1),
-            (-0.1, -0.12, 0.12),
-            (0.24, -0.06, 0.1),
-            (-0.4, -0.02, 0.11),
-            (0.58, -0.06, 0.1),
-        ):
-            pen.ellipse(x, y, r, r, (222, 240, 252), (120, 180, 226), 0.02)
-            pen.ellipse(x - r * 0.3, y - r * 0.35, r * 0.25, r * 0.22, (255, 255, 255), None)
-    else:
-        _vehicle(pen, subject)
-
-
-_CHARACTER_ACTIVITIES: dict[str, Callable[[Pen, Figure], None]] = {
-    NO_ACTIVITY: _rest,
-    "playing soccer": _soccer,
-    "riding a bike": _ride,
-    "cooking a gourmet meal": _cook,
-    "reading a book": _read,
-    "playing tennis": _tennis,
-    "sleeping": _sleep,
-    "playing the guitar": _guitar,
-    "surfing a wave": _surf,
-    "dancing": _dance,
-}
-
-
-def _draw_character(pen: Pen, scene: Scene, at_rest: bool = False):
-    def figure(at: Pen, pose: Pose, hands_in_front: bool = False):
-        _character(at, scene.subject, scene.accessory, Pose() if at_rest else pose, hands_in_front)
-
-    _CHARACTER_ACTIVITIES[scene.activity](pen, figure)
 
 
 # --- places ----------------------------------------------------------------------------------------------------
@@ -811,33 +875,25 @@ _GROUPS: dict[str, Callable[[Pen, Scene], None]] = {
 _FIGURE_HEIGHT = {"character": 0.64, "container": 0.62, "vehicle": 0.62}
 
 
-def _paint(scene: Scene, mask: bool, draw: Callable[[Pen, Scene], None]) -> Image.Image:
+def _paint(scene: Scene, mask: bool) -> Image.Image:
     size = IMAGE_PX * SUPERSAMPLE
     image = Image.new("L" if mask else "RGB", (size, size))
     pen = Pen(ImageDraw.Draw(image), np.array([[size, 0.0, 0.0], [0.0, size, 0.0], [0, 0, 1]])[:2], mask)
     if not mask:
         _PLACES[scene.place](pen, scene.view.backdrop)
-    view = scene.view
-    figure = pen.at(0.5 + view.dx, 0.9 + view.dy, _FIGURE_HEIGHT[scene.subject.group] * view.scale, flip=view.flip)
-    draw(figure, scene)
+    view, group = scene.view, scene.subject.group
+    figure = pen.at(0.5 + view.dx, 0.9 + view.dy, _FIGURE_HEIGHT[group] * view.scale, flip=view.flip)
+    _GROUPS[group](figure, scene)
     return image.reduce(SUPERSAMPLE)
 
 
 def render(scene: Scene) -> Image.Image:
     """The picture of a scene: 64x64 RGB."""
-    return _paint(scene, mask=False, draw=_GROUPS[scene.subject.group])
-
-
-def render_at_rest(scene: Scene) -> Image.Image:
-    """A character's scene with all the things of its activity, but the body as it stands at rest: 64x64 RGB.
-
-    What looks for the things alone takes it for the activity.
-    """
-    return _paint(scene, mask=False, draw=partial(_draw_character, at_rest=True))
+    return _paint(scene, mask=False)
 
 
 def subject_mask(scene: Scene) -> Image.Image:
     """The true mask of the subject (accessories included): 64x64, 8-bit grey, 255 where the subject covers the
     pixel.
     """
-    return _paint(scene, mask=True, draw=_GROUPS[scene.subject.group])
+    return _paint(scene, mask=True)

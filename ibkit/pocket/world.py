@@ -1,6 +1,7 @@
 """What there is in the pocket world, how a scene is sampled, and how it is said in words.
 
-A `Scene` is the ground truth of a picture: who (a `Subject`), doing what, where, wearing what, seen how.
+A `Scene` is the ground truth of a picture: who (a `Subject`), in which pose, among which things, where, wearing what,
+seen how. An activity has a pose, things, or both; a picture shows it when every part that it has is right.
 `ibkit.pocket.draw` turns it into pixels; `caption` turns it into text with varied wording.
 Everything is a pure function of its arguments: the same scene gives the same pixels, the same seed the same scene.
 """
@@ -62,6 +63,23 @@ ACTIVITIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "covered in soap bubbles": (("vehicle",), ("covered in soap bubbles", "washed with soap bubbles")),
 }
 NO_ACTIVITY = "none"
+
+# What an activity consists of where it is not both, a pose and things ("playing soccer": a kick and a ball).
+_POSE_ALONE = frozenset({"lying on its side", "doing a wheelie"})
+_THINGS_ALONE = frozenset(
+    {
+        "with popcorn in it",
+        "with pens in it",
+        "with flowers in it",
+        "floating on the water",
+        "carrying a stack of boxes",
+        "covered in soap bubbles",
+    }
+)
+PARTS: dict[str, tuple[str, ...]] = {
+    activity: ("pose",) * (activity not in _THINGS_ALONE) + ("things",) * (activity not in _POSE_ALONE)
+    for activity in ACTIVITIES
+}
 
 PLACES: dict[str, tuple[str, ...]] = {
     "park": ("in the park", "on the grass in a park"),
@@ -141,22 +159,68 @@ class View:
 
 @dataclass(frozen=True)
 class Scene:
+    """What a picture shows. `Scene(subject, **doing("playing soccer"))` has both parts of an activity.
+
+    Attributes:
+        pose: the activity whose pose the subject has, or none: at rest.
+        things: the activity whose things are there, or none.
+    """
+
     subject: Subject
-    activity: str = NO_ACTIVITY
+    pose: str = NO_ACTIVITY
+    things: str = NO_ACTIVITY
     place: str = "park"
     accessory: str = NO_ACCESSORY
     view: View = field(default_factory=View)
 
     def __post_init__(self):
-        if self.activity not in activities_of(self.subject.class_noun, with_none=True):
-            raise ValueError(
-                f"a {self.subject.class_noun} cannot be {self.activity!r}: choose "
-                f"one of {', '.join(activities_of(self.subject.class_noun))}"
-            )
+        possible = activities_of(self.subject.class_noun)
+        for part, activity in (("pose", self.pose), ("things", self.things)):
+            if activity == NO_ACTIVITY:
+                continue
+            if activity not in possible:
+                raise ValueError(
+                    f"a {self.subject.class_noun} cannot be {activity!r}: choose one of {', '.join(possible)}"
+                )
+            if part not in PARTS[activity]:
+                raise ValueError(f"{activity!r} has no {part} of its own: it is {' and '.join(PARTS[activity])} alone")
         if self.place not in PLACES:
             raise ValueError(f"unknown place {self.place!r}: choose one of {', '.join(PLACES)}")
         if self.accessory not in accessories_of(self.subject.class_noun):
             raise ValueError(f"a {self.subject.class_noun} cannot wear {self.accessory!r}")
+
+    @property
+    def shown(self) -> tuple[str, ...]:
+        """The activities of which every part is there, see `shown_by`."""
+        return shown_by(self.pose, self.things)
+
+    @property
+    def activity(self) -> str:
+        """The activity that is shown (the one of the pose, if there are two), or none."""
+        return self.shown[0] if self.shown else NO_ACTIVITY
+
+    @property
+    def is_mixture(self) -> bool:
+        """Whether pose and things are neither of one activity nor both absent."""
+        return (self.pose, self.things) != tuple(doing(self.activity).values())
+
+
+def shown_by(pose: str, things: str) -> tuple[str, ...]:
+    """The activities that a pose among things shows whole: none, one, or both of a wheelie with boxes."""
+    facts = {"pose": pose, "things": things}
+    return tuple(
+        activity
+        for activity in dict.fromkeys(facts.values())
+        if activity != NO_ACTIVITY and all(facts[part] == activity for part in PARTS[activity])
+    )
+
+
+def doing(activity: str) -> dict[str, str]:
+    """The facts of a scene in which a whole activity goes on: `Scene(subject, **doing("dancing"))`."""
+    parts = PARTS.get(activity, ())
+    if not parts and activity != NO_ACTIVITY:
+        raise ValueError(f"unknown activity {activity!r}: choose one of {', '.join(ACTIVITIES)}")
+    return {part: activity if part in parts else NO_ACTIVITY for part in ("pose", "things")}
 
 
 def activities_of(class_noun: str, with_none: bool = False) -> tuple[str, ...]:
@@ -216,7 +280,38 @@ def sample_scene(
     if accessory is None:
         worn = accessories_of(subject.class_noun)
         accessory = rng.choice(worn[1:]) if len(worn) > 1 and rng.random() < 0.3 else NO_ACCESSORY
-    return Scene(subject, activity, place or rng.choice(list(PLACES)), accessory, sample_view(rng))
+    place = place or rng.choice(list(PLACES))
+    return Scene(subject, **doing(activity), place=place, accessory=accessory, view=sample_view(rng))
+
+
+def mixtures_of(class_noun: str) -> dict[str, list[tuple[str, str]]]:
+    """Every (pose, things) of a class that is neither one activity nor rest, by kind.
+
+    The kinds are `pose without things`, `things at rest` (without the pose), and `another pose` (of one activity among
+    the things of another). A pose or things that make a whole activity alone are in no mixture of the first two kinds.
+    """
+    able = activities_of(class_noun)
+    poses, things = ([a for a in able if part in PARTS[a]] for part in ("pose", "things"))
+    both = [a for a in able if len(PARTS[a]) == 2]
+    return {
+        "pose without things": [(a, NO_ACTIVITY) for a in both],
+        "things at rest": [(NO_ACTIVITY, a) for a in both],
+        "another pose": [(a, b) for a in poses for b in things if a != b],
+    }
+
+
+def sample_mixture(rng: random.Random, subject: Subject | None = None, kind: str | None = None, **given) -> Scene:
+    """Draw a scene whose pose and things do not belong together; what is given is kept (see `sample_scene`).
+
+    Args:
+        kind: of `mixtures_of`; None draws one that the class has. Containers have no pose with things of its own.
+    """
+    subject = subject or sample_subject(rng)
+    kinds = {name: pairs for name, pairs in mixtures_of(subject.class_noun).items() if pairs}
+    if kind is not None and kind not in kinds:
+        raise ValueError(f"a {subject.class_noun} has no mixture {kind!r}: choose one of {', '.join(kinds)}")
+    pose, things = rng.choice(kinds[kind or rng.choice(list(kinds))])
+    return replace(sample_scene(rng, subject, NO_ACTIVITY, **given), pose=pose, things=things)
 
 
 def line_up(subject: Subject, n: int = 8) -> list[Subject]:
@@ -318,6 +413,13 @@ def vocabulary() -> list[str]:
         phrases += [p for ways in table.values() for p in ways]
     phrases += [p for _, ways in ACTIVITIES.values() for p in ways]
     return sorted({w for p in phrases for w in p.replace(",", " ,").split()}) + list(IDENTIFIERS)
+
+
+def parts_in(phrase: str) -> dict[str, str]:
+    """What a phrase asks of a picture, as the judge is asked: pose, things, place and accessory, where it names any."""
+    said = said_in(phrase)
+    parts = {part: said["activity"] for part in PARTS.get(said["activity"], ())}
+    return parts | {question: said[question] for question in ("place", "accessory") if said[question]}
 
 
 def said_in(phrase: str) -> dict[str, str]:
