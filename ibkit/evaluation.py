@@ -25,7 +25,7 @@ from ibkit.data.subject import PersonalizedSubject, choose_activities
 from ibkit.device import generator
 from ibkit.errors import ArtifactError, ModelError, ParameterError, ScoreError
 from ibkit.models import TextToImage, load_model
-from ibkit.pocket.world import said_in
+from ibkit.pocket.world import parts_in, said_in
 from ibkit.runs import CompletedRun, Run, identify, read_run, resolve
 from ibkit.sample import Sampler, sample
 from ibkit.scorers import SCORERS, Scorer, make_scorer
@@ -37,7 +37,7 @@ from ibkit.stats import METRICS
 DEFAULT_SCORERS = ("clip_t", "image_reward", "clip_i", "dino")
 # What rl_seed is for a method without RL: no seed is negative, and statistics compare it with every RL seed.
 NO_RL_SEED = -1
-JUDGED = ("class", "activity", "place", "accessory", "identity")
+JUDGED = ("class", "activity", "pose", "things", "place", "accessory", "identity")
 SAID = ("activity", "place", "accessory")  # what `judge_text` joins
 
 
@@ -371,10 +371,13 @@ def real_photos(
 
 def _judge(judge: Judge, images: list[Image.Image], subject: PersonalizedSubject, activities: list[str]) -> dict:
     """The judge's answers, 1 right and 0 wrong: judge_text is right where all that the phrase names is shown."""
-    expected = [{"class": subject.world.class_noun, **said_in(activity)} for activity in activities]
+    expected = [
+        {"class": subject.world.class_noun, "activity": said_in(phrase)["activity"], **parts_in(phrase)}
+        for phrase in activities
+    ]
     columns = {f"judge_{question}": np.full(len(images), np.nan) for question in ("text", *JUDGED)}
-    for question in ("class", "activity", "place", "accessory"):
-        known = [i for i, answers in enumerate(expected) if answers[question]]
+    for question in JUDGED[:-1]:
+        known = [i for i, answers in enumerate(expected) if answers.get(question)]
         if known:
             right = judge.agrees([images[i] for i in known], question, [expected[i][question] for i in known])
             columns[f"judge_{question}"][known] = right.numpy()
@@ -400,7 +403,7 @@ def evaluators(scorers: Mapping[str, Scorer], judge: Judge | None = None) -> dic
         taken, n = things_taken()
         words["judge_text"] = (
             "pocket judge (simulated rater): all that the prompt names, by the judge's answers to three questions, "
-            f"itself right on held-out renders / their reconstructions: {each}; of characters at rest among an "
+            f"itself right on held-out renders / their reconstructions: {each}; of subjects at rest among an "
             f"activity's things it takes {taken:.1%} for the activity (n = {n})"
         )
     return words

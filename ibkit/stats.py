@@ -279,6 +279,8 @@ class Metric:
 METRICS: dict[str, Metric] = {
     "judge_text": Metric("Prompt shown (simulated judge)", "text", is_share=True),
     "judge_activity": Metric("Activity shown (simulated judge)", "text", is_share=True),
+    "judge_pose": Metric("Right pose (simulated judge)", "text", is_share=True),
+    "judge_things": Metric("Right things (simulated judge)", "text", is_share=True),
     "judge_identity": Metric("Same subject (simulated judge)", "subject", is_share=True),
     "judge_shape": Metric("Right shape (simulated judge)", "subject", is_share=True),
     "judge_class": Metric("Right class (simulated judge)", "text", is_share=True),

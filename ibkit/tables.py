@@ -49,7 +49,11 @@ def fidelity(scores: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.D
 
 def measured(scores: pd.DataFrame) -> list[str]:
     """The metrics that were measured, without the judge's single questions that `judge_text` answers together."""
-    parts = ("judge_activity", "judge_place", "judge_accessory") if "judge_text" in scores.columns else ()
+    parts = (
+        ("judge_activity", "judge_pose", "judge_things", "judge_place", "judge_accessory")
+        if "judge_text" in scores.columns
+        else ()
+    )
     return [name for name in METRICS if name in scores.columns and name not in parts and scores[name].notna().any()]
 
 

@@ -1,4 +1,6 @@
-"""The judge of the pocket world: which class, activity, place, accessory, and which individual of a line-up.
+"""The judge of the pocket world: which class, pose, things, place, accessory, and which individual of a line-up.
+
+A picture shows an activity when every part that the activity has is right: its pose, its things, or both.
 
 It answers from the picture alone, was trained apart from every scorer (`ibkit.pocket.build.judge`) and is never a
 reward. Six smaller ones, each of its own seed, vote with it in notebook 07 in the place of the paper's human raters,
@@ -28,16 +30,19 @@ from ibkit.pocket.world import (
     CLASSES,
     NO_ACCESSORY,
     NO_ACTIVITY,
+    PARTS,
     PLACES,
     Subject,
     line_up,
     reference_scenes,
+    shown_by,
 )
 from ibkit.scorers.base import POCKET_WEIGHTS, reading, require_files, weights_folder
 
 ANSWERS: dict[str, tuple[str, ...]] = {
     "class": CLASSES,
-    "activity": (NO_ACTIVITY, *ACTIVITIES),
+    "pose": (NO_ACTIVITY, *(a for a in ACTIVITIES if "pose" in PARTS[a])),
+    "things": (NO_ACTIVITY, *(a for a in ACTIVITIES if "things" in PARTS[a])),
     "place": tuple(PLACES),
     "accessory": (NO_ACCESSORY, *ACCESSORIES),
 }
@@ -45,9 +50,9 @@ IDENTITY_DIM = 64
 JUDGE_WIDTHS = (24, 48, 96, 128)  # channels of the judge's four resolutions
 # Smaller networks, each of its own seed: with the judge they are the seven simulated raters of notebook 07.
 RATERS = tuple(f"rater-{k}" for k in range(1, 7))
-RATER_WIDTHS = (16, 16, 24, 32)
+RATER_WIDTHS = (16, 24, 32, 48)
 # The judge's blind spot, as `ibkit.pocket.build.card` measures it and names it in the model card.
-THINGS_TAKEN = "judge, a character at rest among an activity's things taken for the activity"
+THINGS_TAKEN = "judge, an activity's things around a subject at rest taken for the activity"
 
 
 class JudgeNet(nn.Module):
@@ -142,13 +147,29 @@ class Judge:
         return answers, F.normalize(torch.cat([p[1] for p in parts]), dim=1).cpu()
 
     def answers(self, images: Sequence[Image.Image], question: str) -> list[str]:
-        """The judge's answer for each picture: the likeliest class, activity, place or accessory."""
-        logits, _ = self.look(images)
-        return [ANSWERS[question][i] for i in logits[question].argmax(1).tolist()]
+        """The judge's answer for each picture: the likeliest class, pose, things, place or accessory; for `activity`
+        the one that is shown whole (of two, the one of the pose), or none.
+        """
+        if question == "activity":
+            return [(shown_by(*parts) or (NO_ACTIVITY,))[0] for parts in self._parts(images)]
+        log_probs, _ = self.look(images)
+        return [ANSWERS[question][i] for i in log_probs[question].argmax(1).tolist()]
 
     def agrees(self, images: Sequence[Image.Image], question: str, expected: Sequence[str]) -> torch.Tensor:
-        """1.0 where the answer is the expected one, else 0.0; (N,)."""
+        """1.0 where the answer is the expected one, else 0.0; (N,). For `activity`, where every part that the expected
+        one has is right; where none is expected, both pose and things are.
+        """
+        if question == "activity":
+            rest = (NO_ACTIVITY, NO_ACTIVITY)
+            shown = [parts[:1] if parts == rest else shown_by(*parts) for parts in self._parts(images)]
+            return torch.tensor([float(wanted in seen) for wanted, seen in zip(expected, shown, strict=True)])
         return torch.tensor([float(a == b) for a, b in zip(self.answers(images, question), expected, strict=True)])
+
+    def _parts(self, images: Sequence[Image.Image]) -> list[tuple[str, str]]:
+        """(pose, things) of each picture."""
+        log_probs, _ = self.look(images)
+        named = [[ANSWERS[q][i] for i in log_probs[q].argmax(1).tolist()] for q in ("pose", "things")]
+        return list(zip(*named, strict=True))
 
     def pick(self, images: Sequence[Image.Image], parade: Sequence[Subject], n_references: int = 8) -> list[int]:
         """Which individual of a line-up each picture shows: the index of the nearest one by mean identity
@@ -171,7 +192,7 @@ class Judge:
 
 
 def things_taken() -> tuple[float, int]:
-    """How often the shipped judge takes a character at rest among an activity's things for the activity.
+    """How often the shipped judge takes a subject at rest among an activity's things for the activity.
 
     Returns:
         The share and the number of renders, from the model card of the pocket weights.

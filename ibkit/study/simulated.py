@@ -18,7 +18,7 @@ import torch
 from ibkit.data.photos import read_rgb
 from ibkit.data.subject import PersonalizedSubject
 from ibkit.errors import StudyError
-from ibkit.pocket.world import Subject, line_up, said_in
+from ibkit.pocket.world import Subject, line_up, parts_in
 from ibkit.scorers.judge import ANSWERS, RATERS, Judge
 from ibkit.study.votes import VOTE_COLUMNS, check_votes
 
@@ -131,7 +131,7 @@ def _look(
 def _text(log_probs: Mapping[str, torch.Tensor], phrases: Sequence[str]) -> tuple[list[bool], list[float]]:
     right, grades = [], []
     for i, phrase in enumerate(phrases):
-        named = {question: answer for question, answer in said_in(phrase).items() if answer}
+        named = parts_in(phrase)
         if not named:
             raise StudyError(f"{phrase!r} names nothing of the pocket world, so no simulated rater can look for it.")
         places = {question: ANSWERS[question].index(answer) for question, answer in named.items()}

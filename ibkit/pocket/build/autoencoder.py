@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL
 
-from ibkit.pocket.build.common import Budget, fit, hash_seed
+from ibkit.pocket.build.common import Budget, begin_with, fit, hash_seed
 from ibkit.pocket.build.data import Pictures
 
-JOINT = Budget(steps=4000, batch=16, weight_decay=0.0, ema=0.99)
-DECODER = Budget(steps=9000, batch=16, lr=1e-3, muon_lr=0.01, weight_decay=0.0, ema=0.995)
+JOINT = Budget(steps=4000, batch=256, lr=1e-3, muon_lr=0.01, weight_decay=0.0, ema=0.995)
+DECODER = Budget(steps=9000, batch=128, lr=1e-3, muon_lr=0.01, weight_decay=0.0, ema=0.998)
 # The posterior is a fixed, narrow Gaussian around the mean: a learnt width starts at 1 and drowns the latents for
 # hundreds of steps.
 POSTERIOR_STD = 0.05
@@ -53,7 +53,20 @@ def psnr(image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     return 10 * torch.log10(4.0 / error)
 
 
-def train_joint(folder: Path, pictures: Pictures, device, dtype) -> AutoencoderKL:
+def with_noise(z: torch.Tensor, strongest: float, generator: torch.Generator) -> torch.Tensor:
+    """Latents (B, C, H, W) with Gaussian noise, of a standard deviation between 0 and `strongest` for each picture."""
+    level = strongest * torch.rand((len(z), 1, 1, 1), generator=generator, device=z.device)
+    return z + (level * torch.randn(z.shape, generator=generator, device=z.device)).to(z)
+
+
+@torch.no_grad()
+def redraw(vae: AutoencoderKL, x: torch.Tensor, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
+    """Pictures (B, 3, 64, 64) as the autoencoder draws them from slightly noisy latents, as those of a sampler are."""
+    z = with_noise(vae.encode(x.to(dtype)).latent_dist.mode(), 0.3 / vae.config.scaling_factor, generator)
+    return vae.decode(z).sample.float().clamp(-1, 1)
+
+
+def train_joint(folder: Path, pictures: Pictures, device, dtype, start: dict | None = None) -> AutoencoderKL:
     """Encoder and decoder together; sets the latents' scaling factor (1 / their standard deviation, as in
     latent diffusion, section 4.3.2).
     """
@@ -62,14 +75,14 @@ def train_joint(folder: Path, pictures: Pictures, device, dtype) -> AutoencoderK
     with torch.no_grad():  # the width of the posterior, as the encoder reports it
         vae.quant_conv.weight[16:].zero_()
         vae.quant_conv.bias[16:].fill_(2 * math.log(POSTERIOR_STD))
+    begin_with(vae, start)
 
     def loss_fn(work, average, step, generator):
-        indices = torch.randint(len(pictures), (JOINT.batch,), generator=generator)
-        x = pictures.batch(indices, device)
+        x = pictures.batch(torch.randint(len(pictures), (JOINT.batch,), generator=generator, device=device), device)
         z = work.encode(x.to(dtype)).latent_dist.mode()
-        image = work.decode(z + POSTERIOR_STD * torch.randn(z.shape, generator=generator).to(z)).sample
+        image = work.decode(z + POSTERIOR_STD * torch.randn(z.shape, generator=generator, device=device).to(z)).sample
         loss = reconstruction_loss(image, x) + MEAN_WEIGHT * z.float().square().mean()
-        return loss, {"psnr": psnr(image.detach().float(), x).mean().item()}
+        return loss, {"psnr": psnr(image.detach().float(), x).mean()}
 
     fit("autoencoder", folder, vae, loss_fn, JOINT, device, dtype)
     with torch.inference_mode():
@@ -88,18 +101,11 @@ def train_decoder(folder: Path, pictures: Pictures, vae: AutoencoderKL, device, 
     spread = 1.0 / vae.config.scaling_factor
 
     def loss_fn(work, average, step, generator):
-        indices = torch.randint(len(pictures), (DECODER.batch,), generator=generator)
-        x = pictures.batch(indices, device)
+        x = pictures.batch(torch.randint(len(pictures), (DECODER.batch,), generator=generator, device=device), device)
         with torch.no_grad():
-            z = work.encode(x.to(dtype)).latent_dist.mode()
-            z = z + (
-                LATENT_NOISE
-                * spread
-                * torch.rand((len(z), 1, 1, 1), generator=generator)
-                * torch.randn(z.shape, generator=generator)
-            ).to(z)
+            z = with_noise(work.encode(x.to(dtype)).latent_dist.mode(), LATENT_NOISE * spread, generator)
         image = work.decode(z).sample
-        return reconstruction_loss(image, x), {"psnr": psnr(image.detach().float(), x).mean().item()}
+        return reconstruction_loss(image, x), {"psnr": psnr(image.detach().float(), x).mean()}
 
     fit("decoder", folder, vae, loss_fn, DECODER, device, dtype)
     vae.requires_grad_(True)

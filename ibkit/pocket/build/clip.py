@@ -16,7 +16,7 @@ from open_clip.model import CLIP
 from open_clip.transform import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 
 from ibkit.pocket.build.common import Budget, fit, hash_seed, save_half
-from ibkit.pocket.build.data import GROUP, Pictures
+from ibkit.pocket.build.data import GROUP, Pictures, encode
 from ibkit.pocket.build.tokenizer import CONTEXT_TOKENS
 from ibkit.pocket.world import ACTIVITIES, NO_ACTIVITY, caption
 
@@ -58,9 +58,9 @@ def degrade(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """
     b = len(images)
     soft = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
-    mix = torch.rand((b, 1, 1, 1), generator=generator).to(images.device) * 0.8
-    noise = torch.randn(images.shape, generator=generator).to(images.device)
-    level = (torch.rand((b, 1, 1, 1), generator=generator) * 0.12).to(images.device)
+    draw = {"generator": generator, "device": images.device}
+    mix, noise = torch.rand((b, 1, 1, 1), **draw) * 0.8, torch.randn(images.shape, **draw)
+    level = torch.rand((b, 1, 1, 1), **draw) * 0.12
     return (images + mix * (soft - images) + level * noise).clamp(-1, 1)
 
 
@@ -68,13 +68,10 @@ def train(folder: Path, pictures: Pictures, tokenizer, device, dtype) -> CLIP:
     model = CLIP(**model_config(len(tokenizer)))
 
     def loss_fn(work, average, step, generator):
-        groups = torch.randint(len(pictures) // GROUP, (BUDGET.batch // GROUP,), generator=generator)
-        indices = (groups[:, None] * GROUP + torch.arange(GROUP)).flatten()
+        indices = pictures.members(pictures.groups(BUDGET.batch // GROUP, generator)).flatten().cpu()
         rng = random.Random(hash_seed("clip captions", step))
         texts = [caption(pictures.scenes[i], rng) for i in indices]
-        ids = tokenizer(texts, padding="max_length", truncation=True, max_length=CONTEXT_TOKENS, return_tensors="pt")[
-            "input_ids"
-        ].to(device)
+        ids = encode(tokenizer, texts).to(device)
         x = normalise(degrade(pictures.batch(indices, device), generator)).to(dtype)
         image = F.normalize(work.encode_image(x).float(), dim=-1)
         text = F.normalize(work.encode_text(ids).float(), dim=-1)
@@ -84,7 +81,7 @@ def train(folder: Path, pictures: Pictures, tokenizer, device, dtype) -> CLIP:
         logits = logits.masked_fill(same & ~torch.eye(len(texts), dtype=torch.bool, device=device), -1e4)
         labels = torch.arange(len(texts), device=device)
         loss = (F.cross_entropy(logits, labels) + F.cross_entropy(logits.T, labels)) / 2
-        return loss, {"top1": (logits.argmax(1) == labels).float().mean().item()}
+        return loss, {"top1": (logits.argmax(1) == labels).float().mean()}
 
     return fit("clip", folder, model, loss_fn, BUDGET, device, dtype)
 

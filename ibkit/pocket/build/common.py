@@ -28,7 +28,10 @@ SEED = 20_26
 
 @dataclass(frozen=True)
 class Budget:
-    """How long a stage trains, in steps of `batch` pictures; the rates are the peaks of a warm-up + cosine schedule."""
+    """How long a stage trains, in steps of `batch` pictures; the rates are the peaks of a warm-up + cosine schedule.
+
+    With `seconds` above 0 the schedule ends after that time, if the steps are not done before: for a lent GPU.
+    """
 
     steps: int
     batch: int
@@ -36,11 +39,55 @@ class Budget:
     muon_lr: float = 0.02  # Muon: matrices and convolution kernels
     weight_decay: float = 0.01
     ema: float = 0.998
+    seconds: float = 0.0
 
 
-def step_generator(stage: str, step: int) -> torch.Generator:
+class ShapewiseMuon(torch.optim.Muon):
+    """PyTorch's Muon with all matrices of one shape in one batch: the same steps, a fifth of the kernels.
+
+    PyTorch takes matrix by matrix, and a U-Net of many small ones then spends more time on launching kernels than on
+    its forward and backward passes (on a GPU; on a CPU the two are alike).
+    """
+
+    @torch.no_grad()
+    def step(self) -> None:
+        (settings,) = self.param_groups
+        params = [p for p in settings["params"] if p.grad is not None]
+        for p in params:
+            if "momentum_buffer" not in self.state[p]:
+                self.state[p]["momentum_buffer"] = torch.zeros_like(p.grad)
+        gradients, buffers = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
+        torch._foreach_lerp_(buffers, gradients, 1 - settings["momentum"])
+        updates = torch._foreach_lerp(gradients, buffers, settings["momentum"])  # Nesterov
+        torch._foreach_mul_(params, 1 - settings["lr"] * settings["weight_decay"])
+        by_shape: dict[torch.Size, list[int]] = {}
+        for i, p in enumerate(params):
+            by_shape.setdefault(p.shape, []).append(i)
+        for (n_rows, n_columns), members in by_shape.items():
+            steps = orthogonal(torch.stack([updates[i] for i in members]), settings)
+            rate = settings["lr"] * math.sqrt(max(1.0, n_rows / n_columns))
+            torch._foreach_add_([params[i] for i in members], list(steps.float().unbind()), alpha=-rate)
+
+
+def orthogonal(matrices: torch.Tensor, settings: dict) -> torch.Tensor:
+    """Muon's Newton-Schulz iteration on a batch of matrices (N, rows, columns), bf16."""
+    a, b, c = settings["ns_coefficients"]
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.bfloat16()
+    x = x.mT if tall else x
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=settings["eps"])
+    for _ in range(settings["ns_steps"]):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+LOOK_EVERY = 20  # steps between looks at the loss: each makes a GPU wait
+
+
+def step_generator(stage: str, step: int, device: torch.device) -> torch.Generator:
     """Randomness of one training step, independent of all others: resuming needs no saved generator state."""
-    return torch.Generator().manual_seed(hash_seed(stage, step))
+    return torch.Generator(device).manual_seed(hash_seed(stage, step))
 
 
 def hash_seed(*names) -> int:
@@ -66,7 +113,7 @@ def fit(
     stage: str,
     folder: Path,
     model: nn.Module,
-    loss_fn: Callable[[nn.Module, nn.Module, int, torch.Generator], tuple[torch.Tensor, dict[str, float]]],
+    loss_fn: Callable[[nn.Module, nn.Module, int, torch.Generator], tuple[torch.Tensor, dict[str, torch.Tensor]]],
     budget: Budget,
     device: torch.device,
     dtype: torch.dtype,
@@ -75,8 +122,8 @@ def fit(
     """Train `model` and return it with the averaged (EMA) weights, in evaluation mode.
 
     Args:
-        loss_fn: (working copy of the model in `dtype`, its fp32 running average, step, generator of the step) ->
-            (scalar loss, numbers to show).
+        loss_fn: (working copy of the model in `dtype`, its fp32 running average, step, generator of the step, on the
+            device) -> (scalar loss, scalars to show).
         save_s: seconds between checkpoints; a stopped build loses at most this much and continues on the same batches.
     """
     master = model.to(device=device, dtype=torch.float32)
@@ -88,7 +135,7 @@ def fit(
     matrices = {id(m): nn.Parameter(m.data.view(len(m), -1)) for m, _ in trained if m.ndim >= 2 and id(m) not in tables}
     others = [m for m, _ in trained if id(m) not in matrices]
     optimizers = [
-        torch.optim.Muon(list(matrices.values()), lr=budget.muon_lr, weight_decay=budget.weight_decay),
+        ShapewiseMuon(list(matrices.values()), lr=budget.muon_lr, weight_decay=budget.weight_decay),
         torch.optim.AdamW(others, lr=budget.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
     peaks = [budget.muon_lr, budget.lr]
@@ -98,18 +145,27 @@ def fit(
         start, tensors, _ = found
         _restore(tensors, master, ema, optimizers)
     progress = tqdm(total=budget.steps, initial=start, desc=stage, mininterval=10, smoothing=0.02)
-    saved_at, log = time.monotonic(), open(folder / f"{stage}.log", "a")
+    started = saved_at = time.monotonic()
+    log = open(folder / f"{stage}.log", "a")
     for step in range(start, budget.steps):
-        factor = min(1.0, (step + 1) / 50) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / budget.steps)))
+        done = step / budget.steps
+        if budget.seconds:
+            done = max(done, (time.monotonic() - started) / budget.seconds)
+        last = step + 1 == budget.steps or done >= 1
+        factor = min(1.0, (step + 1) / 50) * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
         for optimizer, peak in zip(optimizers, peaks, strict=True):
             optimizer.param_groups[0]["lr"] = peak * factor
         with torch.no_grad():
             torch._foreach_copy_([w for _, w in trained], [m for m, _ in trained])
-        loss, shown = loss_fn(work, ema, step, step_generator(stage, step))
-        if not torch.isfinite(loss):
-            raise FloatingPointError(
-                f"build stage {stage}: the loss is {loss.item()} at step {step}; lower its learning rate"
-            )
+        loss, shown = loss_fn(work, ema, step, step_generator(stage, step, device))
+        if look := step % LOOK_EVERY == 0 or last:
+            if not torch.isfinite(loss):
+                raise FloatingPointError(
+                    f"build stage {stage}: the loss is {loss.item()} at step {step}; lower its learning rate"
+                )
+            text = " ".join(f"{k} {v.item():.4g}" for k, v in {"loss": loss.detach(), **shown}.items())
+            progress.set_postfix_str(text, refresh=False)
+            print(step, text, file=log, flush=True)
         loss.backward()
         for m, w in trained:
             gradient = w.grad.float() if w.grad is not None else None
@@ -127,13 +183,11 @@ def fit(
             for a, b in zip(master.buffers(), work.buffers(), strict=True):
                 a.copy_(b)
         progress.update()
-        if step % 20 == 0 or step + 1 == budget.steps:
-            text = " ".join(f"{k} {v:.4g}" for k, v in {"loss": loss.item(), **shown}.items())
-            progress.set_postfix_str(text, refresh=False)
-            print(step, text, file=log, flush=True)
-        if time.monotonic() - saved_at > save_s or step + 1 == budget.steps:
+        if look and time.monotonic() - saved_at > save_s or last:
             checkpoints.save(step + 1, _state(master, ema, optimizers), {"stage": stage})
             saved_at = time.monotonic()
+        if last:
+            break
     progress.close()
     log.close()
     with torch.no_grad():
@@ -159,6 +213,13 @@ def _restore(
     ema.load_state_dict(part(tensors, "ema"))
     for n, optimizer in enumerate(optimizers):
         load_optimizer_tensors(optimizer, tensors, f"optimizer{n}")
+
+
+def begin_with(model: nn.Module, start: dict[str, torch.Tensor] | None) -> None:
+    """Begin a training with the weights of an earlier build instead of random ones; those that do not fit stay."""
+    own = model.state_dict()
+    fitting = {k: v for k, v in (start or {}).items() if k in own and own[k].shape == v.shape}
+    model.load_state_dict(own | fitting)
 
 
 def save_half(state: dict[str, torch.Tensor], path: Path, **extra: torch.Tensor) -> None:

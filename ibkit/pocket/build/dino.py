@@ -63,11 +63,11 @@ def views(images: torch.Tensor, generator: torch.Generator, size: int, low: floa
     b = len(images)
 
     def uniform(a: float, z: float) -> torch.Tensor:
-        return a + (z - a) * torch.rand(b, generator=generator)
+        return a + (z - a) * torch.rand(b, generator=generator, device=images.device)
 
     side = uniform(low, high).sqrt()
-    theta = torch.zeros(b, 2, 3)
-    theta[:, 0, 0] = side * torch.where(torch.rand(b, generator=generator) < 0.5, -1.0, 1.0)
+    theta = torch.zeros(b, 2, 3, device=images.device)
+    theta[:, 0, 0] = side * torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
     theta[:, 1, 1] = side
     theta[:, 0, 2], theta[:, 1, 2] = (1 - side) * uniform(-1, 1), (1 - side) * uniform(-1, 1)
     crop = F.grid_sample(
@@ -86,14 +86,14 @@ def train(folder: Path, pictures: Pictures, device, dtype) -> ViTModel:
     net = ContrastiveViT()
 
     def loss_fn(work, average, step, generator):
-        x = pictures.batch(torch.randint(len(pictures), (BUDGET.batch,), generator=generator), device)
+        x = pictures.batch(torch.randint(len(pictures), (BUDGET.batch,), generator=generator, device=device), device)
         first, second = (views(x, generator, 64, 0.25, 1.0).to(dtype) for _ in range(2))
         with torch.no_grad():
             keys = [average.keys(v.float()) for v in (first, second)]
         queries = [work(v).float() for v in (first, second)]
         loss = contrastive_loss(queries[0], keys[1]) + contrastive_loss(queries[1], keys[0])
-        nearest = (F.normalize(queries[0], dim=1) @ F.normalize(keys[1], dim=1).T).argmax(1).cpu()
-        return loss, {"found": (nearest == torch.arange(len(nearest))).float().mean().item()}
+        nearest = (F.normalize(queries[0], dim=1) @ F.normalize(keys[1], dim=1).T).argmax(1)
+        return loss, {"found": (nearest == torch.arange(len(nearest), device=device)).float().mean()}
 
     fit("dino", folder, net, loss_fn, BUDGET, device, dtype)
     return net.vit

@@ -1,33 +1,66 @@
 """The pocket reward model: ImageReward's architecture, trained on preferences as ImageReward was (Xu et al. 2023, eq.
 1), with hard negatives.
 
-A preference is: for this text, this picture rather than that one. The pair differs in one thing that the text says: the
-activity with subject and place kept, the place, the accessory or the colour; or the worse picture is of another scene
-altogether. Every scene with an activity also meets its own subject at rest, because that is what a personalized model
-draws instead, and a picture half-way between the two, mixed in the autoencoder's latents, because that is what a policy
-draws while it learns: better than rest, worse than the activity. Some pictures come out of the autoencoder with noisy
-latents, as those of a policy do.
+A preference is: for this text, this picture rather than that one. Pictures of one group differ in what the text says
+(`grades`): the activity, or the pose or the things of it alone, the place, the accessory, the colour. One that agrees
+further in some aspect and less far in none is the better one, so that the whole activity beats its things around a
+subject at rest, and those beat rest with nothing. A picture half-way between activity and rest, mixed in the
+autoencoder's latents, is what a policy draws while it learns: worse than the activity, better than either part. The
+worse picture may also be of another scene altogether. Some pictures come out of the autoencoder with noisy latents.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
+from ibkit.pocket.build.autoencoder import redraw
 from ibkit.pocket.build.clip import degrade, normalise
-from ibkit.pocket.build.common import Budget, fit, hash_seed
-from ibkit.pocket.build.data import GROUP, Pictures, contradicts
+from ibkit.pocket.build.common import Budget, begin_with, fit, hash_seed
+from ibkit.pocket.build.data import (
+    GROUP,
+    MIXED_GROUP,
+    Pictures,
+    base_caption,
+    encode,
+    grades,
+    in_processes,
+    is_better,
+    says,
+)
 from ibkit.pocket.build.tokenizer import CONTEXT_TOKENS
 from ibkit.pocket.draw import render
-from ibkit.pocket.world import ACTIVITIES, NO_ACTIVITY, caption
+from ibkit.pocket.world import (
+    ACCESSORIES,
+    ACTIVITIES,
+    CLASSES,
+    COLOURS,
+    NO_ACTIVITY,
+    PARTS,
+    PLACES,
+    Scene,
+    accessories_of,
+    activities_of,
+    caption,
+    doing,
+    sample_scene,
+    sample_subject,
+)
 from ibkit.scorers.image_reward import ImageRewardModel, RewardConfig
 
-BUDGET = Budget(steps=1900, batch=96)
+BUDGET = Budget(steps=4000, batch=384)  # pictures, in groups
+WEAK_BUDGET = Budget(steps=150, batch=96)
+VARIANTS = 2  # sets of texts of a group
+HALF_WAY = MIXED_GROUP  # index of the mixed picture among those of a group
+ACTIVITY_OF_HALF_WAY = 0.75  # its grade: above a part alone, below the whole
 
 
 def new_reward_model(tokenizer, n_layers: int) -> ImageRewardModel:
@@ -63,6 +96,60 @@ def score_pairs(model: ImageRewardModel, patches: torch.Tensor, ids: torch.Tenso
     return model.head(tokens[:, 0]).squeeze(-1)
 
 
+class Preferences(NamedTuple):
+    """Texts of groups, and what they prefer; G groups, V variants, a text for each of the four whole scenes.
+
+    Attributes:
+        ids: (G, V, 4, tokens) token ids.
+        better: (G, V, 4, 9, 9) bool; [..., i, j]: picture i of the group is better than j, the last being half-way.
+        is_half_way: (G,) bool, whether the group has a half-way picture: its base does something that can be seen.
+    """
+
+    ids: torch.Tensor
+    better: torch.Tensor
+    is_half_way: torch.Tensor
+
+
+def preferences(pictures: Pictures, tokenizer) -> Preferences:
+    """The preferences of all groups of `mixed_group`, drawn once, on all cores."""
+    groups = [(i, pictures.scenes[i : i + MIXED_GROUP]) for i in range(0, len(pictures), MIXED_GROUP)]
+    tables = in_processes(partial(_preferences, tokenizer), groups, 500)
+    ids, better = np.split(tables, [CONTEXT_TOKENS], axis=-1)
+    half = torch.tensor([scenes[0].activity != NO_ACTIVITY for _, scenes in groups])
+    size = MIXED_GROUP + 1
+    return Preferences(torch.from_numpy(ids), torch.from_numpy(better != 0).unflatten(-1, (size, size)), half)
+
+
+def _preferences(tokenizer, groups: list[tuple[int, list[Scene]]]) -> np.ndarray:
+    """Token ids and the flattened matrix of preferences side by side, (groups, V, 4, tokens + 81) int16."""
+    rng = random.Random(f"preferences {groups[0][0]}")
+    texts, rows = [], []
+    for _, scenes in groups:
+        for _ in range(VARIANTS):
+            for i in range(GROUP):
+                texts.append(caption(scenes[i], rng) if rng.random() < 0.6 else base_caption(scenes[i], rng))
+                rows.append(preference_matrix(texts[-1], scenes, i))
+    ids = encode(tokenizer, texts).numpy().astype(np.int16)
+    tables = np.concatenate([ids, np.stack(rows).reshape(len(rows), -1).astype(np.int16)], axis=1)
+    return tables.reshape(len(groups), VARIANTS, GROUP, -1)
+
+
+def preference_matrix(text: str, scenes: list[Scene], i: int) -> np.ndarray:
+    """Which pictures of a group a text of scene `i` prefers, (9, 9) bool; the last row and column are half-way."""
+    marks = [grades(text, scenes[i], other) for other in scenes]
+    base = scenes[0]
+    half_way = None
+    if base.activity != NO_ACTIVITY and base.activity == scenes[i].activity:
+        named = says(text, ACTIVITIES[base.activity][1])
+        half_way = (ACTIVITY_OF_HALF_WAY if named else 1.0, *marks[0][1:])
+    better = np.zeros((len(scenes) + 1,) * 2, dtype=bool)
+    for a, first in enumerate([*marks, half_way]):
+        for b, second in enumerate([*marks, half_way]):
+            if first is not None and second is not None:
+                better[a, b] = is_better(first, second)
+    return better
+
+
 def train(
     folder: Path,
     pictures: Pictures,
@@ -73,88 +160,79 @@ def train(
     budget: Budget = BUDGET,
     name: str = "image_reward",
     hard_negatives: bool = True,
+    start: dict | None = None,
 ) -> ImageRewardModel:
-    """Train on groups of four scenes; without `hard_negatives` the worse picture is always of another scene,
+    """Train on groups of `mixed_group`; without `hard_negatives` the worse picture is always of another scene,
     which makes, with half the layers, the weak reward of the hacking lesson.
     """
     torch.manual_seed(hash_seed("reward weights"))
     model = new_reward_model(tokenizer, 4 if hard_negatives else 2)
+    begin_with(model, start)
+    ids, better, is_half_way = (t.to(device) for t in preferences(pictures, tokenizer))
     vae = vae.to(device=device, dtype=dtype).requires_grad_(False)
+    n = budget.batch // MIXED_GROUP
+    pad = tokenizer.pad_token_id
 
     def loss_fn(work, average, step, generator):
-        groups = torch.randint(len(pictures) // GROUP, (budget.batch // GROUP,), generator=generator)
-        indices = (groups[:, None] * GROUP + torch.arange(GROUP)).flatten().tolist()
-        rng = random.Random(hash_seed("reward captions", step))
-        texts = [caption(pictures.scenes[i], rng) for i in indices]
-        scenes = [pictures.scenes[i] for i in indices]
-        x = pictures.batch(indices, device)
-        active = [i for i in range(0, len(scenes), GROUP) if scenes[i].activity != NO_ACTIVITY]
-        if hard_negatives:
-            scenes += [replace(scenes[i], activity=NO_ACTIVITY) for i in active]
-            rest = np.stack([np.asarray(render(s)) for s in scenes[len(indices) :]])
-            x = torch.cat([x, torch.from_numpy(rest).to(device).permute(0, 3, 1, 2) / 127.5 - 1])
+        groups = pictures.groups(n, generator)
+        variant = torch.randint(VARIANTS, (n,), generator=generator, device=device)
+        texts, preferred = ids[groups, variant].long(), better[groups, variant].clone()
+        x = pictures.batch(pictures.members(groups).flatten(), device).unflatten(0, (n, MIXED_GROUP))
+        half = half_way(vae, x[:, 0], x[:, 4], generator, dtype)
+        preferred[~is_half_way[groups], :, HALF_WAY] = False
+        preferred[~is_half_way[groups], :, :, HALF_WAY] = False
+        flat = x.flatten(0, 1)
         part = slice(step % 3, None, 3)
-        with torch.no_grad():
-            z = vae.encode(x[part].to(dtype)).latent_dist.mode()
-            level = 0.3 / vae.config.scaling_factor * torch.rand((len(z), 1, 1, 1), generator=generator)
-            x[part] = (
-                vae.decode(z + (level * torch.randn(z.shape, generator=generator)).to(z)).sample.float().clamp(-1, 1)
-            )
-            if hard_negatives:
-                doing, resting = (vae.encode(h.to(dtype)).latent_dist.mode() for h in (x[active], x[len(indices) :]))
-                share = (0.2 + 0.6 * torch.rand((len(active), 1, 1, 1), generator=generator)).to(doing)
-                half_done = vae.decode(share * doing + (1 - share) * resting).sample.float().clamp(-1, 1)
-                x = torch.cat([x, half_done])
-        pairs = []  # (text, better picture, worse picture)
-        for i, text in enumerate(texts):
-            first = i - i % GROUP
-            if hard_negatives:
-                pairs += [(i, i, j) for j in range(first, first + GROUP) if contradicts(text, scenes[i], scenes[j])]
-                if first in active:
-                    rest = len(indices) + active.index(first)
-                    if contradicts(text, scenes[i], scenes[rest]):
-                        pairs.append((i, i, rest))
-                        if i == first:
-                            half = rest + len(active)
-                            pairs += [(i, i, half), (i, half, rest)]
-            other = first + GROUP * rng.randrange(1, len(groups)) + rng.randrange(GROUP)
-            pairs.append((i, i, other % len(texts)))
-        tokens = tokenizer(
-            texts, padding="max_length", truncation=True, max_length=CONTEXT_TOKENS, return_tensors="pt"
-        ).to(device)
-        asked = {(i, j): k for k, (i, j) in enumerate(dict.fromkeys((i, j) for i, b, w in pairs for j in (b, w)))}
-        text_of, image_of = torch.tensor(list(asked), device=device).unbind(1)
-        patches = work.vision(normalise(degrade(x, generator)).to(dtype)).last_hidden_state
-        scores = score_pairs(
-            work, patches[image_of], tokens["input_ids"][text_of], tokens["attention_mask"][text_of]
-        ).float()
-        better = scores[[asked[i, b] for i, b, w in pairs]]
-        worse = scores[[asked[i, w] for i, b, w in pairs]]
-        loss = -F.logsigmoid(better - worse).mean() + 1e-3 * scores.square().mean()
-        return loss, {"right": (better > worse).float().mean().item()}
+        flat[part] = redraw(vae, flat[part], generator, dtype)
+        x = torch.cat([flat.unflatten(0, (n, MIXED_GROUP)), half[:, None]], 1)
+        x = degrade(x.flatten(0, 1), generator)
+        patches = work.vision(normalise(x).to(dtype)).last_hidden_state.unflatten(0, (n, MIXED_GROUP + 1))
+        # every text of a group meets every picture of it, and one of the next group
+        shown = torch.cat([patches, patches.roll(1, 0)[:, step % MIXED_GROUP][:, None]], 1)
+        n_shown = shown.shape[1]
+        shown = shown[:, None].expand(-1, GROUP, -1, -1, -1).flatten(0, 2)
+        asked = texts[:, :, None].expand(-1, -1, n_shown, -1).flatten(0, 2)
+        scores = score_pairs(work, shown, asked, attention_mask(asked, pad)).float().unflatten(0, (n, GROUP, n_shown))
+        own = scores[:, torch.arange(GROUP), torch.arange(GROUP)]  # each text's own picture
+        elsewhere = F.logsigmoid(own - scores[..., -1])
+        loss = -elsewhere.mean() + 1e-3 * scores.square().mean()
+        if hard_negatives:
+            margin = scores[..., :-1, None] - scores[..., None, :-1]
+            loss = 0.2 * loss - (F.logsigmoid(margin) * preferred).sum() / preferred.sum()
+            return loss, {"right": ((margin > 0) & preferred).sum() / preferred.sum()}
+        return loss, {"right": (own > scores[..., -1]).float().mean()}
 
     fit(name, folder, model, loss_fn, budget, device, dtype)
     return standardise(model, tokenizer, pictures, device)
 
 
+def attention_mask(ids: torch.Tensor, pad: int) -> torch.Tensor:
+    """1 up to the end-of-text token, which the pocket tokenizer also pads with; (B, tokens)."""
+    ends = (ids == pad).long().cumsum(1)
+    return (ends - (ids == pad).long() == 0).long()
+
+
+@torch.no_grad()
+def half_way(vae, doing_it: torch.Tensor, at_rest: torch.Tensor, generator, dtype) -> torch.Tensor:
+    """Pictures (B, 3, 64, 64) whose latents lie between those of two others, at a random share of 0.2 to 0.8."""
+    a, b = (vae.encode(x.to(dtype)).latent_dist.mode() for x in (doing_it, at_rest))
+    share = (0.2 + 0.6 * torch.rand((len(a), 1, 1, 1), generator=generator, device=a.device)).to(a)
+    return vae.decode(share * a + (1 - share) * b).sample.float().clamp(-1, 1)
+
+
 @torch.inference_mode()
 def standardise(model: ImageRewardModel, tokenizer, pictures: Pictures, device) -> ImageRewardModel:
-    """Set mean and std so that right captions of 512 renders score 0 ± 1, as ImageReward is standardised on its
+    """Set mean and std so that right captions of 512 whole scenes score 0 ± 1, as ImageReward is standardised on its
     own data.
     """
     rng = random.Random(hash_seed("reward standardisation"))
-    texts = [caption(s, rng) for s in pictures.scenes[:512]]
-    tokens = tokenizer(texts, padding="max_length", truncation=True, max_length=CONTEXT_TOKENS, return_tensors="pt").to(
-        device
-    )
+    indices = [i for i in range(len(pictures)) if i % pictures.size < GROUP][:512]
+    ids = encode(tokenizer, [caption(pictures.scenes[i], rng) for i in indices]).to(device)
+    mask = attention_mask(ids, tokenizer.pad_token_id)
     raw = torch.cat(
         [
-            model(
-                normalise(pictures.batch(range(i, i + 64), device)),
-                tokens["input_ids"][i : i + 64],
-                tokens["attention_mask"][i : i + 64],
-            )
-            for i in range(0, 512, 64)
+            model(normalise(pictures.batch(indices[i : i + 64], device)), ids[i : i + 64], mask[i : i + 64])
+            for i in range(0, len(indices), 64)
         ]
     )
     model.config = replace(model.config, mean=float(raw.mean()), std=float(raw.std()))
@@ -162,20 +240,87 @@ def standardise(model: ImageRewardModel, tokenizer, pictures: Pictures, device) 
 
 
 @torch.inference_mode()
-def ranks_activity(model: ImageRewardModel, tokenizer, pictures: Pictures, device, limit: int) -> tuple[int, int]:
-    """(right, asked): the picture of the named activity over the same subject in the same place doing something
-    else, text `a {class} {activity}`.
+def write_levels(scorer, redraw_all, folder: Path, n: int = 48) -> None:
+    """Write `level.json`: mean and standard deviation of the reward of true pictures, by prompt; "" is all of them.
+
+    Args:
+        scorer: the finished `ImageReward`.
+        redraw_all: pictures -> the same as the finished autoencoder draws them, since a policy's come out of it too.
+        n: pictures of random individuals for each prompt.
     """
-    right = asked = 0
-    for first in range(0, len(pictures), GROUP):
-        scene = pictures.scenes[first]
-        if scene.activity == NO_ACTIVITY or asked == limit:
-            continue
-        text = f"a {scene.subject.class_noun} {ACTIVITIES[scene.activity][1][0]}"
-        tokens = tokenizer([text] * 2, padding="max_length", max_length=CONTEXT_TOKENS, return_tensors="pt").to(device)
-        scores = model(
-            normalise(pictures.batch([first, first + 1], device)), tokens["input_ids"], tokens["attention_mask"]
-        )
-        right += bool(scores[0] > scores[1])
-        asked += 1
-    return right, asked
+    rng, levels, everything = random.Random("reward levels"), {}, []
+    for noun in CLASSES:
+        asked = [(ACTIVITIES[a][1][0], {"activity": a}) for a in activities_of(noun)]
+        asked += [(ways[0], {"place": p, "activity": NO_ACTIVITY}) for p, ways in PLACES.items()]
+        asked += [(ACCESSORIES[a][0], {"accessory": a, "activity": NO_ACTIVITY}) for a in accessories_of(noun)[1:]]
+        for phrase, given in asked:
+            text = f"a {noun} {phrase}"
+            images = [render(sample_scene(rng, sample_subject(rng, noun), **given)) for _ in range(n)]
+            scores = scorer(redraw_all(images), [text] * n)
+            levels[text] = [round(scores.mean().item(), 4), round(scores.std().item(), 4)]
+            everything.append(scores)
+    together = torch.cat(everything)
+    levels[""] = [round(together.mean().item(), 4), round(together.std().item(), 4)]
+    (folder / "level.json").write_text(json.dumps(levels, indent=1) + "\n")
+
+
+# --- how good it is ----------------------------------------------------------------------------------------------
+
+
+def tested_pairs(rng: random.Random, kind: str, n: int) -> list[tuple[str, Scene, Scene]]:
+    """`n` (text, better, worse) of a kind of preference, with individuals and settings drawn at random."""
+    pairs = []
+    while len(pairs) < n:
+        scene = sample_scene(rng)
+        noun, activity = scene.subject.class_noun, scene.activity
+        whole = len(PARTS.get(activity, ())) == 2
+        rest = replace(scene, **doing(NO_ACTIVITY))
+        text = f"a {noun} {ACTIVITIES[activity][1][0]}" if activity != NO_ACTIVITY else ""
+        if kind == "another activity" and text:
+            other = rng.choice([a for a in activities_of(noun) if a != activity])
+            pairs.append((text, scene, replace(scene, **doing(other))))
+        elif kind == "rest" and text:
+            pairs.append((text, scene, rest))
+        elif kind == "things without the pose" and whole:
+            pairs.append((text, scene, replace(scene, pose=NO_ACTIVITY)))
+        elif kind == "pose without the things" and whole:
+            pairs.append((text, scene, replace(scene, things=NO_ACTIVITY)))
+        elif kind == "rest against things" and whole:
+            pairs.append((text, replace(scene, pose=NO_ACTIVITY), rest))
+        elif kind == "rest against pose" and whole:
+            pairs.append((text, replace(scene, things=NO_ACTIVITY), rest))
+        elif kind == "another place":
+            place = rng.choice([p for p in PLACES if p != scene.place])
+            pairs.append((f"a {noun} {PLACES[scene.place][0]}", scene, replace(scene, place=place)))
+        elif kind == "another accessory" and len(accessories_of(noun)) > 1:
+            worn = rng.choice(accessories_of(noun)[1:])
+            dressed = replace(scene, accessory=worn)
+            other = replace(scene, accessory=rng.choice([a for a in accessories_of(noun) if a != worn]))
+            pairs.append((f"a {noun} {ACCESSORIES[worn][0]}", dressed, other))
+        elif kind == "another colour":
+            subject = scene.subject
+            body = rng.choice([c for c in COLOURS if c not in (subject.body, subject.second)])
+            text = f"a {subject.body} {noun}".replace("a orange", "an orange")
+            pairs.append((text, scene, replace(scene, subject=replace(subject, body=body))))
+    return pairs
+
+
+PAIR_KINDS = (
+    "another activity",
+    "rest",
+    "things without the pose",
+    "pose without the things",
+    "rest against things",
+    "rest against pose",
+    "another place",
+    "another accessory",
+    "another colour",
+)
+
+
+def ranks(scorer, kind: str, n: int) -> tuple[int, int]:
+    """(right, asked): a reward's choices in `n` pairs of a kind that no training saw."""
+    pairs = tested_pairs(random.Random(f"reward pairs {kind}"), kind, n)
+    texts = [text for text, _, _ in pairs]
+    better, worse = (scorer([render(pair[k]) for pair in pairs], texts) for k in (1, 2))
+    return int((better > worse).sum()), n

@@ -16,11 +16,11 @@ from ibkit.device import describe_device
 from ibkit.errors import ArtifactError
 from ibkit.pocket.build import autoencoder, clip, dino, judge, reward, unet
 from ibkit.pocket.build.common import Budget, compute_dtype, load_float, save_half
-from ibkit.pocket.build.data import Pictures
+from ibkit.pocket.build.data import MIXED_GROUP, Pictures, mixed_group
 from ibkit.pocket.build.tokenizer import save_tokenizer
 from ibkit.scorers.judge import RATER_WIDTHS, RATERS
 
-TRAIN_SEED, N_TRAIN_GROUPS = 0, 10_000
+TRAIN_SEED, N_TRAIN_GROUPS, N_MIXED_GROUPS = 0, 10_000, 11_000
 TEST_SEED, N_TEST_GROUPS = 1, 500
 
 
@@ -45,11 +45,21 @@ class Build:
 
     @cached_property
     def train_pictures(self) -> Pictures:
+        """What CLIP and DINO learn from: whole activities and rest."""
         return Pictures(self.folder, "train", TRAIN_SEED, N_TRAIN_GROUPS)
+
+    @cached_property
+    def mixed_pictures(self) -> Pictures:
+        """What all others learn from: mixtures of pose and things as well."""
+        return Pictures(self.folder, "mixed", TRAIN_SEED, N_MIXED_GROUPS, mixed_group, MIXED_GROUP)
 
     @cached_property
     def test_pictures(self) -> Pictures:
         return Pictures(self.folder, "test", TEST_SEED, N_TEST_GROUPS)
+
+    @cached_property
+    def mixed_test_pictures(self) -> Pictures:
+        return Pictures(self.folder, "mixed-test", TEST_SEED, N_TEST_GROUPS, mixed_group, MIXED_GROUP)
 
     @cached_property
     def tokenizer(self):
@@ -78,22 +88,22 @@ class Build:
     def autoencoder(self) -> None:
         if not (self.folder / "vae-joint.safetensors").exists():
             self._save_vae(
-                autoencoder.train_joint(self.folder, self.train_pictures, self.device, self.dtype),
+                autoencoder.train_joint(self.folder, self.mixed_pictures, self.device, self.dtype),
                 "vae-joint.safetensors",
             )
 
     def decoder(self) -> None:
         if not (self.folder / "vae.safetensors").exists():
             self._save_vae(
-                autoencoder.train_decoder(self.folder, self.train_pictures, self.vae(False), self.device, self.dtype),
+                autoencoder.train_decoder(self.folder, self.mixed_pictures, self.vae(False), self.device, self.dtype),
                 "vae.safetensors",
             )
 
     def unet(self) -> None:
         path = self.folder / "text-to-latent.safetensors"
         if not path.exists():
-            latents = unet.encode_all(self.folder, self.train_pictures, self.vae(False), self.device, self.dtype)
-            model = unet.train(self.folder, self.train_pictures, latents, self.tokenizer, self.device, self.dtype)
+            latents = unet.encode_all(self.folder, self.mixed_pictures, self.vae(False), self.device, self.dtype)
+            model = unet.train(self.folder, self.mixed_pictures, latents, self.tokenizer, self.device, self.dtype)
             save_half(model.state_dict(), path)
 
     def pipeline(self) -> None:
@@ -104,7 +114,7 @@ class Build:
 
     def judge(self) -> None:
         if not (self.folder / "judge.safetensors").exists():
-            net = judge.train(self.folder, self.train_pictures, self.vae(False), self.device, self.dtype)
+            net = judge.train(self.folder, self.mixed_pictures, self.vae(False), self.device, self.dtype)
             save_half(net.state_dict(), self.folder / "judge.safetensors")
 
     def raters(self) -> None:
@@ -115,7 +125,7 @@ class Build:
             if not (self.folder / f"{name}.safetensors").exists():
                 net = judge.train(
                     self.folder,
-                    self.train_pictures,
+                    self.mixed_pictures,
                     self.vae(False),
                     self.device,
                     self.dtype,
@@ -130,13 +140,13 @@ class Build:
         self._reward("image_reward", reward.BUDGET, hard_negatives=True)
 
     def weak_reward(self) -> None:
-        self._reward("weak_reward", Budget(steps=150, batch=96), hard_negatives=False)
+        self._reward("weak_reward", reward.WEAK_BUDGET, hard_negatives=False)
 
     def _reward(self, name: str, budget: Budget, hard_negatives: bool) -> None:
         if not (self.weights / name / "config.json").exists():
             model = reward.train(
                 self.folder,
-                self.train_pictures,
+                self.mixed_pictures,
                 self.tokenizer,
                 self.vae(False),
                 self.device,

@@ -2,13 +2,14 @@
 
 Noise prediction on Stable Diffusion's own schedule (Rombach et al. 2022; Ho et al. 2020, eq. 14), weighted by min-SNR
 (Hang et al. 2023, eq. 9), captions dropped now and then for classifier-free guidance. It never sees the held-out
-(class, activity) pairs, the individuals that notebooks personalize, or the identifiers.
+(class, activity) pairs, the individuals that notebooks personalize, or the identifiers. Some captions leave whole parts
+out, so that an activity is also learnt without the class it is seen with.
 """
 
 from __future__ import annotations
 
 import json
-import random
+import os
 from pathlib import Path
 
 import numpy as np
@@ -18,13 +19,15 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ibkit.models import use_quick_attention
-from ibkit.pocket.build.common import Budget, fit, hash_seed
-from ibkit.pocket.build.data import Pictures
+from ibkit.pocket.build.common import Budget, begin_with, fit, hash_seed
+from ibkit.pocket.build.data import Pictures, base_caption, encode, token_table
 from ibkit.pocket.build.tokenizer import CONTEXT_TOKENS
-from ibkit.pocket.world import IDENTIFIERS, caption, vocabulary
+from ibkit.pocket.world import IDENTIFIERS, vocabulary
 
-BUDGET = Budget(steps=3800, batch=64, ema=0.998)
+BUDGET = Budget(steps=6000, batch=1024, lr=1.5e-3, muon_lr=0.015, ema=0.998)
 CAPTION_DROP = 0.1
+CAPTIONS = 6  # of a picture
+DROPOUT = 0.0
 MIN_SNR_GAMMA = 5.0
 TEXT_WIDTH = 128
 
@@ -32,7 +35,7 @@ TEXT_WIDTH = 128
 class TextToLatent(nn.Module):
     """U-Net and text encoder as one trainable module: (noisy latents, timesteps, token ids) -> predicted noise."""
 
-    def __init__(self, tokenizer):
+    def __init__(self, tokenizer, dropout: float = 0.0):
         super().__init__()
         self.text_encoder = CLIPTextModel(
             CLIPTextConfig(
@@ -61,6 +64,7 @@ class TextToLatent(nn.Module):
             cross_attention_dim=TEXT_WIDTH,
             attention_head_dim=(2, 4),  # number of heads, for historical reasons (diffusers)
             norm_num_groups=16,
+            dropout=dropout,
         )
 
     def forward(self, noisy: torch.Tensor, t: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -89,45 +93,58 @@ def encode_all(folder: Path, pictures: Pictures, vae: AutoencoderKL, device, dty
     path = folder / f"latents-{len(pictures)}-{key}.npy"
     if not path.exists():
         encoder = vae.to(device=device, dtype=dtype)
+        size = 128 if device.type == "cpu" else 2048
         parts = [
-            encoder.encode(pictures.batch(range(i, min(i + 128, len(pictures))), device).to(dtype))
+            encoder.encode(pictures.batch(range(i, min(i + size, len(pictures))), device).to(dtype))
             .latent_dist.mode()
             .float()
             .cpu()
-            for i in range(0, len(pictures), 128)
+            for i in range(0, len(pictures), size)
         ]
-        temporary = path.with_suffix(".tmp.npy")
+        temporary = path.with_suffix(f".{os.getpid()}.npy")
         np.save(temporary, torch.cat(parts).numpy() * vae.config.scaling_factor)
         temporary.replace(path)
     return torch.from_numpy(np.load(path))
 
 
-def train(folder: Path, pictures: Pictures, latents: torch.Tensor, tokenizer, device, dtype) -> TextToLatent:
+def train(
+    folder: Path,
+    pictures: Pictures,
+    latents: torch.Tensor,
+    tokenizer,
+    device,
+    dtype,
+    budget: Budget = BUDGET,
+    dropout: float = DROPOUT,
+    name: str = "unet",
+    start: dict | None = None,
+) -> TextToLatent:
     torch.manual_seed(hash_seed("unet weights"))
-    model = TextToLatent(tokenizer)
+    model = TextToLatent(tokenizer, dropout)
+    begin_with(model, start)
     use_quick_attention(model.unet, device)
+    tokens = token_table(pictures, tokenizer, base_caption, CAPTIONS).to(device)
     alphas = new_scheduler().alphas_cumprod.to(device)
-    seen = pictures.seen()
-    latents = latents.to(device)
+    seen, latents = torch.from_numpy(pictures.seen).to(device), latents.to(device)
+    nothing = encode(tokenizer, [""]).to(device)
 
     def loss_fn(work, average, step, generator):
-        indices = seen[torch.randint(len(seen), (BUDGET.batch,), generator=generator).numpy()]
-        rng = random.Random(hash_seed("unet captions", step))
-        texts = ["" if rng.random() < CAPTION_DROP else caption(pictures.scenes[i], rng) for i in indices]
-        ids = tokenizer(texts, padding="max_length", truncation=True, max_length=CONTEXT_TOKENS, return_tensors="pt")[
-            "input_ids"
-        ].to(device)
+        draw = {"generator": generator, "device": device}
+        indices = seen[torch.randint(len(seen), (budget.batch,), **draw)]
+        ids = tokens[indices, torch.randint(CAPTIONS, (budget.batch,), **draw)].long()
+        ids = torch.where(torch.rand((budget.batch, 1), **draw) < CAPTION_DROP, nothing, ids)
         x0 = latents[indices]
-        t = torch.randint(1000, (len(x0),), generator=generator).to(device)
-        noise = torch.randn(x0.shape, generator=generator).to(device)
+        t = torch.randint(1000, (budget.batch,), **draw)
+        noise = torch.randn(x0.shape, **draw)
         a = alphas[t].view(-1, 1, 1, 1)
         noisy = a.sqrt() * x0 + (1 - a).sqrt() * noise
         eps_hat = work(noisy.to(dtype), t, ids)
         snr = alphas[t] / (1 - alphas[t])
         error = (eps_hat.float() - noise).square().mean((1, 2, 3))
-        return (error * snr.clamp(max=MIN_SNR_GAMMA) / snr).mean(), {"mse": error.mean().item()}
+        return (error * snr.clamp(max=MIN_SNR_GAMMA) / snr).mean(), {"mse": error.mean()}
 
-    fit("unet", folder, model, loss_fn, BUDGET, device, dtype)
+    fit(name, folder, model, loss_fn, budget, device, dtype)
+    model.unet.register_to_config(dropout=0.0)  # of pre-training alone
     name_identifiers(model.text_encoder, tokenizer)
     return model
 
