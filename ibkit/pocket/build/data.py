@@ -32,6 +32,7 @@ from ibkit.pocket.world import (
     activities_of,
     caption,
     doing,
+    mixtures_of,
     sample_mixture,
     sample_scene,
 )
@@ -78,12 +79,9 @@ def mixed_group(seed: int, index: int) -> list[Scene]:
     rest = mixture() if base.activity == NO_ACTIVITY else doing(NO_ACTIVITY)
     things = {"pose": NO_ACTIVITY} if whole else mixture()
     pose = {"things": NO_ACTIVITY} if whole else mixture()
-    if whole and rng.random() < 0.7:
-        able = [a for a in activities_of(base.subject.class_noun) if a != base.activity]
-        part = rng.choice(("pose", "things"))
-        other = {part: rng.choice([a for a in able if part in PARTS[a]])}
-    else:
-        other = mixture()
+    pairs = mixtures_of(base.subject.class_noun)["another pose"]
+    related = [pair for pair in pairs if base.activity in pair]
+    other = dict(zip(("pose", "things"), rng.choice(related), strict=True)) if whole else mixture()
     return group + [replace(base, **facts) for facts in (rest, things, pose, other)]
 
 
