@@ -39,11 +39,11 @@ from ibkit.scorers.base import batches
 from ibkit.scorers.dino import Dino
 from ibkit.scorers.subject import IdentityHead, SubjectFidelity, middle_layer, tokens_of
 
-BUDGET = Budget(steps=6000, batch=128, lr=2e-3, muon_lr=0.01)  # pictures a step: two of each individual
-N_GROUPS, PARADE, N_SCENES = 6000, 4, 8
+BUDGET = Budget(steps=4000, batch=128, lr=2e-3, muon_lr=0.01)  # pictures a step: two of each individual
+N_GROUPS, PARADE, N_SCENES = 3000, 4, 8
 N_REBUILT = 3  # scenes of a group that are seen as the autoencoder gives them back
 TEMPERATURE = 0.1
-# of the AUC, by what changes beside the individual
+# of the AUC of same against other individual, by what else changes
 TARGETS = {"pose": 0.95, "place": 0.97, "everything": 0.93}
 N_PAIRS = 96  # references of a class in the test: four of each individual that is kept for it
 
@@ -67,21 +67,25 @@ def look_alike(rng: random.Random, individual: Subject) -> Subject:
     return replace(individual, **{attribute: rng.choice(choices[attribute])})
 
 
-def group_of(individuals: Sequence[Subject], index: int) -> list[Subject]:
-    """Who is in the `index`-th group: an individual and look-alikes, all of `individuals`."""
-    rng = random.Random(f"look-alikes {index}")
-    group, known = [individuals[index % len(individuals)]], frozenset(individuals)
+def group_of(numbers: dict[Subject, int], leader: Subject, index: int) -> list[Subject]:
+    """Who is in the `index`-th group: the leader and look-alikes, all of those that have a number."""
+    rng, group = random.Random(f"look-alikes {index}"), [leader]
     while len(group) < PARADE:
-        other = look_alike(rng, group[0])
-        if other in known and other not in group:
+        other = look_alike(rng, leader)
+        if other in numbers and other not in group:
             group.append(other)
     return group
 
 
+def scenes_of(individual: Subject, index: int) -> list[Scene]:
+    """The scenes of the `index`-th group, with the individual that leads it."""
+    rng = random.Random(f"scenes of look-alikes {index}")
+    return [scene_of(rng, individual) for _ in range(N_SCENES)]
+
+
 def _draw(job: tuple[int, list[Subject]]) -> np.ndarray:
     index, group = job
-    rng = random.Random(f"scenes of look-alikes {index}")
-    scenes = [scene_of(rng, group[0]) for _ in range(N_SCENES)]
+    scenes = scenes_of(group[0], index)
     return np.stack([[np.asarray(render(replace(scene, subject=who))) for scene in scenes] for who in group])
 
 
@@ -94,9 +98,11 @@ class Groups:
     """
 
     def __init__(self, folder: Path, individuals: Sequence[Subject], vae: nn.Module | None, device, n: int = N_GROUPS):
-        groups = [group_of(individuals, i) for i in range(n)]
+        numbers = {who: i for i, who in enumerate(individuals)}
+        groups = [group_of(numbers, individuals[i % len(individuals)], i) for i in range(n)]
         decoder = [float(p.detach().double().sum()) for p in vae.decoder.parameters()] if vae else []
-        path = folder / f"look-alikes-{hash_json([decoder, list(map(repr, individuals)), n])[:12]}.npy"
+        shown = repr([(group, scenes_of(group[0], i)) for i, group in enumerate(groups)])
+        path = folder / f"look-alikes-{hash_json([decoder, N_REBUILT, shown])[:12]}.npy"
         if not path.exists():
             with ProcessPoolExecutor(os.cpu_count()) as pool:
                 images = np.stack(list(pool.map(_draw, enumerate(groups), chunksize=25)))
@@ -107,8 +113,7 @@ class Groups:
             np.save(temporary, images)
             temporary.replace(path)
         self.images = np.load(path, mmap_mode="r")
-        number = {who: i for i, who in enumerate(individuals)}
-        self.who = torch.tensor([[number[who] for who in group] for group in groups])
+        self.who = torch.tensor([[numbers[who] for who in group] for group in groups])
 
     def batch(self, n: int, generator: torch.Generator, device) -> tuple[torch.Tensor, torch.Tensor]:
         """`n` groups in two scenes each: pictures (2, n * P, 3, 64, 64) in [-1, 1], and whom they show (n * P,)."""
@@ -196,7 +201,7 @@ def build(
 
 
 def measure(scorer: SubjectFidelity, vae: nn.Module | None, n_pairs: int = N_PAIRS) -> dict:
-    """AUC of the same against another individual, neither ever trained on, under each of `CONTRASTS`.
+    """AUC of the same against another individual under each of `CONTRASTS`; the head never saw either.
 
     Args:
         vae: measures on its reconstructions too.
@@ -230,7 +235,7 @@ def measure(scorer: SubjectFidelity, vae: nn.Module | None, n_pairs: int = N_PAI
 
 
 def card_rows(weights: Path) -> list[tuple[str, float, float | None, int]]:
-    """Rows of the model card (name, value, target, n), as `save` measured them."""
+    """Rows of the model card (name, value, target, n), as `build` measured them."""
     card = json.loads((weights / "subject" / "subject.json").read_text(encoding="utf-8"))
     return [
         (f"subject, AUC of same over other individual, change of {change}, {kind}", value, target, card["n"])
