@@ -14,15 +14,18 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ibkit.data.photos import PhotoWarning
+from ibkit.data.subject import PersonalizedSubject, world_photos
 from ibkit.errors import ModelError, ParameterError, ScoreError, TrainingError
 from ibkit.evaluation import make_scorers
 from ibkit.experiments import subject_analysis as analysis
 from ibkit.experiments import subject_changes, subject_head, subject_metrics
 from ibkit.experiments.subject_changes import CHANGES, controlled_pairs, fold_of
 from ibkit.models import load_model
+from ibkit.monitor import SubjectMonitor
 from ibkit.pocket.build import subject as build
 from ibkit.pocket.draw import render, subject_mask
 from ibkit.pocket.world import CLASSES, DEMO_SUBJECTS, RARE_SUBJECT, SHAPES, Scene, line_up, reference_scenes
+from ibkit.rl.ddpo import scorer_reward
 from ibkit.runs import read_run
 from ibkit.scorers import make_scorer, subject
 from ibkit.scorers.base import POCKET_WEIGHTS
@@ -474,6 +477,16 @@ class TestScorer:
         matching = make_scorer("subject", tmp_path / "weights")
         assert isinstance(matching, subject.PatchMatch) and "patch matching, no training" in matching.evaluator
 
+    def test_it_is_a_reward_and_a_monitor_like_any_other(self, weights):
+        scorer = make_scorer("subject", weights)
+        who = PersonalizedSubject("cat", "cat", "sks", "", "pocket", "", _cat())
+        photos, images = world_photos(_cat()), [render(scene) for scene in reference_scenes(_cat(), 3, seed=5)]
+        prompts = [who.prompt("sleeping")] * 3
+        expected = scorer(images, references=photos)
+        torch.testing.assert_close(scorer_reward(scorer, photos)(images, prompts), expected)
+        watched = SubjectMonitor(who, photos, scorer)(images, prompts)
+        assert watched == {"monitor": pytest.approx(expected.mean().item())}
+
     def test_photos_are_compared_without_the_head(self, weights):
         of_world, _ = make_scorers(["clip_t", "subject"], weights, "cpu", judged=True)
         of_photos, _ = make_scorers(["clip_t", "subject"], weights, "cpu", judged=False)
@@ -513,10 +526,10 @@ def test_the_reference_pairs_say_what_the_notebook_tells_to_expect():
     assert rows["wrong individual preferred to a new pose"] == wrong
     for name, label in {
         "dino": "DINO", "clip_i": "CLIP-I", "patch_match": "patch matching", "true_mask": "true mask, middle layer",
-        "learned": "learned head", "learned_unseen": "the same, activities unseen",
+        "subject_score": "`subject`, the shipped head", "learned_unseen": "quick heads, activities unseen",
     }.items():  # fmt: skip
         expected = []
-        for pair in (("pose", "identity and pose"), ("everything but identity", "everything")):
+        for pair in subject_changes.CONTRASTS.values():
             over = "" if name == "dino" else _shown(analysis.subject_auc(changes, name, *pair, minus="dino"), sign="+")
             expected += [_shown(analysis.subject_auc(changes, name, *pair)), over]
         assert rows[label] == expected

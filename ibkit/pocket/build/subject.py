@@ -39,7 +39,7 @@ from ibkit.scorers.base import batches
 from ibkit.scorers.dino import Dino
 from ibkit.scorers.subject import IdentityHead, SubjectFidelity, middle_layer, tokens_of
 
-BUDGET = Budget(steps=4000, batch=128, lr=2e-3, muon_lr=0.01)  # pictures a step: two of each individual
+BUDGET = Budget(steps=3000, batch=128, lr=2e-3, muon_lr=0.01)  # pictures a step: two of each individual
 N_GROUPS, PARADE, N_SCENES = 3000, 4, 8
 N_REBUILT = 3  # scenes of a group that are seen as the autoencoder gives them back
 TEMPERATURE = 0.1
