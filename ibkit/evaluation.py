@@ -28,13 +28,14 @@ from ibkit.models import TextToImage, load_model
 from ibkit.pocket.world import parts_in, said_in
 from ibkit.runs import CompletedRun, Run, identify, read_run, resolve
 from ibkit.sample import Sampler, sample
-from ibkit.scorers import SCORERS, Scorer, make_scorer
+from ibkit.scorers import SCORERS, Scorer, column_of, make_scorer
 from ibkit.scorers.base import batches
 from ibkit.scorers.dino import Dino
 from ibkit.scorers.judge import Judge, things_taken
+from ibkit.scorers.subject import PatchMatch, SubjectFidelity
 from ibkit.stats import METRICS
 
-DEFAULT_SCORERS = ("clip_t", "image_reward", "clip_i", "dino")
+DEFAULT_SCORERS = ("clip_t", "image_reward", "clip_i", "dino", "subject")
 # What rl_seed is for a method without RL: no seed is negative, and statistics compare it with every RL seed.
 NO_RL_SEED = -1
 JUDGED = ("class", "activity", "pose", "things", "place", "accessory", "identity")
@@ -237,12 +238,13 @@ def make_scorers(
     """Make the scorers of the evaluation; one whose weights cannot be had leaves a gap, not an end.
 
     Args:
-        names: as in `ibkit.scorers.SCORERS`; empty = CLIP-T, ImageReward, CLIP-I and DINO.
+        names: as in `ibkit.scorers.SCORERS`; empty = CLIP-T, ImageReward, CLIP-I, DINO and the subject scorer.
         weights: the preset's `scorers`, see `ibkit.scorers.make_scorer`.
         judged: whether the judge scores too; without it, both text and subject fidelity need a scorer.
 
     Returns:
-        The scorers by name, and for each that could not be made the sentence that says why and what to do.
+        The scorers by column (`column_of`), and for each that could not be made the sentence that says why and what
+        to do.
 
     Raises:
         ParameterError: an unknown name (the nearest one is named), or an axis that nothing was asked to measure.
@@ -256,14 +258,18 @@ def make_scorers(
     names = list(dict.fromkeys(names or DEFAULT_SCORERS))
     axes = () if judged else ("text", "subject")
     for kind in axes:
-        if not any(METRICS[name].kind == kind for name in names):
+        if not any(METRICS[column_of(name)].kind == kind for name in names):
             raise ParameterError(f"None of the scorers {', '.join(names)} measures {kind} fidelity: add one that does.")
     scorers, gaps = {}, {}
     for name in names:
         try:
-            scorers[name] = make_scorer(name, weights, device)
+            made = make_scorer(name, weights, device)
+            # The subject head knows the pocket world's individuals; photos are compared without one.
+            scorers[column_of(name)] = (
+                PatchMatch(made.dino) if isinstance(made, SubjectFidelity) and not judged else made
+            )
         except ModelError as error:
-            gaps[name] = str(error)
+            gaps[column_of(name)] = str(error)
     for kind in axes:
         if not any(METRICS[name].kind == kind for name in scorers):
             raise ModelError(f"Nothing is left that measures {kind} fidelity. {' '.join(gaps.values())}")

@@ -117,7 +117,7 @@ class Evaluate(Measured):
     n_images: int = param(0, "images for each prompt and method; 0 = the preset's", low=0, high=100_000)
     batch_size: int = param(0, "images made at a time; 0 = what suits the model's picture size", low=0, high=1024)
     scorers: list[str] = param(
-        [], "metrics such as clip_t, image_reward, clip_i, dino, pick_score; empty = the first four"
+        [], "metrics such as clip_t, image_reward, clip_i, dino, subject, pick_score; empty = the first five"
     )
 
 
@@ -143,7 +143,7 @@ class DinoMetric(Measured):
     subject: str = param("", "folder of photos; empty = the pocket world's subjects")
     class_nouns: list[str] = param([], "classes of the pocket world to measure on; empty = all eight")
     n_pairs: int = param(24, "pairs of pictures for each class and change", low=4, high=100_000)
-    n_individuals: int = param(400, "individuals that the learned head is trained on", low=8, high=100_000)
+    n_individuals: int = param(400, "individuals that the quick heads are trained on", low=8, high=100_000)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -293,6 +293,7 @@ METRICS: dict[str, Metric] = {
     "weak_reward": Metric("Weak reward", "text"),
     "clip_i": Metric("CLIP-I", "subject"),
     "dino": Metric("DINO", "subject"),
+    "subject_score": Metric("Subject in any pose", "subject"),
     "align_i": Metric("ALIGN-I", "subject"),
     "harmonic": Metric("λ-harmonic mean of ALIGN-I and ALIGN-T", "text and subject"),
     "drift": Metric("Drift of the class prompt (1 − DINO to the base model)", "drift"),

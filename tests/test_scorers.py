@@ -38,6 +38,7 @@ from ibkit.scorers.clip import ClipEncoder, ClipI, ClipT
 from ibkit.scorers.dino import Dino
 from ibkit.scorers.image_reward import ImageReward, ImageRewardModel, RewardConfig, map_official
 from ibkit.scorers.pick_score import PickScore
+from ibkit.scorers.subject import IdentityHead, SubjectFidelity
 
 WORDS = "a the cat dog pot cup plays soccer rides bike reads book in on snow beach forest red blue".split()
 VOCABULARY = ["[PAD]", "[UNK]", *WORDS, "[BOS]", "[EOS]"]  # end of text last: CLIP pools at the highest id
@@ -701,6 +702,7 @@ def test_weights_that_are_not_all_there_are_refused(more_weights, name, folder):
 def all_scorers(clip_weights, reward_scorer):
     encoder, align = ClipEncoder.load(clip_weights), AlignEncoder(small_align(), make_tokenizer())
     plain = [ClipT(encoder), ClipI(encoder), Dino(small_vit(64, 16)), reward_scorer]
+    plain.append(SubjectFidelity(Dino(small_vit(64, 16)), strong_weights(IdentityHead(24))))
     return [*plain, PickScore(tuned_clip(), make_tokenizer()), AlignT(align), AlignI(align), Harmonic(align)]
 
 
@@ -710,7 +712,7 @@ def test_scores_do_not_depend_on_the_batch(all_scorers):
         together = scorer(images, texts, references)
         assert together.shape == (5,) and together.dtype == torch.float32 and together.device.type == "cpu"
         assert not together.requires_grad and not together.is_inference()
-        getattr(scorer, "encoder", scorer).batch_size = 2
+        getattr(scorer, "encoder", getattr(scorer, "dino", scorer)).batch_size = 2
         torch.testing.assert_close(scorer(images, texts, references), together, atol=1e-5, rtol=0)
         order = [3, 0, 4, 2, 1]
         shuffled = scorer([images[i] for i in order], [texts[i] for i in order], references)

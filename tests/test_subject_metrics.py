@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import random
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +11,24 @@ import pandas as pd
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from ibkit.data.photos import PhotoWarning
-from ibkit.errors import ParameterError, ScoreError, TrainingError
+from ibkit.data.subject import PersonalizedSubject, world_photos
+from ibkit.errors import ModelError, ParameterError, ScoreError, TrainingError
+from ibkit.evaluation import make_scorers
 from ibkit.experiments import subject_analysis as analysis
 from ibkit.experiments import subject_changes, subject_head, subject_metrics
 from ibkit.experiments.subject_changes import CHANGES, controlled_pairs, fold_of
+from ibkit.models import load_model
+from ibkit.monitor import SubjectMonitor
+from ibkit.pocket.build import subject as build
 from ibkit.pocket.draw import render, subject_mask
-from ibkit.pocket.world import Scene, doing, line_up, reference_scenes
+from ibkit.pocket.world import CLASSES, DEMO_SUBJECTS, RARE_SUBJECT, SHAPES, Scene, doing, line_up, reference_scenes
+from ibkit.rl.ddpo import scorer_reward
 from ibkit.runs import read_run
-from ibkit.scorers import make_scorer
+from ibkit.scorers import make_scorer, subject
+from ibkit.scorers.base import POCKET_WEIGHTS
 from tests.test_chain import papermill
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -31,6 +41,7 @@ FIELDS = {
     "everything but identity": {"view", "place", "accessory", "activity"},
     "identity": {"subject"},
     "identity and pose": {"subject", "activity"},
+    "identity and place": {"subject", "place"},
     "everything": {"subject", "view", "place", "accessory", "activity"},
 }
 
@@ -85,18 +96,25 @@ class TestControlledPairs:
     def test_refusals(self):
         with pytest.raises(ParameterError, match="no class 'cta': choose class_nouns of cat, dog,"):
             controlled_pairs(["cat", "cta"], 4)
-        with pytest.raises(ParameterError, match="720 different bikes: choose n_pairs up to 2880"):
-            controlled_pairs(["bike"], 2881)
+        with pytest.raises(ParameterError, match="24 individuals of a class are kept for tests.*up to 96"):
+            controlled_pairs(["bike"], 97)
         assert subject_changes.check_classes([])[0] == "cat"
 
-    def test_nobody_is_trained_on_and_tested(self, pairs):
-        individuals = subject_changes.others_than(pairs, ["cat", "pot"], 41)
+    @pytest.mark.parametrize("seed", [0, 7])
+    def test_nobody_is_trained_on_and_tested(self, seed):
+        individuals = set(subject_changes.training_individuals([]))
+        assert len(individuals) > 10_000 and {i.class_noun for i in individuals} == set(CLASSES)
+        for pair in controlled_pairs([], 96, seed):
+            assert not {pair.reference.subject, pair.changed.subject} & individuals
+        for who in (*DEMO_SUBJECTS.values(), RARE_SUBJECT, pair.reference.subject):
+            assert not set(line_up(who)) & individuals
+
+    def test_individuals_to_train_on_come_from_the_classes_in_turn(self):
+        individuals = subject_changes.training_individuals(["cat", "pot"], 41)
         assert len(set(individuals)) == 41
-        assert {i.class_noun for i in individuals} == {"cat", "pot"}
-        for pair in pairs:
-            assert not set(line_up(pair.reference.subject)) & set(individuals)
+        assert [i.class_noun for i in individuals[:4]] == ["cat", "pot", "cat", "pot"]
         with pytest.raises(ParameterError, match=r"has \d+ of one: choose n_individuals up to \d+"):
-            subject_changes.others_than(pairs, ["cat", "pot"], 100_000)
+            subject_changes.training_individuals(["cat", "pot"], 100_000)
 
     def test_mask_iou(self):
         scene = reference_scenes(line_up(controlled_pairs(["cat"], 1)[0].reference.subject)[0])[0]
@@ -149,10 +167,11 @@ class TestTable:
     def test_without_clip_a_column_is_missing_and_nothing_else(self, pairs, monkeypatch):
         scored = []
         monkeypatch.setattr(subject_head, "score_pairs", lambda *given: scored.append(given[2]) or self.nothing())
-        monkeypatch.setattr(subject_head, "LearnedIdentity", lambda dino, head: None)
-        dino, heads = make_scorer("dino"), {None: None, 0: None, 1: None}
+        dino = make_scorer("dino")
+        heads = [subject.IdentityHead(96) for _ in range(subject_head.N_FOLDS)]
         for clip_i in (make_scorer("clip_i"), None):
-            subject_head.measure(pairs, {}, dino, clip_i, heads, None)
+            subject_head.measure(pairs, {}, dino, clip_i, subject.PatchMatch(dino), heads, None)
+        assert "subject_score" in scored[0]
         assert scored[0].keys() - scored[1].keys() == {"clip_i"} and not scored[1].keys() - scored[0].keys()
 
     @staticmethod
@@ -259,28 +278,28 @@ class TestPatches:
         a = torch.tensor([[1.0, 0.0], [0.0, 1.0]])
         b = torch.tensor([[3.0, 0.0], [-1.0, 0.0]])
         # a to b: 1 and 0; b to a: 1 and 0
-        torch.testing.assert_close(subject_metrics.best_match(a[None], b), torch.tensor([0.5]))
+        torch.testing.assert_close(subject.best_match(a[None], b), torch.tensor([0.5]))
         shuffled = a[[1, 0]]
-        torch.testing.assert_close(subject_metrics.best_match(a[None], shuffled), torch.tensor([1.0]))
+        torch.testing.assert_close(subject.best_match(a[None], shuffled), torch.tensor([1.0]))
 
     def test_tokens_are_those_of_dino(self, dino):
         images = [render(scene) for scene in reference_scenes(line_up(_cat())[0])]
-        last = subject_metrics.patch_tokens(dino, images)
+        last = subject.patch_tokens(dino, images)
         assert last.shape == (5, 64, 96)
-        by_number = subject_metrics.patch_tokens(dino, images, layer=4)
+        by_number = subject.patch_tokens(dino, images, layer=4)
         torch.testing.assert_close(dino.model.layernorm(by_number), last, atol=1e-4, rtol=1e-4)
-        assert subject_metrics.middle_layer(dino) == 2
+        assert subject.middle_layer(dino) == 2
 
     def test_every_metric_gives_a_picture_one_with_itself(self, dino, pairs):
         pictures = subject_changes.draw(pairs[:8])
         images = list(pictures.values())[:3]
-        head = subject_head.IdentityHead(96).eval()
+        head = subject.IdentityHead(96).eval()
         found, true = subject_metrics.FoundMask(dino), subject_metrics.TrueMask(dino, pictures)
         for scorer in (
-            subject_metrics.PatchMatch(dino),
+            subject.PatchMatch(dino),
             subject_metrics.MaskedMean(dino, found, 2),
-            subject_metrics.MaskedMean(dino, true, subject_metrics.LAST_LAYER),
-            subject_head.LearnedIdentity(dino, head),
+            subject_metrics.MaskedMean(dino, true, subject.LAST_LAYER),
+            subject.SubjectFidelity(dino, head),
         ):
             torch.testing.assert_close(scorer(images[:1], references=images[:1]), torch.ones(1), atol=1e-5, rtol=0)
             one_by_one = torch.stack([scorer(images, references=[photo]) for photo in images]).mean(0)
@@ -299,7 +318,7 @@ class TestPatches:
 
     def test_masked_mean_reads_the_masked_patches_only(self, dino):
         images = [render(scene) for scene in reference_scenes(_cat(), 2)]
-        tokens = subject_metrics.patch_tokens(dino, images, 2)
+        tokens = subject.patch_tokens(dino, images, 2)
         weights = torch.zeros(2, 64)
         weights[:, 27] = 1.0
         scorer = subject_metrics.MaskedMean(dino, lambda some: weights[: len(some)], 2)
@@ -342,15 +361,22 @@ class TestHead:
 
     def test_loss(self):
         eye = torch.eye(3)
-        sharp = subject_head.identity_loss(eye, eye, 0.1)
-        assert sharp.item() == pytest.approx(np.log(1 + 2 * np.exp(-10)), rel=1e-3)
-        assert subject_head.identity_loss(eye, eye.roll(1, 0), 0.1) > 9
+        who = torch.arange(3)
+        sharp = build.identity_loss(eye, eye, who, 0.1)
+        assert sharp.item() == pytest.approx(np.log(1 + 4 * np.exp(-10)), rel=1e-3)
+        assert build.identity_loss(eye, eye.roll(1, 0), who, 0.1) > 9
+        # A third picture of an individual is neither right nor wrong: it changes nothing but how many there are.
+        z = torch.nn.functional.normalize(torch.randn(2, 4, generator=torch.Generator().manual_seed(0)))
+        twice = build.identity_loss(z[[0, 0, 1]], z[[0, 0, 1]], torch.tensor([5, 5, 8]), 1.0)
+        cosine = float(z[0] @ z[1])
+        of_0, of_1 = (np.log(1 + n * np.exp(cosine - 1)) for n in (2, 4))
+        assert twice.item() == pytest.approx((2 * of_0 + of_1) / 3, rel=1e-4)
 
     def test_it_learns_and_the_seed_decides(self):
         losses = []
-        head = subject_head.train_head(self.pictures(), self.CONFIG, on_step=lambda done, loss: losses.append(loss))
+        head = subject_head.train_head(self.pictures(), -2, self.CONFIG, on_step=lambda done, loss: losses.append(loss))
         assert len(losses) == 80 and losses[-1] < 0.2 * losses[0]
-        again = subject_head.train_head(self.pictures(), self.CONFIG)
+        again = subject_head.train_head(self.pictures(), -2, self.CONFIG)
         assert all(torch.equal(a, b) for a, b in zip(head.parameters(), again.parameters(), strict=True))
         fresh = self.pictures(seed=1)  # the same individuals, new pictures
         z = head(fresh.tokens)
@@ -361,21 +387,112 @@ class TestHead:
     def test_a_left_out_fold_is_never_read(self):
         pictures = self.pictures()
         pictures.tokens[pictures.fold == 1] = torch.nan
-        subject_head.train_head(pictures, self.CONFIG, without_fold=1)
+        subject_head.train_head(pictures, 1, self.CONFIG)
         with pytest.raises(TrainingError, match="loss is nan at step 0"):
-            subject_head.train_head(pictures, self.CONFIG, without_fold=0)
+            subject_head.train_head(pictures, 0, self.CONFIG)
 
     def test_too_few_individuals(self):
         few = self.pictures()
         few = subject_head.TrainingPictures(few.tokens[:6], few.individual[:6], few.fold[:6])
         with pytest.raises(TrainingError, match="raise n_individuals"):
-            subject_head.train_head(few, self.CONFIG)
+            subject_head.train_head(few, 0, self.CONFIG)
 
     def test_training_pictures(self, dino):
         individuals = line_up(_cat())[:2]
         pictures = subject_head.training_pictures(dino, individuals, subject_head.HeadConfig(n_pictures=20))
         assert pictures.tokens.shape == (40, 64, 96)
         assert pictures.individual.tolist() == [0] * 20 + [1] * 20 and set(pictures.fold.tolist()) == {-1, 0, 1}
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory):
+    """Pocket weights with a subject head of a few seconds' training."""
+    folder = tmp_path_factory.mktemp("build")
+    for part in ("dino", "clip"):
+        shutil.copytree(POCKET_WEIGHTS / part, folder / "weights" / part)
+    vae, cpu = load_model("pocket").vae, torch.device("cpu")
+    budget = dataclasses.replace(build.BUDGET, steps=40, batch=64)
+    build.build(folder, folder / "weights", vae, cpu, torch.float32, budget, n_groups=16, n_pairs=4)
+    return folder / "weights"
+
+
+class TestScorer:
+    def test_a_look_alike_differs_in_one_attribute(self):
+        rng, changed = random.Random(0), set()
+        for who in (*DEMO_SUBJECTS.values(), RARE_SUBJECT):
+            for _ in range(60):
+                other = build.look_alike(rng, who)
+                differ = {f.name for f in dataclasses.fields(who) if getattr(who, f.name) != getattr(other, f.name)}
+                assert len(differ) == 1 and other.shape in (*SHAPES[who.group], who.shape)
+                changed |= differ
+        assert changed == {"body", "second", "pattern", "shape", "long_ears"}
+
+    def test_a_group_is_one_scene_acted_by_look_alikes(self, tmp_path):
+        individuals = subject_changes.training_individuals(["cat"])
+        groups = build.Groups(tmp_path, individuals, None, "cpu", 3)
+        again = build.Groups(tmp_path, individuals, None, "cpu", 3)
+        assert groups.images.shape == (3, build.PARADE, build.N_SCENES, 64, 64, 3)
+        assert np.array_equal(groups.images, again.images) and len(list(tmp_path.iterdir())) == 1
+        assert groups.who[:, 0].tolist() == [0, 1, 2]
+        # In a scene only the individual differs: the corners are the same in all of a group's pictures of it.
+        corners = groups.images[:, :, :, :4, :4]
+        assert (corners == corners[:, :1]).all() and not (corners == corners[:, :, :1]).all()
+        pictures, who = groups.batch(2, torch.Generator().manual_seed(0), "cpu")
+        assert pictures.shape == (2, 2 * build.PARADE, 3, 64, 64) and not torch.equal(*pictures)
+        assert set(who.view(2, -1)[:, 0].tolist()) < {0, 1, 2}
+
+    def test_the_stage_writes_a_scorer_that_learned(self, weights):
+        scorer = make_scorer("subject", weights)
+        assert isinstance(scorer, subject.SubjectFidelity) and scorer.name == "subject"
+        card = json.loads((weights / "subject" / "subject.json").read_text())
+        assert set(card["auc"]) == {"renders", "reconstructions"} and card["n"] == 32
+        assert all(0.6 < value <= 1 for aucs in card["auc"].values() for value in aucs.values())
+        assert f"pose {card['auc']['renders']['pose']:.3f}" in scorer.evaluator and "n = 32" in scorer.evaluator
+        rows = build.card_rows(weights)
+        assert len(rows) == 6 and [target for *_, target, n in rows[:3]] == [0.95, 0.97, 0.93]
+
+    def test_measured_aucs_are_those_of_the_notebook(self, weights):
+        scorer = make_scorer("subject", weights)
+        pairs = controlled_pairs([], 4, seed=1)
+        table = subject_changes.score_pairs(
+            pairs, subject_changes.draw(pairs), {"subject_score": scorer}, TestTable.Judge()
+        )
+        compared = analysis.compare_metrics(table.assign(dino=0.0), ["subject_score"]).set_index("measure")["value"]
+        measured = build.measure(scorer, None, 4)
+        assert measured["n"] == 32
+        for change, value in measured["auc"]["renders"].items():
+            assert value == pytest.approx(compared[f"auc_{change}"], abs=2e-3)
+
+    def test_a_head_of_another_dino_is_refused(self, weights, tmp_path):
+        shutil.copytree(weights, tmp_path / "weights")
+        config = tmp_path / "weights" / "dino" / "model.safetensors"
+        state = load_file(config)
+        save_file({k: v + 0 if v.ndim > 1 else v * 2 for k, v in state.items()}, config, metadata={"format": "pt"})
+        with pytest.raises(ModelError, match="trained on another DINO.*--stages subject"):
+            make_scorer("subject", tmp_path / "weights")
+        (tmp_path / "weights" / "subject" / "subject.json").write_text("{}")
+        with pytest.raises(ModelError, match="subject: the subject.safetensors and subject.json"):
+            make_scorer("subject", tmp_path / "weights")
+        shutil.rmtree(tmp_path / "weights" / "subject")
+        matching = make_scorer("subject", tmp_path / "weights")
+        assert isinstance(matching, subject.PatchMatch) and "patch matching, no training" in matching.evaluator
+
+    def test_it_is_a_reward_and_a_monitor_like_any_other(self, weights):
+        scorer = make_scorer("subject", weights)
+        who = PersonalizedSubject("cat", "cat", "sks", "", "pocket", "", _cat())
+        photos, images = world_photos(_cat()), [render(scene) for scene in reference_scenes(_cat(), 3, seed=5)]
+        prompts = [who.prompt("sleeping")] * 3
+        expected = scorer(images, references=photos)
+        torch.testing.assert_close(scorer_reward(scorer, photos)(images, prompts), expected)
+        watched = SubjectMonitor(who, photos, scorer)(images, prompts)
+        assert watched == {"monitor": pytest.approx(expected.mean().item())}
+
+    def test_photos_are_compared_without_the_head(self, weights):
+        of_world, _ = make_scorers(["clip_t", "subject"], weights, "cpu", judged=True)
+        of_photos, _ = make_scorers(["clip_t", "subject"], weights, "cpu", judged=False)
+        assert list(of_world) == list(of_photos) == ["clip_t", "subject_score"]
+        assert "subject head" in of_world["subject_score"].evaluator
+        assert "no training" in of_photos["subject_score"].evaluator
 
 
 def _shown(found, digits=2, sign=""):
@@ -409,10 +526,10 @@ def test_the_reference_pairs_say_what_the_notebook_tells_to_expect():
     assert rows["wrong individual preferred to a new pose"] == wrong
     for name, label in {
         "dino": "DINO", "clip_i": "CLIP-I", "patch_match": "patch matching", "true_mask": "true mask, middle layer",
-        "learned": "learned head", "learned_unseen": "the same, activities unseen",
+        "subject_score": "`subject`, the shipped head", "learned_unseen": "quick heads, activities unseen",
     }.items():  # fmt: skip
         expected = []
-        for pair in (("pose", "identity and pose"), ("everything but identity", "everything")):
+        for pair in subject_changes.CONTRASTS.values():
             over = "" if name == "dino" else _shown(analysis.subject_auc(changes, name, *pair, minus="dino"), sign="+")
             expected += [_shown(analysis.subject_auc(changes, name, *pair)), over]
         assert rows[label] == expected
@@ -422,8 +539,9 @@ def _cat():
     return controlled_pairs(["cat"], 1)[0].reference.subject
 
 
-def test_the_notebook(tmp_path):
+def test_the_notebook(tmp_path, weights):
     small = ["-y", "class_nouns: [cat]", "-p", "n_pairs", "4", "-p", "n_individuals", "8", "-r", "device", "cpu"]
+    small += ["-r", "scorer_weights", weights]
     result = papermill("05_dino_metric", tmp_path / "out.ipynb", *small, "-r", "run_out", tmp_path / "run")
     assert result.returncode == 0, result.stderr[-3000:]
     run = read_run(tmp_path / "run", "05_dino_metric")
@@ -440,6 +558,6 @@ def test_the_notebook(tmp_path):
         "clip_i",
         "judge_identity",
     }
-    assert wanted | set(analysis.LABELS) <= set(changes)
+    assert wanted | set(analysis.LABELS) <= set(changes) and "subject_score" in changes
     assert set(run.table("metrics.csv")["pictures"]) == {"renders", "reconstructions"}
     assert {"photos.csv", "figures/metrics.png", "figures/cost_of_changes.png"} <= set(run.outputs)

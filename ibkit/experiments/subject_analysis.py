@@ -7,6 +7,7 @@ metrics have different scales; what is compared between metrics here does not de
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import matplotlib
 import numpy as np
@@ -16,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ibkit.errors import ScoreError
-from ibkit.experiments.subject_changes import CHANGES, SAME_SUBJECT
+from ibkit.experiments.subject_changes import CHANGES, CONTRASTS, SAME_SUBJECT
 from ibkit.figures import HOUSE_STYLE, INK, METHOD_COLOURS, NotebookFigure
 from ibkit.stats import (
     Interval,
@@ -33,8 +34,8 @@ LABELS = {
     "true_mask_last": "True mask, last layer (oracle)",
     "true_mask": "True mask, middle layer (oracle)",
     "found_mask": "Found mask, middle layer",
-    "learned": "Learned head",
-    "learned_unseen": "Learned head, activities unseen",
+    "subject_score": "Subject head (shipped)",
+    "learned_unseen": "Quick heads, activities unseen",
 }
 SAME_COLOUR, OTHER_COLOUR = METHOD_COLOURS["instructbooth"], METHOD_COLOURS["dreambooth"]
 
@@ -173,23 +174,19 @@ def _ranks(values: np.ndarray) -> np.ndarray:
 
 
 def compare_metrics(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
-    """Every metric's AUC under a change of pose and of everything, its cost of pose, and how often it misranks.
+    """Every metric's AUC under a change of pose, place and everything, its cost of pose, and how often it misranks.
 
     Returns:
-        Tidy table: metric, measure (auc_pose, auc_everything, both also as the difference to DINO's on the same pairs:
-        auc_pose_over_dino, auc_everything_over_dino; pose_cost; misranked), value, low, high, n.
+        Tidy table: metric, measure (auc_pose, auc_place, auc_everything, each also as the difference to DINO's on the
+        same pairs: auc_pose_over_dino, …; pose_cost; misranked), value, low, high, n.
     """
-    pose, everything = ("pose", "identity and pose"), ("everything but identity", "everything")
-    measures = {
-        "auc_pose": lambda column: subject_auc(table, column, *pose),
-        "auc_pose_over_dino": lambda column: subject_auc(table, column, *pose, minus="dino"),
-        "auc_everything": lambda column: subject_auc(table, column, *everything),
-        "auc_everything_over_dino": lambda column: subject_auc(table, column, *everything, minus="dino"),
-        "pose_cost": lambda column: pose_cost(table, column),
-        "misranked": lambda column: misranked(table, column),
-    }
+    measures = {}
+    for name, contrast in CONTRASTS.items():
+        measures[f"auc_{name}"] = partial(subject_auc, table, same=contrast[0], other=contrast[1])
+        measures[f"auc_{name}_over_dino"] = partial(measures[f"auc_{name}"], minus="dino")
+    measures |= {"pose_cost": partial(pose_cost, table), "misranked": partial(misranked, table)}
     rows = [
-        {"metric": column, "measure": name, **vars(measure(column))}
+        {"metric": column, "measure": name, **vars(measure(column=column))}
         for column in columns
         for name, measure in measures.items()
     ]

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
+from itertools import product, zip_longest
 from pathlib import Path
 
 import numpy as np
@@ -28,10 +28,12 @@ from ibkit.pocket.world import (
     ACTIVITIES,
     CLASSES,
     COLOURS,
+    DEMO_SUBJECTS,
     GROUP_OF,
     NO_ACTIVITY,
     PATTERNS,
     PLACES,
+    RARE_SUBJECT,
     SHAPES,
     Scene,
     Subject,
@@ -45,9 +47,16 @@ from ibkit.scorers.base import Scorer, batches
 from ibkit.scorers.judge import Judge
 
 SAME_SUBJECT = ("view", "place", "accessory", "pose", "everything but identity")
-OTHER_SUBJECT = ("identity", "identity and pose", "everything")
+OTHER_SUBJECT = ("identity", "identity and pose", "identity and place", "everything")
 CHANGES = SAME_SUBJECT + OTHER_SUBJECT
+# What is asked of a subject metric: same individual against other individual, all else changed alike.
+CONTRASTS = {
+    "pose": ("pose", "identity and pose"),
+    "place": ("place", "identity and place"),
+    "everything": ("everything but identity", "everything"),
+}
 PAIRS_PER_SUBJECT = 4
+N_TESTED = 24  # individuals of a class that subject metrics are tested on, and that no shipped one was trained on
 N_FOLDS = 2
 VISIBLE_DIFFERENCE = 25  # of 255, in any colour channel
 
@@ -105,18 +114,16 @@ def controlled_pairs(class_nouns: Sequence[str], n_pairs: int, seed: int = 0) ->
     Args:
         class_nouns: classes, see `check_classes`.
         n_pairs: references, and so pairs for each change, of a class.
-        seed: the same seed gives the same scenes.
+        seed: decides poses, places, things and views. The individuals are always those of `tested_individuals`.
 
     Raises:
-        ParameterError: the pocket world has no such class, or fewer individuals of it than the pairs need.
+        ParameterError: the pocket world has no such class, or the pairs need more individuals than are kept for tests.
     """
+    if n_pairs > (most := PAIRS_PER_SUBJECT * N_TESTED):
+        raise ParameterError(f"{N_TESTED} individuals of a class are kept for tests: choose n_pairs up to {most}.")
     pairs = []
     for noun in check_classes(class_nouns):
-        individuals = individuals_of_class(noun, seed)
-        if n_pairs > (most := PAIRS_PER_SUBJECT * len(individuals)):
-            raise ParameterError(
-                f"the pocket world has {len(individuals)} different {noun}s: choose n_pairs up to {most}."
-            )
+        individuals = tested_individuals(noun)
         for i in range(n_pairs):
             which, number = divmod(i, PAIRS_PER_SUBJECT)
             individual, fold = individuals[which], which % N_FOLDS
@@ -145,37 +152,49 @@ def _changes(subject: Subject, fold: int, number: int, rng: random.Random) -> di
         "everything but identity": all_but_identity,
         "identity": other,
         "identity and pose": other | pose,
+        "identity and place": other | {"place": other_place},
         "everything": other | all_but_identity,
     }
     return {change: (reference, replace(reference, **what)) for change, what in differences.items() if what}
 
 
-def individuals_of_class(class_noun: str, seed: int) -> list[Subject]:
-    """Every individual that a class of the pocket world has, in an order drawn from the seed."""
+def _everybody(class_noun: str) -> list[Subject]:
+    """Every individual that a class of the pocket world has, in a fixed order without a pattern."""
     looks = product(COLOURS, COLOURS, PATTERNS, SHAPES[GROUP_OF[class_noun]], (False, True))
     everybody = [Subject(class_noun, *look) for look in looks if look[0] != look[1]]
-    random.Random(f"individuals {seed} {class_noun}").shuffle(everybody)
+    random.Random(f"individuals 0 {class_noun}").shuffle(everybody)
     return everybody
 
 
-def others_than(pairs: Iterable[Pair], class_nouns: Sequence[str], n: int, seed: int = 0) -> list[Subject]:
-    """Individuals to train a metric on, of the classes in turn: none that the pairs show, nor of their line-ups.
+def tested_individuals(class_noun: str) -> list[Subject]:
+    """The individuals of a class that subject metrics are tested on, in a fixed order."""
+    return _everybody(class_noun)[:N_TESTED]
+
+
+def training_individuals(class_nouns: Sequence[str], n: int = 0) -> list[Subject]:
+    """Individuals to train a subject metric on, of the classes in turn.
+
+    None of them is tested, is one that users personalize, or stands in the line-up of one of these.
+
+    Args:
+        class_nouns: classes, see `check_classes`.
+        n: how many; 0 = all.
 
     Raises:
         ParameterError: the classes have fewer than `n` of them.
     """
-    tested = {pair.reference.subject for pair in pairs}
-    shown = {individual for subject in tested for individual in line_up(subject)}  # pair.changed's are of these
-    free = {
-        noun: [i for i in individuals_of_class(noun, seed) if i not in shown] for noun in check_classes(class_nouns)
-    }
+    nouns = check_classes(class_nouns)
+    kept = [RARE_SUBJECT, *DEMO_SUBJECTS.values(), *(who for noun in nouns for who in tested_individuals(noun))]
+    shown = {individual for subject in kept for individual in line_up(subject)}
+    free = {noun: [who for who in _everybody(noun) if who not in shown] for noun in nouns}
     share = -(-n // len(free))
     if share > (fewest := min(map(len, free.values()))):
         raise ParameterError(
-            f"{n} individuals to train on are {share} of each class, and beside those that are tested on the pocket "
-            f"world has {fewest} of one: choose n_individuals up to {fewest * len(free)}."
+            f"{n} individuals to train on are {share} of each class, and beside those that are kept for tests the "
+            f"pocket world has {fewest} of one: choose n_individuals up to {fewest * len(free)}."
         )
-    return [individual for turn in zip(*free.values(), strict=False) for individual in turn][:n]
+    in_turn = [who for turn in zip_longest(*free.values()) for who in turn if who]
+    return in_turn[:n] if n else in_turn
 
 
 # --- pictures --------------------------------------------------------------------------------------------------

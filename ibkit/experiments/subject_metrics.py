@@ -1,8 +1,8 @@
-"""Subject metrics beside DINO's class token: from all patches, and from the subject's patches.
+"""Subject metrics that say where the subject is: from DINO's patches inside of a mask, a true one or a found one.
 
 DINO's usual score compares one vector a picture, the class token, which has seen the whole picture: pose, things and
-background too. What is here compares patch tokens of the same frozen network; `ibkit.experiments.subject_head` trains a
-small network on them. Each is a `Scorer`, called as `scorer(images, references=photos)`.
+background too. `ibkit.scorers.subject` has two metrics of the patches that need no mask. Each is a `Scorer`, called as
+`scorer(images, references=photos)`.
 
 Shapes: N pictures, R reference photos, L patches, D token width.
 """
@@ -19,82 +19,12 @@ from torch.nn.functional import normalize
 from ibkit.errors import ScoreError
 from ibkit.pocket.draw import subject_mask
 from ibkit.pocket.world import Scene
-from ibkit.scorers.base import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
-    Scorer,
-    batches,
-    mean_cosine,
-    rgb_square,
-    to_pixel_values,
-)
+from ibkit.scorers.base import Scorer, mean_cosine, rgb_square
 from ibkit.scorers.dino import Dino
-
-LAST_LAYER = -1
+from ibkit.scorers.subject import LAST_LAYER, patch_tokens
 
 # Says which patches show the subject: N pictures -> weights (N, L) in [0, 1].
 Foreground = Callable[[Sequence[Image.Image]], torch.Tensor]
-
-
-def middle_layer(dino: Dino) -> int:
-    """The number of transformer layers that make up the first half of the network."""
-    return dino.model.config.num_hidden_layers // 2
-
-
-@torch.inference_mode()
-def patch_tokens(dino: Dino, images: Sequence[Image.Image], layer: int = LAST_LAYER) -> torch.Tensor:
-    """DINO's patch tokens (N, L, D) on its device; rows of patches from the top, each from the left.
-
-    Args:
-        dino: preprocessing is that of its own score.
-        images: N pictures of any size.
-        layer: tokens after so many layers; `LAST_LAYER` = after all of them and the final norm, as DINO's score uses.
-    """
-    tokens = []
-    for batch in batches(list(images), dino.batch_size):
-        pixels = to_pixel_values(batch, dino.resize_px, dino.image_px, IMAGENET_MEAN, IMAGENET_STD).to(dino.device)
-        output = dino.model(pixel_values=pixels, output_hidden_states=layer != LAST_LAYER)
-        found = output.last_hidden_state if layer == LAST_LAYER else output.hidden_states[layer]
-        tokens.append(found[:, 1:].float())
-    return torch.cat(tokens)
-
-
-# --- 1. patch matching -----------------------------------------------------------------------------------------
-
-
-def best_match(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Mean over the patches of a picture of the best cosine among the other picture's patches, both ways.
-
-    Args:
-        a: tokens (N, L, D).
-        b: tokens of one picture, (L, D).
-
-    Returns:
-        (N,)
-    """
-    cosines = normalize(a, dim=-1) @ normalize(b, dim=-1).T  # (N, L of a, L of b)
-    return (cosines.amax(2).mean(1) + cosines.amax(1).mean(1)) / 2
-
-
-class PatchMatch(Scorer):
-    """Every patch looks for its like in the other picture, wherever it is; needs no training and no truth.
-
-    Only where a patch moved is forgiven. The background counts as much as the subject, patch for patch.
-    """
-
-    name = "patch_match"
-    needs = frozenset({"references"})
-
-    def __init__(self, dino: Dino) -> None:
-        self.dino = dino
-        self.evaluator = f"{dino.evaluator.split(',')[0]}, last layer, best match of every patch"
-
-    def _score(self, images, texts, references):
-        tokens = patch_tokens(self.dino, images)
-        return torch.stack([best_match(tokens, photo) for photo in patch_tokens(self.dino, references)]).mean(0)
-
-
-# --- 2. the subject's patches ----------------------------------------------------------------------------------
 
 
 class TrueMask:

@@ -35,7 +35,7 @@ class Scorer(ABC):
     """A picture metric that can also serve as a reward.
 
     Attributes:
-        name: Column name in the score table, for example `clip_t`.
+        name: Its name in `SCORERS`, for example `clip_t`; see `column_of`.
         evaluator: Model and preprocessing in words; printed beside every number.
         needs: What a call must bring beside the pictures: `"text"`, `"references"`.
     """
@@ -318,6 +318,7 @@ SCORERS: dict[str, Callable[[str | Path, str | torch.device], Scorer]] = {
     "clip_t": _lazy("ibkit.scorers.clip", "ClipT"),
     "clip_i": _lazy("ibkit.scorers.clip", "ClipI"),
     "dino": _lazy("ibkit.scorers.dino", "Dino"),
+    "subject": _lazy("ibkit.scorers.subject", "SubjectFidelity"),
     "pick_score": _lazy("ibkit.scorers.pick_score", "PickScore"),
     "align_t": _lazy("ibkit.scorers.align", "AlignT"),
     "align_i": _lazy("ibkit.scorers.align", "AlignI"),
@@ -325,6 +326,11 @@ SCORERS: dict[str, Callable[[str | Path, str | torch.device], Scorer]] = {
     "image_reward": _lazy("ibkit.scorers.image_reward", "ImageReward"),
     "weak_reward": _lazy("ibkit.scorers.image_reward", "WeakReward"),
 }
+
+
+def column_of(name: str) -> str:
+    """The score table's column of a scorer: its name; but the column `subject` says who a picture shows."""
+    return "subject_score" if name == "subject" else name
 
 
 def make_scorer(name: str, weights: str | Path = "pocket", device: str | torch.device = "cpu") -> Scorer:

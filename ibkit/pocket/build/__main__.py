@@ -10,7 +10,8 @@ from pathlib import Path
 from ibkit.errors import IbkitError
 from ibkit.runs import project_root
 
-STAGES = ("autoencoder", "unet", "decoder", "judge", "raters", "image_reward", "weak_reward", "clip", "dino", "card")
+STAGES = ("autoencoder", "unet", "decoder", "judge", "raters", "image_reward", "weak_reward", "clip", "dino")
+STAGES += ("subject", "card")
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,7 +14,7 @@ import torch
 
 from ibkit.device import describe_device
 from ibkit.errors import ArtifactError
-from ibkit.pocket.build import autoencoder, clip, dino, judge, reward, unet
+from ibkit.pocket.build import autoencoder, clip, dino, judge, reward, subject, unet
 from ibkit.pocket.build.common import Budget, compute_dtype, load_float, save_half
 from ibkit.pocket.build.data import MIXED_GROUP, Pictures, mixed_group
 from ibkit.pocket.build.tokenizer import save_tokenizer
@@ -170,6 +170,10 @@ class Build:
         if not (self.weights / "dino" / "config.json").exists():
             vit = dino.train(self.folder, self.train_pictures, self.device, self.dtype)
             vit.half().save_pretrained(self.weights / "dino")
+
+    def subject(self) -> None:
+        if not (self.weights / "subject" / "subject.json").exists():
+            subject.build(self.folder, self.weights, self.vae(True), self.device, self.dtype)
 
     def card(self) -> None:
         from ibkit.pocket.build.card import write_card
