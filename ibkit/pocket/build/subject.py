@@ -166,7 +166,7 @@ def train(
         first, second = work(tokens.to(dtype)).float().chunk(2)
         loss = identity_loss(first, second, who, TEMPERATURE)
         found = (first @ second.T).argmax(1) == torch.arange(len(first), device=device)
-        return loss, {"found": found.float().mean().item()}
+        return loss, {"found": found.float().mean()}
 
     return fit("subject", folder, head, loss_fn, budget, device, dtype)
 
