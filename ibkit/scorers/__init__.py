@@ -1,5 +1,5 @@
 """Picture metrics and rewards behind one interface (`Scorer`), made by name (`make_scorer`)."""
 
-from ibkit.scorers.base import SCORERS, Scorer, make_scorer
+from ibkit.scorers.base import SCORERS, Level, Scorer, make_scorer
 
-__all__ = ["SCORERS", "Scorer", "make_scorer"]
+__all__ = ["SCORERS", "Level", "Scorer", "make_scorer"]
