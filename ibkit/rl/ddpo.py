@@ -188,6 +188,8 @@ def train(
         )
     origin = {k: hash_json(v) for k, v in asdict(config).items() if k not in MAY_CHANGE}
     objectives = Objectives(reward, subject_reward, config)
+    for objective in objectives.given.values():
+        objective.levels(prompts)  # a clip at a level that nobody knows is refused before anything is drawn
     origin |= {"model": model_fingerprint(model), "prompts": hash_json([p.text for p in prompts]), "seed": str(seed)}
     origin["rewards"] = hash_json(objectives.facts)
     schedule = config.sampler.schedule(model)
@@ -197,6 +199,7 @@ def train(
             "log-probability is not defined: train with an eta above 0, such as 1."
         )
     trainable = model.add_lora(config.lora_rank, generator(seed, "lora"))
+    names = list(model.lora_state())
     optimizer = torch.optim.AdamW(
         trainable, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )
@@ -212,9 +215,7 @@ def train(
                 "go on with what it was started with, or train in another folder."
             )
         model.load_lora_state(part(tensors, "lora"))
-        average, best = (
-            [tensors[f"{name}.{i}"].to(p.device) for i, p in enumerate(trainable)] for name in ("average", "best")
-        )
+        average, best = ([part(tensors, name)[k].to(model.device) for k in names] for name in ("average", "best"))
         load_optimizer_tensors(optimizer, tensors)
         objectives.load(state["stats"])
         history = state["history"]
@@ -241,7 +242,7 @@ def train(
             for t, v in zip(schedule.timesteps, trajectories.log_probs.mean(1).tolist(), strict=True)
         }
         stream = generator(seed, "update", epoch)
-        before = [v.clone() for v in average]  # what the guard judges is the pictures of this policy
+        judged = [p.detach().clone() for p in trainable]  # the policy that drew what the monitor saw, not the average
         row |= update(
             model, optimizer, trainable, average, trajectories, advantages, schedule, config, stream, processes
         )
@@ -250,20 +251,34 @@ def train(
         if guard:
             row |= guard.look(history)
             if guard.best(history) == epoch:  # while there is no frontier, the newest policy
-                best = before if "frontier" in row else [v.clone() for v in average]
+                best = judged if "frontier" in row else [v.clone() for v in average]
         ended = epoch + 1 == config.n_epochs or bool(guard and guard.gives_up(history))
         if on_epoch:
             on_epoch(row, model)
         if processes.first and ((epoch + 1) % config.checkpoint_every == 0 or ended):
             tensors = {f"lora.{k}": v for k, v in model.lora_state().items()} | optimizer_tensors(optimizer)
             for name, adapter in (("average", average), ("best", best)):
-                tensors |= {f"{name}.{i}": v.cpu() for i, v in enumerate(adapter)}
+                tensors |= {f"{name}.{k}": v.cpu() for k, v in zip(names, adapter, strict=True)}
             checkpoints.save(epoch + 1, tensors, {"origin": origin, "stats": objectives.state(), "history": history})
     with torch.no_grad():
         for parameter, value in zip(trainable, best if guard and guard.patience else average, strict=True):
             parameter.copy_(value)
     model.unet.requires_grad_(False)
     return history
+
+
+def best_policy(folder: Path) -> dict[str, torch.Tensor]:
+    """The adapter of the best frontier, for `load_lora_state`, from a training's newest checkpoint; see `rl.guard`.
+
+    It is there without `patience` too, where the training itself returns its last policy.
+
+    Raises:
+        ArtifactError: no checkpoint.
+    """
+    found = Checkpoints(folder / "checkpoints").latest()
+    if found is None:
+        raise ArtifactError(f"{folder} has no checkpoint of a training: run it first.")
+    return part(found[1], "best")
 
 
 @contextmanager

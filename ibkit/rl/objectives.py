@@ -2,8 +2,8 @@
 
 | here | Customized-GRPO (arXiv 2510.18263) |
 |---|---|
-| `text_weight` | w(u), time-aware: text early in denoising, subject late |
-| `synergy` | S, for pictures that are good, or bad, in both |
+| `time_aware_weight` | w(u), time-aware: text early in denoising, subject late |
+| `synergy_term` | S, for pictures that are good, or bad, in both |
 | `two_objectives` | A(u) = w(u) A_txt + (1 - w(u)) A_sub + S |
 
 A reward has a level, the score of true pictures: beyond it a policy only finds what the scorer mistakes for better. An
@@ -121,7 +121,7 @@ def reference_level(scorer: Scorer, references: Sequence[Image.Image]) -> Level 
     return Level(scores.mean().item(), scores.std().item())
 
 
-def text_weight(done: torch.Tensor) -> torch.Tensor:
+def time_aware_weight(done: torch.Tensor) -> torch.Tensor:
     """w(u) of Customized-GRPO: .7 at first, where denoising lays out the scene, .3 later, .5 in the last eighth.
 
     Args:
@@ -131,7 +131,7 @@ def text_weight(done: torch.Tensor) -> torch.Tensor:
     return torch.where(done < 0.24, 0.7, torch.where(done < 0.88, falling, 0.5))
 
 
-def synergy(text: torch.Tensor, subject: torch.Tensor, strength: float) -> torch.Tensor:
+def synergy_term(text: torch.Tensor, subject: torch.Tensor, strength: float) -> torch.Tensor:
     """S = γ tanh(A_txt A_sub), with the sign turned where neither is positive: bad in both is no success."""
     sign = torch.where((text > 0) | (subject > 0), 1.0, -1.0)
     return strength * sign * torch.tanh(text * subject)
@@ -151,7 +151,7 @@ def two_objectives(
         (B, T).
     """
     blended = weight * text[:, None] + (1 - weight) * subject[:, None]
-    return blended + synergy(text, subject, synergy_strength)[:, None]
+    return blended + synergy_term(text, subject, synergy_strength)[:, None]
 
 
 class Objectives:
@@ -189,7 +189,7 @@ class Objectives:
         A column belongs to a denoising step, whichever order an update draws the steps in.
         """
         clipped = {
-            name: torch.fmin(row, objective.levels(prompts)) if objective.clip else row
+            name: torch.minimum(row, objective.levels(prompts)) if objective.clip else row
             for (name, objective), row in zip(self.given.items(), scores, strict=True)
         }
         texts, named = [p.text for p in prompts], torch.tensor([p.identifier for p in prompts])
@@ -208,7 +208,7 @@ class Objectives:
     def _weights(self, n_steps: int) -> torch.Tensor:
         if not self.config.time_aware:
             return torch.full((n_steps,), self.config.text_weight)
-        return text_weight(torch.arange(n_steps) / n_steps)
+        return time_aware_weight(torch.arange(n_steps) / n_steps)
 
     def _one_reward(self, scores: dict[str, torch.Tensor], named: torch.Tensor) -> torch.Tensor:
         """Text and subject as one number (B,): their weighted sum, or RPO's λ-harmonic mean (arXiv 2407.12164).
