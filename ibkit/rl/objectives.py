@@ -9,6 +9,10 @@
 A reward has a level, the score of true pictures: beyond it a policy only finds what the scorer mistakes for better. An
 objective may be clipped there (ReFL's relu(2 - r), Xu et al. 2023), and the history says how many pictures passed it.
 
+Differs from paper: advantages are normalised over a prompt's recent pictures (`PromptStats`), not over a group with
+common start noise, and only prompts with the identifier have a subject. w belongs to the true denoising step; the
+paper's code looks it up at a shuffled one.
+
 Shapes: B images of an epoch, T denoising steps.
 """
 
