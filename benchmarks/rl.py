@@ -34,6 +34,7 @@ from ibkit.presets import POCKET
 from ibkit.rl import ddpo
 from ibkit.rl.advantages import PromptStats
 from ibkit.rl.ddim import log_prob, step_mean
+from ibkit.rl.objectives import scorer_reward
 from ibkit.rl.processes import Processes
 from ibkit.rl.rollout import Trajectories, rollout
 from ibkit.scorers import make_scorer
@@ -108,7 +109,7 @@ def ours(epoch: Epoch) -> dict[str, float]:
             epoch.trainable,
             average,
             trajectories,
-            epoch.advantages(rewards),
+            epoch.advantages(rewards)[:, None].expand(-1, len(epoch.schedule)),
             epoch.schedule,
             config,
             generator(0, "update"),
@@ -257,7 +258,7 @@ def own_peak_mib(device: torch.device) -> float:
 
 def measure(n_images: int, repeats: int, device: torch.device) -> dict:
     model = load_model("pocket", device=device)
-    reward = ddpo.scorer_reward(make_scorer("image_reward", "pocket", device))
+    reward = scorer_reward(make_scorer("image_reward", "pocket", device))
     kinds = ["ours", *(f"plain{m}" for m in MICRO_BATCHES), "fewer"]
     runs: dict[str, list[dict]] = {kind: [] for kind in kinds}
     adapters = {}
@@ -320,7 +321,7 @@ def main() -> int:
     device = pick_device(arguments.device)
     if arguments.memory_of:
         model, scorer = load_model("pocket", device=device), make_scorer("image_reward", "pocket", device)
-        one_epoch(arguments.memory_of, arguments.images, device, model, ddpo.scorer_reward(scorer))
+        one_epoch(arguments.memory_of, arguments.images, device, model, scorer_reward(scorer))
         print(own_peak_mib(device))
         return 0
     result = measure(*((4, 1) if arguments.quick else (arguments.images, arguments.repeats)), device)

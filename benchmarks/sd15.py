@@ -70,8 +70,8 @@ def roll(model: TextToImage, config: ddpo.DDPOConfig) -> Trajectories:
 def learn(model: TextToImage, trainable: list, config: ddpo.DDPOConfig, trajectories: Trajectories) -> None:
     optimizer = torch.optim.AdamW(trainable, lr=config.learning_rate)
     average = [p.detach().clone() for p in trainable]
-    advantages = torch.linspace(-1, 1, config.images_per_epoch + 1)[1:]
     schedule, stream = config.sampler.schedule(model), generator(0, "update")
+    advantages = torch.linspace(-1, 1, config.images_per_epoch + 1)[1:, None].expand(-1, len(schedule))
     ddpo.update(model, optimizer, trainable, average, trajectories, advantages, schedule, config, stream, Processes())
 
 

@@ -20,7 +20,7 @@ import resource
 import signal
 import sys
 import time
-from argparse import SUPPRESS, ArgumentParser, Namespace
+from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
 from ast import literal_eval
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -43,10 +43,11 @@ JOB = ("01_personalize", "02_rl_finetune", "03_evaluate")
 SHARED = {
     "model": str, "revision": str, "subject": str, "class_noun": str, "identifier": str, "description": str,
     "prompts": list, "seed": int, "device": str, "scorer_weights": str, "processes": int,
+    "reward": str, "clip_at_level": bool, "subject_reward": str, "clip_subject_at_level": bool, "combine": str,
 }  # fmt: skip
 METAVARS = {
     "class_noun": "WORD", "identifier": "WORD", "subject": "FOLDER", "description": "TEXT", "seed": "N",
-    "scorer_weights": "WEIGHTS", "processes": "N",
+    "scorer_weights": "WEIGHTS", "processes": "N", "reward": "SCORER", "subject_reward": "SCORER",
 }  # fmt: skip
 # Parameters the job sets itself: where the runs are, and the seed of each RL run.
 WIRED = {*(f"{notebook}.{name}" for notebook in JOB for name in ("run_out", "resume"))} | {
@@ -383,9 +384,11 @@ def add_settings(parser: ArgumentParser) -> None:
     """Add the arguments that say what is run; `given` reads them."""
     helps = {row.name: row.help.replace("%", "%%") for notebook in reversed(JOB) for row in schema(notebook)}
     for name, kind in SHARED.items():
-        options = (
-            {"nargs": "+", "metavar": "ACTIVITY"} if kind is list else {"type": kind, "metavar": METAVARS.get(name)}
-        )
+        options = {"type": kind, "metavar": METAVARS.get(name)}
+        if kind is list:
+            options = {"nargs": "+", "metavar": "ACTIVITY"}
+        elif kind is bool:
+            options = {"action": BooleanOptionalAction}
         # SUPPRESS: what was not given must be told from what was, to resume with the settings that are stored.
         parser.add_argument(f"--{name.replace('_', '-')}", default=SUPPRESS, help=helps[name], **options)
     parser.add_argument(

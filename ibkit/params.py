@@ -98,6 +98,17 @@ class RLFinetune(Measured):
     )
     use_class_prompts: bool = param(True, "train on prompts without the identifier too")
     reward: str = param("image_reward", "name of the scorer that is the reward")
+    clip_at_level: bool = param(False, "count scores above those of true pictures, the reward's level, as the level")
+    subject_reward: str = param("", "name of a scorer that is a second objective, such as dino; empty = the text alone")
+    clip_subject_at_level: bool = param(False, "the same for it; its level is how alike the photos are")
+    combine: str = param(
+        "synergy",
+        "text and subject into one advantage: synergy, or of one reward, sum or harmonic",
+        choices=("synergy", "sum", "harmonic"),
+    )
+    synergy: float = param(0.4, "weight of the synergy term; 0 = without it", low=0.0, high=100.0)
+    time_aware: bool = param(True, "weigh the text by the denoising step; False = by text_weight")
+    text_weight: float = param(0.5, "of the text, in the sum and the harmonic mean too", low=0.0, high=1.0)
     sample_every: int = param(0, "epochs between sample grids; 0 = the preset's", low=0, high=100_000)
     micro_batch: int = param(
         0, "pictures in a forward pass, for memory and speed only; 0 = the preset's", low=0, high=100_000
@@ -105,6 +116,12 @@ class RLFinetune(Measured):
     processes: int = param(
         1, "that train together, each on a GPU of its own; on a CPU they share its cores", low=1, high=64
     )
+
+    def __post_init__(self):
+        from ibkit.rl.objectives import RewardSpec  # torch: who asks for no RL need not wait for it
+
+        for name in filter(None, (self.reward, self.subject_reward)):
+            RewardSpec(name)
 
 
 @dataclass(frozen=True, kw_only=True)

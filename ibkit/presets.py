@@ -25,6 +25,8 @@ class Preset:
         activities: what RL trains on when the user names none.
         n_images: pictures for each prompt, method and seed in the evaluation.
         sample_every: epochs between sample grids.
+        monitor: scorer of subject fidelity that is watched in training, and whose frontier with the text the guard
+            follows.
         guard: of the RL stage.
         world: whether the subject can come from the pocket world, whose truth the judge knows.
     """
@@ -37,6 +39,7 @@ class Preset:
     activities: tuple[str, ...]
     n_images: int
     sample_every: int
+    monitor: str
     guard: Guard
     world: bool
 
@@ -72,6 +75,7 @@ POCKET = Preset(
     activities=("playing soccer", "dancing"),  # poses that leave the subject in sight, so that identity can be judged
     n_images=30,
     sample_every=10,
+    monitor="dino",
     guard=Guard(),
     world=True,
 )
@@ -85,6 +89,7 @@ SD15 = Preset(
     activities=("playing soccer", "riding a bike", "cooking a gourmet meal"),  # of the paper's own set
     n_images=10,  # the paper's 10 pictures for each of its 40 prompts
     sample_every=10,
+    monitor="dino",
     guard=Guard(),
     world=False,
 )

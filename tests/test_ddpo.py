@@ -19,7 +19,6 @@ from ibkit.rl.processes import Processes
 from ibkit.rl.rollout import rollout
 from ibkit.runs import Checkpoints
 from ibkit.sample import Sampler
-from ibkit.scorers import Scorer
 from tests.tiny import tiny_model
 
 PROMPTS = training_prompts(["playing soccer", "dancing"], "cat", "sks")
@@ -125,19 +124,6 @@ def test_a_buffer_of_zero_is_enough_for_group_relative_advantages():
     torch.testing.assert_close(advantages, torch.tensor([-1.0, 1.0] * 8), rtol=1e-4, atol=1e-4)
 
 
-def test_a_scorer_as_reward_reads_the_clean_prompt_and_sees_the_photos():
-    class Both(Scorer):
-        name, evaluator, needs = "both", "", frozenset({"text", "references"})
-
-        def _score(self, images, texts, references):
-            assert texts == [p.clean for p in PROMPTS] and references == [photo]
-            return torch.arange(float(len(images)))
-
-    photo = Image.new("RGB", (4, 4))
-    rewards = ddpo.scorer_reward(Both(), [photo])([photo] * len(PROMPTS), PROMPTS)
-    assert rewards.tolist() == [0.0, 1.0, 2.0, 3.0]
-
-
 def test_an_epoch_uses_every_prompt_equally_often():
     chosen = epoch_prompts(PROMPTS, 8, seed=0, epoch=3)
     assert all(chosen.count(p) == 2 for p in PROMPTS)
@@ -197,7 +183,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(tokenizer):
         model = tiny_model(tokenizer)
         trainable = with_adapter(model)
         schedule, trajectories = rolled(model)
-        advantages = torch.tensor([1.0, -1.0, 0.5, 2.0])
+        advantages = torch.tensor([1.0, -1.0, 0.5, 2.0])[:, None].expand(-1, len(schedule))
         optimizer = torch.optim.SGD(trainable, lr=1.0)
         before = [p.detach().clone() for p in trainable]
         config = dataclasses.replace(CONFIG, micro_batch=micro_batch, batch=4, max_grad_norm=1e9)
@@ -215,6 +201,42 @@ def test_ratio_is_one_before_the_first_update_of_each_epoch(tiny, tmp_path):
     assert all(row["ratio_first"] < 1e-5 for row in history)
     assert history[0]["clip_fraction"] >= 0 and math.isfinite(history[0]["log_prob"])
     assert {"reward_identifier", "reward_class", "grad_norm", "loss", "seconds"} <= history[0].keys()
+
+
+@pytest.mark.parametrize("changes", [{}, {"ema_decay": 0.9, "subsample": 0.5, "trained_share": 0.75, "kl_weight": 0.1}])
+def test_the_papers_arm_is_this_loop_bit_for_bit(tokenizer, tmp_path, changes):
+    """One objective, an advantage that is the same at every step: `train` beside the paper's loop, written out."""
+    config, seed = dataclasses.replace(CONFIG, n_epochs=3, **changes), 5
+    trained, model = tiny_model(tokenizer), tiny_model(tokenizer)
+    rows = train(trained, PROMPTS, brightness, config, tmp_path, seed)
+
+    parameters = model.add_lora(config.lora_rank, generator(seed, "lora"))
+    optimizer = torch.optim.AdamW(
+        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+    )
+    average = [p.detach().clone() for p in parameters]
+    stats, schedule = PromptStats(config.stats_buffer, config.stats_min_count), config.sampler.schedule(model)
+    n_steps = config.n_trained_steps(len(schedule))
+    for epoch in range(config.n_epochs):
+        chosen = epoch_prompts(PROMPTS, config.images_per_epoch, seed, epoch)
+        streams = [generator(seed, "rollout", epoch, i) for i in range(len(chosen))]
+        made = rollout(model, [p.text for p in chosen], schedule, config.sampler.guidance, streams)
+        rewards = brightness(model.decode(made.latents[-1]), chosen)
+        assert rows[epoch]["reward"] == rewards.mean().item()
+        advantages = stats.advantages([p.text for p in chosen], rewards).clamp(-5, 5)
+        stream = generator(seed, "update", epoch)
+        for members in torch.randperm(len(chosen), generator=stream).split(config.batch):
+            drawn = [torch.randperm(n_steps, generator=stream)[: round(config.subsample * n_steps)] for _ in members]
+            image, step = members.repeat_interleave(len(drawn[0])), torch.cat(drawn)
+            for i, t in zip(image.split(config.micro_batch), step.split(config.micro_batch), strict=True):
+                loss, _, kl = pair_loss(model, made, i, t, advantages[i], schedule, config)
+                ((loss + config.kl_weight * kl).sum() / len(image)).backward()
+            torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            average = [a.lerp(p.detach(), 1 - config.ema_decay) for a, p in zip(average, parameters, strict=True)]
+    for (name, value), by_hand in zip(trained.lora_state().items(), average, strict=True):
+        assert torch.equal(value, by_hand), name
 
 
 def test_the_reward_rises(tiny, tmp_path, monkeypatch):

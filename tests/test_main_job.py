@@ -277,6 +277,8 @@ def test_a_stage_is_done_only_with_the_same_parameters_inputs_and_files(places):
         (["-p", "00_start_here.seed=3"], "00_start_here is not part of the main job"),
         (["-p", "02_rl_finetune.seed=3"], "use --rl-seeds"),
         (["-p", "03_evaluate.run_rl=['x']"], "the main job sets run_rl of 03_evaluate itself"),
+        (["--subject-reward", "dinno"], "There is no reward 'dinno'; did you mean 'dino'?"),
+        (["--combine", "product"], "'combine' must be one of 'synergy', 'sum', 'harmonic', not 'product'"),
         (["--seed", "-1"], "'seed' must be a whole number from 0"),
         (["--rl-seeds", "1", "1"], "--rl-seeds must be different numbers"),
         (["--prompts", " "], "'prompts' must be a list of texts that are not empty"),
@@ -324,6 +326,11 @@ def test_options_go_to_every_notebook_that_has_them(tmp_path, monkeypatch):
         f"{notebook}.prompts": ["riding a bike", "cooking"] for notebook in ("02_rl_finetune", "03_evaluate")
     }
     assert parsed("--seed", "3") == {"01_personalize.seed": 3, "03_evaluate.seed": 3}
+    assert parsed("--subject-reward", "dino", "--clip-at-level", "--no-clip-subject-at-level") == {
+        "02_rl_finetune.subject_reward": "dino",
+        "02_rl_finetune.clip_at_level": True,
+        "02_rl_finetune.clip_subject_at_level": False,
+    }
     (tmp_path / "photos").mkdir()
     assert parsed("--subject", "photos") == {"01_personalize.subject": str(tmp_path / "photos")}
     assert parsed("--subject", "") == {"01_personalize.subject": ""}

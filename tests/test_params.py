@@ -6,6 +6,7 @@ import pytest
 
 from ibkit.errors import ParameterError
 from ibkit.params import SCHEMAS, collect, make, schema
+from ibkit.rl.objectives import COMBINATIONS
 
 
 def cell(notebook: str, **changes) -> dict:
@@ -106,12 +107,26 @@ def test_modules_functions_and_private_names_do_not_count():
         ({"prompts": ["playing soccer", 3]}, "a list of texts"),
         ({"run_in": None}, "a text"),
         ({"model": " "}, "a text that is not empty"),
+        ({"combine": "product"}, "one of 'synergy', 'sum', 'harmonic'"),
+        ({"text_weight": 1.5}, "a number from 0.0 to 1.0"),
+        ({"synergy": -0.4}, "a number from 0.0 to"),
     ],
 )
 def test_a_wrong_type_or_range_is_refused_with_what_is_allowed(changes, allowed):
     (name,) = changes
     with pytest.raises(ParameterError, match=f"'{name}' must be {allowed}"):
         collect("02_rl_finetune", cell("02_rl_finetune", **changes))
+
+
+@pytest.mark.parametrize(("name", "value"), [("reward", "image_rewad"), ("subject_reward", "image-reward")])
+def test_a_reward_that_does_not_exist_is_refused_with_the_nearest(name, value):
+    with pytest.raises(ParameterError, match=f"no reward '{value}'; did you mean 'image_reward'"):
+        collect("02_rl_finetune", cell("02_rl_finetune", **{name: value}))
+
+
+def test_the_combinations_are_those_that_training_knows():
+    (row,) = [row for row in schema("02_rl_finetune") if row.name == "combine"]
+    assert row.choices == COMBINATIONS
 
 
 def test_a_number_for_a_text_is_refused_with_papermills_way_out():

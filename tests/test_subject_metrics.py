@@ -25,7 +25,7 @@ from ibkit.monitor import SubjectMonitor
 from ibkit.pocket.build import subject as build
 from ibkit.pocket.draw import render, subject_mask
 from ibkit.pocket.world import CLASSES, DEMO_SUBJECTS, RARE_SUBJECT, SHAPES, Scene, doing, line_up, reference_scenes
-from ibkit.rl.ddpo import scorer_reward
+from ibkit.rl.objectives import scorer_reward
 from ibkit.runs import read_run
 from ibkit.scorers import make_scorer, subject
 from ibkit.scorers.base import POCKET_WEIGHTS

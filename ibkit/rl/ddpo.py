@@ -3,7 +3,7 @@
 | here | paper |
 |---|---|
 | `ratio` | p_θ(x_{t-1}|x_t,c) / p_θold(x_{t-1}|x_t,c), importance sampling (DDPO_IS, section 4.3) |
-| `advantage` | r(x_0, c) normalised per prompt, as DDPO's reference code does |
+| `advantage` | r(x_0, c) normalised per prompt, as DDPO's reference code does; of two objectives: `rl.objectives` |
 | `policy_loss` | PPO's clipped objective (Schulman et al. 2017, eq. 7) |
 
 An epoch: sample `images_per_epoch` trajectories, score the images, then take gradient steps, each on a random `batch`
@@ -25,20 +25,17 @@ from PIL import Image
 
 from ibkit.data.prompts import Prompt
 from ibkit.device import generator
-from ibkit.errors import ArtifactError, IbkitError, ParameterError, TrainingError
+from ibkit.errors import ArtifactError, ParameterError, TrainingError
 from ibkit.models import TextToImage, load_model, model_fingerprint
-from ibkit.rl.advantages import PromptStats
 from ibkit.rl.ddim import Schedule, log_prob, step_mean
 from ibkit.rl.guard import Guard
+from ibkit.rl.objectives import Objectives, Reward, RewardSpec
 from ibkit.rl.processes import Processes
 from ibkit.rl.rollout import Trajectories, rollout
 from ibkit.runs import Checkpoints, hash_json
 from ibkit.sample import Sampler
-from ibkit.scorers import Scorer, make_scorer
 from ibkit.training import load_optimizer_tensors, memory_advice, optimizer_tensors, part
 
-# (images, prompts) -> scores (B,); any scorer makes one, see `scorer_reward`
-Reward = Callable[[list[Image.Image], list[Prompt]], torch.Tensor]
 # (images, prompts) -> numbers to watch; never part of the objective
 Monitor = Callable[[list[Image.Image], list[Prompt]], dict[str, float]]
 # settings that may change when a training goes on: how long, and what only costs memory
@@ -70,6 +67,12 @@ class DDPOConfig:
         lora_rank: not given by InstructBooth; 4 in DDPO's code.
         micro_batch: images of a rollout, or (image, step) pairs of a gradient step, in a forward pass: memory and speed
             only, gradients are accumulated.
+        combine: text and subject into advantages, where there is a subject reward: "synergy" normalises each per prompt
+            and adds a term for pictures that are good in both (Customized-GRPO); "sum" and "harmonic" (RPO) make one
+            reward of the two first.
+        synergy: γ of that term; 0 leaves it out.
+        time_aware: whether the text's weight follows the denoising step (Customized-GRPO); else it is `text_weight`.
+        text_weight: of the sum, of the harmonic mean (RPO's 1 - λ), and without `time_aware`.
         stats_buffer, stats_min_count: of `PromptStats`; 16 and 16 in DDPO's code; a buffer of 0 makes advantages
             group-relative, and `stats_min_count` without meaning.
         checkpoint_every: epochs between checkpoints.
@@ -91,6 +94,10 @@ class DDPOConfig:
     ema_decay: float = 0.0
     lora_rank: int = 4
     micro_batch: int = 4
+    combine: str = "synergy"
+    synergy: float = 0.4
+    time_aware: bool = True
+    text_weight: float = 0.5
     stats_buffer: int = 16
     stats_min_count: int = 16
     checkpoint_every: int = 5
@@ -126,15 +133,6 @@ def gaussian_kl(mean: torch.Tensor, reference: torch.Tensor, std: torch.Tensor) 
     return ((mean - reference) ** 2 / (2 * s**2)).mean(dim=(1, 2, 3))
 
 
-def scorer_reward(scorer: Scorer, references: Sequence[Image.Image] = ()) -> Reward:
-    """Use a scorer as the reward; it reads the prompt without the identifier, and sees the subject's photos.
-
-    Args:
-        references: photos of the subject, for a scorer that compares with them, such as RPO's λ-harmonic reward.
-    """
-    return lambda images, prompts: scorer(images, [p.clean for p in prompts], list(references))
-
-
 def epoch_prompts(prompts: Sequence[Prompt], n: int, seed: int, epoch: int) -> list[Prompt]:
     """`n` prompts of an epoch: every prompt equally often, the remainder drawn at random."""
     order = torch.randperm(len(prompts), generator=generator(seed, "prompts", epoch)).tolist()
@@ -152,13 +150,14 @@ def train(
     guard: Guard | None = None,
     on_epoch: Callable[[dict[str, float], TextToImage], None] | None = None,
     processes: Processes | None = None,
+    subject_reward: Reward | None = None,
 ) -> list[dict[str, float]]:
     """Fine-tune `model` in place (it gains a LoRA adapter) and return one row of numbers an epoch.
 
     Args:
         prompts: of both kinds for InstructBooth's trick, see `training_prompts`.
-        reward: scores the pictures. Where training continues the caller must give the same one, and the same guard:
-            unlike the settings they are not compared.
+        reward: scores the pictures; an `Objective` may be clipped at its level. Where training continues the caller
+            must give the same one, and the same guard: unlike the settings they are not compared.
         folder: for checkpoints; training continues from the newest one there, on the same random streams.
         monitor: watches the epoch's images (subject fidelity, the judge); never part of the objective.
         guard: warns, may end the training early, and then the result is the best policy it saw; see `rl.guard`.
@@ -166,18 +165,21 @@ def train(
             checkpoint is written: at least once for every epoch, again for those that an interruption made it repeat.
         processes: that train together, each in a call of its own with the same arguments; only the first watches
             (monitor, on_epoch) and writes. See `rl.processes.start` and `help_train`.
+        subject_reward: a second objective, of the pictures whose prompt has the identifier; None as in InstructBooth.
 
     Returns:
-        Rows with epoch, reward, reward_identifier and reward_class (where there is such a prompt), the monitor's
-        numbers, the guard's (frontier, alarm), ratio_first (largest |ratio - 1| of the first micro-batch before any
-        update), clip_fraction, log_prob, log_prob_t000 ... (mean of each step), grad_norm, loss, kl (0 without
-        `kl_weight`), seconds.
+        Rows with epoch, reward, reward_identifier and reward_class (where there is such a prompt), reward_subject (of
+        identifier prompts), above_level and above_level_subject (share of pictures, where a level is known), the
+        monitor's numbers, the guard's (frontier, alarm), ratio_first (largest |ratio - 1| of the first micro-batch
+        before any update), clip_fraction, log_prob, log_prob_t000 ... (mean of each step), grad_norm, loss, kl (0
+        without `kl_weight`), seconds.
 
     Raises:
         TrainingError: a reward, loss or gradient that is not finite, a reward function that fails, memory that does not
             suffice, or another process that ended; the last checkpoint stays.
         ArtifactError: the checkpoints in `folder` are of another training.
-        ParameterError: fewer images an epoch than processes, or a sampler whose trained steps are deterministic.
+        ParameterError: fewer images an epoch than processes, a sampler whose trained steps are deterministic, or a
+            clip at a level that is not known.
     """
     processes = processes or Processes()
     if config.images_per_epoch < processes.count:
@@ -185,7 +187,11 @@ def train(
             f"{config.images_per_epoch} images an epoch cannot be shared by {processes.count} processes: use fewer."
         )
     origin = {k: hash_json(v) for k, v in asdict(config).items() if k not in MAY_CHANGE}
+    objectives = Objectives(reward, subject_reward, config)
+    for objective in objectives.given.values():
+        objective.levels(prompts)  # a clip at a level that nobody knows is refused before anything is drawn
     origin |= {"model": model_fingerprint(model), "prompts": hash_json([p.text for p in prompts]), "seed": str(seed)}
+    origin["rewards"] = hash_json(objectives.facts)
     schedule = config.sampler.schedule(model)
     if not bool((schedule.std[: config.n_trained_steps(len(schedule))] > 0).all()):
         raise ParameterError(
@@ -193,12 +199,12 @@ def train(
             "log-probability is not defined: train with an eta above 0, such as 1."
         )
     trainable = model.add_lora(config.lora_rank, generator(seed, "lora"))
+    names = list(model.lora_state())
     optimizer = torch.optim.AdamW(
         trainable, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )
     average = [p.detach().clone() for p in trainable]
     best = average
-    stats = PromptStats(config.stats_buffer, config.stats_min_count)
     history: list[dict[str, float]] = []
     checkpoints = Checkpoints(folder / "checkpoints")
     if (found := processes.share(checkpoints.latest() if processes.first else None)) is not None:
@@ -209,11 +215,9 @@ def train(
                 "go on with what it was started with, or train in another folder."
             )
         model.load_lora_state(part(tensors, "lora"))
-        average, best = (
-            [tensors[f"{name}.{i}"].to(p.device) for i, p in enumerate(trainable)] for name in ("average", "best")
-        )
+        average, best = ([part(tensors, name)[k].to(model.device) for k in names] for name in ("average", "best"))
         load_optimizer_tensors(optimizer, tensors)
-        stats.load(state["stats"])
+        objectives.load(state["stats"])
         history = state["history"]
 
     ended = len(history) >= config.n_epochs or bool(guard and guard.gives_up(history))
@@ -221,20 +225,16 @@ def train(
         epoch = len(history)
         started = time.perf_counter()
         chosen = epoch_prompts(prompts, config.images_per_epoch, seed, epoch)
-        texts = [p.text for p in chosen]
         streams = [generator(seed, "rollout", epoch, i) for i in range(len(chosen))]
-        trajectories, images, rewards = collect(model, chosen, reward, schedule, config, streams, processes)
-        if not bool(torch.isfinite(rewards).all()):
-            bad = int((~torch.isfinite(rewards)).nonzero()[0])
+        trajectories, images, scores = collect(model, chosen, objectives, schedule, config, streams, processes)
+        if not bool(torch.isfinite(scores).all()):
+            which, bad = (~torch.isfinite(scores)).nonzero()[0].tolist()
             raise TrainingError(
                 f"epoch {epoch}: the reward of image {bad} ({chosen[bad].text!r}) is "
-                f"{rewards[bad].item()}; look at the image and at the reward function."
+                f"{scores[which, bad].item()}; look at the image and at the reward function."
             )
-        advantages = stats.advantages(texts, rewards).clamp(-config.advantage_clip, config.advantage_clip)
-        row = {"epoch": epoch, "reward": rewards.mean().item()}
-        for name, kind in (("reward_identifier", True), ("reward_class", False)):
-            of_kind = rewards[[p.identifier is kind for p in chosen]]
-            row |= {name: of_kind.mean().item()} if len(of_kind) else {}
+        advantages = objectives.advantages(chosen, scores, len(schedule))
+        row = {"epoch": epoch} | objectives.row(chosen, scores)
         row |= processes.share(monitor(images, chosen) if monitor else {})
         row |= {"log_prob": trajectories.log_probs.mean().item()}
         row |= {
@@ -242,7 +242,7 @@ def train(
             for t, v in zip(schedule.timesteps, trajectories.log_probs.mean(1).tolist(), strict=True)
         }
         stream = generator(seed, "update", epoch)
-        before = [v.clone() for v in average]  # what the guard judges is the pictures of this policy
+        judged = [p.detach().clone() for p in trainable]  # the policy that drew what the monitor saw, not the average
         row |= update(
             model, optimizer, trainable, average, trajectories, advantages, schedule, config, stream, processes
         )
@@ -251,20 +251,34 @@ def train(
         if guard:
             row |= guard.look(history)
             if guard.best(history) == epoch:  # while there is no frontier, the newest policy
-                best = before if "frontier" in row else [v.clone() for v in average]
+                best = judged if "frontier" in row else [v.clone() for v in average]
         ended = epoch + 1 == config.n_epochs or bool(guard and guard.gives_up(history))
         if on_epoch:
             on_epoch(row, model)
         if processes.first and ((epoch + 1) % config.checkpoint_every == 0 or ended):
             tensors = {f"lora.{k}": v for k, v in model.lora_state().items()} | optimizer_tensors(optimizer)
             for name, adapter in (("average", average), ("best", best)):
-                tensors |= {f"{name}.{i}": v.cpu() for i, v in enumerate(adapter)}
-            checkpoints.save(epoch + 1, tensors, {"origin": origin, "stats": stats.state(), "history": history})
+                tensors |= {f"{name}.{k}": v.cpu() for k, v in zip(names, adapter, strict=True)}
+            checkpoints.save(epoch + 1, tensors, {"origin": origin, "stats": objectives.state(), "history": history})
     with torch.no_grad():
         for parameter, value in zip(trainable, best if guard and guard.patience else average, strict=True):
             parameter.copy_(value)
     model.unet.requires_grad_(False)
     return history
+
+
+def best_policy(folder: Path) -> dict[str, torch.Tensor]:
+    """The adapter of the best frontier, for `load_lora_state`, from a training's newest checkpoint; see `rl.guard`.
+
+    It is there without `patience` too, where the training itself returns its last policy.
+
+    Raises:
+        ArtifactError: no checkpoint.
+    """
+    found = Checkpoints(folder / "checkpoints").latest()
+    if found is None:
+        raise ArtifactError(f"{folder} has no checkpoint of a training: run it first.")
+    return part(found[1], "best")
 
 
 @contextmanager
@@ -278,13 +292,13 @@ def _own_share(processes: Processes, config: DDPOConfig) -> Iterator[None]:
 def collect(
     model: TextToImage,
     prompts: Sequence[Prompt],
-    reward: Reward,
+    objectives: Objectives,
     schedule: Schedule,
     config: DDPOConfig,
     streams: Sequence[torch.Generator],
     processes: Processes,
 ) -> tuple[Trajectories, list[Image.Image], torch.Tensor]:
-    """An epoch's trajectories, images and rewards (B,): each process makes its share and gets everybody's."""
+    """An epoch's trajectories, images and scores (objectives, B): each process makes its share and gets everybody's."""
     chunks = torch.arange(len(prompts)).split(processes.chunk(len(prompts), config.micro_batch))
     mine = []
     with _own_share(processes, config):
@@ -292,32 +306,14 @@ def collect(
             asked, own = [prompts[i] for i in members], [streams[i] for i in members]
             made = rollout(model, [p.text for p in asked], schedule, config.sampler.guidance, own, len(asked))
             images = model.decode(made.latents[-1])
-            mine.append((made.latents, made.log_probs, images, _rewarded(reward, images, asked)))
-    latents, log_probs, images, rewards = zip(*processes.gather(mine), strict=True)
+            mine.append((made.latents, made.log_probs, images, objectives.score(images, asked)))
+    latents, log_probs, images, scores = zip(*processes.gather(mine), strict=True)
     trajectories = Trajectories(
         torch.cat(latents, 1).to(model.device),
         torch.cat(log_probs, 1).to(model.device),
         model.encode_text([p.text for p in prompts]),
     )
-    return trajectories, [image for part in images for image in part], torch.cat(rewards)
-
-
-def _rewarded(reward: Reward, images: list[Image.Image], prompts: list[Prompt]) -> torch.Tensor:
-    """The rewards (B,) fp32; a reward function that fails says so."""
-    try:
-        rewards = torch.as_tensor(reward(images, prompts)).float().cpu()
-    except (IbkitError, torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:  # of any kind, since anybody's function may be the reward
-        raise TrainingError(
-            f"the reward function failed with {type(error).__name__}: {error}; mend it and resume."
-        ) from error
-    if rewards.shape != (len(images),):
-        raise TrainingError(
-            f"the reward function returned shape {tuple(rewards.shape)} for {len(images)} images: "
-            "it must give each one number."
-        )
-    return rewards
+    return trajectories, [image for part in images for image in part], torch.cat(scores, 1)
 
 
 def update(
@@ -332,7 +328,11 @@ def update(
     stream: torch.Generator,
     processes: Processes,
 ) -> dict[str, float]:
-    """The gradient steps of an epoch: trajectories in random order, `batch` of them to a step."""
+    """The gradient steps of an epoch: trajectories in random order, `batch` of them to a step.
+
+    Args:
+        advantages: of each image and denoising step (B, T); a step has its own however the steps are drawn.
+    """
     n_steps = config.n_trained_steps(len(schedule))
     n_drawn = max(1, round(config.subsample * n_steps))
     advantages = advantages.to(model.device)
@@ -344,7 +344,8 @@ def update(
         with _own_share(processes, config):
             for micro in processes.deal(pairs.split(processes.chunk(len(pairs), config.micro_batch))):
                 image, step = micro[:, 0].to(model.device), micro[:, 1].to(model.device)
-                loss, ratio, kl = pair_loss(model, trajectories, image, step, advantages[image], schedule, config)
+                advantage = advantages[image, step]
+                loss, ratio, kl = pair_loss(model, trajectories, image, step, advantage, schedule, config)
                 if not bool(torch.isfinite(loss).all()):
                     raise TrainingError(
                         f"the policy loss is not finite (ratio {ratio.min().item():.3g} "
@@ -379,7 +380,8 @@ def help_train(
     device: torch.device,
     model: str,
     prompts: Sequence[Prompt],
-    reward: str,
+    reward: RewardSpec,
+    subject_reward: RewardSpec | None,
     weights: str,
     references: Sequence[Image.Image],
     config: DDPOConfig,
@@ -391,11 +393,11 @@ def help_train(
 
     Args:
         model: as `load_model` takes it.
-        reward, weights: the scorer, as `make_scorer` takes it; references: the subject's photos.
+        weights: of the scorers, as `make_scorer` takes them; references: the subject's photos.
     """
-    scorer = make_scorer(reward, weights, device)
+    text, subject = (spec and spec.load(weights, device, references) for spec in (reward, subject_reward))
     network = load_model(model, device=device)
-    train(network, prompts, scorer_reward(scorer, references), config, folder, seed, guard=guard, processes=processes)
+    train(network, prompts, text, config, folder, seed, guard=guard, processes=processes, subject_reward=subject)
 
 
 def pair_loss(

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from importlib import import_module
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,13 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 POCKET_WEIGHTS = Path(__file__).resolve().parents[1] / "pocket" / "weights"
 
 Need = Literal["text", "references"]
+
+
+class Level(NamedTuple):
+    """Mean and standard deviation of the scores of true pictures: what a policy can earn without fooling the scorer."""
+
+    mean: float
+    std: float
 
 
 class Scorer(ABC):
@@ -78,6 +85,10 @@ class Scorer(ABC):
             )
         # clone: an inference tensor could not take part in a later autograd computation
         return scores.clone()
+
+    def level(self, text: str) -> Level | None:
+        """The scores of true pictures for a text without the identifier; None where they were not measured."""
+        return None
 
     @abstractmethod
     def _score(

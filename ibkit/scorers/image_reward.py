@@ -10,6 +10,7 @@ Shapes: B batch, C/H/W channels and pixels, P patches + 1, L text tokens, V visi
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -23,6 +24,7 @@ from ibkit.errors import ModelError
 from ibkit.scorers.base import (
     CLIP_MEAN,
     CLIP_STD,
+    Level,
     Scorer,
     TruncationWarning,
     batches,
@@ -308,6 +310,22 @@ def map_official(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return mapped
 
 
+def read_levels(folder: Path) -> dict[str, Level]:
+    """The table of a weights folder, `level.json`: {"a cat dancing": [mean, std], ..., "": [mean, std]}; none, empty.
+
+    Raises:
+        ModelError: The file is damaged, or an entry is not two finite numbers.
+    """
+    file = folder / "level.json"
+    if not file.is_file():
+        return {}
+    with reading(ImageReward.name, file.name, folder):
+        levels = {text: Level(*map(float, pair)) for text, pair in json.loads(file.read_text(encoding="utf-8")).items()}
+        if not all(math.isfinite(number) for level in levels.values() for number in level):
+            raise ValueError("a number is not finite")
+    return levels
+
+
 class ImageReward(Scorer):
     """How well people would like the picture for its text (higher is better; about -2 to 2).
 
@@ -317,6 +335,7 @@ class ImageReward(Scorer):
         device: Where the model runs.
         evaluator: Model in words.
         batch_size: Pictures a forward pass.
+        levels: Text -> scores of true pictures for it; "" stands for any other text.
     """
 
     name = "image_reward"
@@ -329,6 +348,7 @@ class ImageReward(Scorer):
         device: str | torch.device = "cpu",
         evaluator: str = "ImageReward",
         batch_size: int = 32,
+        levels: Mapping[str, Level] | None = None,
     ) -> None:
         config = model.config
         check_vocabulary(self.name, getattr(tokenizer, "name_or_path", ""), len(tokenizer), config.tokenizer_size)
@@ -336,6 +356,7 @@ class ImageReward(Scorer):
         self.tokenizer = tokenizer
         self.device = torch.device(device)
         self.batch_size = batch_size
+        self.levels = dict(levels or {})
         self.evaluator = (
             f"{evaluator}; {config.image_px} px bicubic + centre crop, CLIP mean/std, "
             f"text cut at {config.max_tokens} tokens"
@@ -360,7 +381,11 @@ class ImageReward(Scorer):
         with reading(cls.name, "tokenizer", folder):
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         kind = "pocket reward model" if str(weights) == "pocket" else f"reward model in {folder.name}"
-        return cls(model, tokenizer, device, f"{kind} (ImageReward's architecture)")
+        return cls(model, tokenizer, device, f"{kind} (ImageReward's architecture)", levels=read_levels(folder))
+
+    def level(self, text: str) -> Level | None:
+        """That of the text in the weights' table, else that of all texts together (the text "")."""
+        return self.levels.get(text, self.levels.get(""))
 
     def encode_text(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask, each (B, max_tokens); warns once about a text that is cut."""
