@@ -75,7 +75,7 @@ POCKET = Preset(
     activities=("playing soccer", "dancing"),  # poses that leave the subject in sight, so that identity can be judged
     n_images=30,
     sample_every=10,
-    monitor="dino",
+    monitor="subject",
     guard=Guard(),
     world=True,
 )

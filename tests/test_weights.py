@@ -5,6 +5,7 @@ import os
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ import torch
 
 from ibkit.models import POCKET_PIPELINE, load_model
 from ibkit.pocket.build.autoencoder import new_autoencoder
+from ibkit.pocket.build.card import reaches
+from ibkit.pocket.build.common import ShapewiseMuon, begin_with
+from ibkit.pocket.build.reward import ranks
 from ibkit.pocket.build.tokenizer import learn_merges
 from ibkit.pocket.build.unet import TextToLatent, new_scheduler
 from ibkit.pocket.draw import render
@@ -21,7 +25,10 @@ from ibkit.pocket.world import (
     IDENTIFIERS,
     NO_ACTIVITY,
     activities_of,
+    doing,
+    sample_mixture,
     sample_scene,
+    sample_subject,
     vocabulary,
 )
 from ibkit.runs import hash_file
@@ -42,15 +49,22 @@ def test_every_file_is_the_one_on_the_card(card):
     assert files.keys() - card["files"].keys() == {"card.json", "MODEL_CARD.md"}
     for name, entry in card["files"].items():
         assert hash_file(files[name]) == entry["sha256"], name
-    assert sum(p.stat().st_size for p in files.values()) <= 25e6
+    assert sum(p.stat().st_size for p in files.values()) <= 30e6
 
 
 def test_the_card_says_what_was_reached(card):
     for row in card["numbers"]:
         assert row["n"] >= 90
-        assert row["reached"] == (row["target"] is None or row["value"] >= row["target"]), row["name"]
+        assert row["reached"] == (row["target"] is None or reaches(row["value"], row["target"])), row["name"]
     text = (WEIGHTS / "MODEL_CARD.md").read_text()
     assert text.count("short of the target") == sum(not row["reached"] for row in card["numbers"])
+
+
+@pytest.mark.parametrize(
+    "value, target, reached", [(0.99, 0.98, True), (0.97, 0.98, False), (0.02, -0.03, True), (0.04, -0.03, False)]
+)
+def test_a_negative_target_is_the_most_that_is_allowed(value, target, reached):
+    assert reaches(value, target) == reached
 
 
 def test_the_weights_are_of_this_recipe():
@@ -108,9 +122,44 @@ def test_scorers_prefer_the_right_text_and_the_same_subject():
 
 def test_the_judge_has_its_accuracy_with_it():
     accuracy = Judge.load().card["accuracy"]
-    assert set(accuracy) == {"class", "activity", "place", "accessory", "identity"}
+    assert set(accuracy) == {"class", "activity", "pose", "things", "place", "accessory", "identity"}
     assert "renders" in accuracy["activity"] and accuracy["activity"]["n"] >= 400
     assert set(ACTIVITIES) == {a for noun in DEMO_SUBJECTS for a in activities_of(noun)}
+
+
+@pytest.mark.parametrize("kind, part", [("things at rest", "things"), ("pose without things", "pose")])
+def test_the_judge_does_not_take_a_part_for_the_activity(kind, part):
+    rng = random.Random(kind)
+    scenes = [sample_mixture(rng, sample_subject(rng, noun), kind) for noun in ("cat", "dog", "bike") * 20]
+    activities = [getattr(scene, part) for scene in scenes]
+    judge = Judge.load()
+    assert judge.agrees([render(scene) for scene in scenes], "activity", activities).mean() <= 0.1
+    whole = [render(replace(scene, **doing(activity))) for scene, activity in zip(scenes, activities, strict=True)]
+    assert judge.agrees(whole, "activity", activities).mean() >= 0.95
+    assert set(judge.answers(whole, "activity")) >= set(activities)
+    assert (
+        judge.agrees(
+            [render(replace(scene, **doing(NO_ACTIVITY))) for scene in scenes], "activity", ["none"] * 60
+        ).mean()
+        > 0.9
+    )
+
+
+@pytest.mark.parametrize("kind", ["things without the pose", "pose without the things", "rest against things"])
+def test_the_reward_prefers_more_of_the_activity(kind):
+    right, n = ranks(make_scorer("image_reward"), kind, 100)
+    assert right / n >= 0.9
+
+
+def test_the_reward_knows_the_level_of_true_pictures():
+    reward, rng = make_scorer("image_reward"), random.Random("level")
+    for noun, activity in (("cat", "playing soccer"), ("pot", "with popcorn in it")):
+        text = f"a {noun} {activity}"
+        level = reward.level(text)
+        true = reward([render(sample_scene(rng, sample_subject(rng, noun), activity)) for _ in range(40)], [text] * 40)
+        assert abs(true.mean() - level.mean) < 4 * level.std / 40**0.5 + 0.5
+        rest = reward([render(sample_scene(rng, sample_subject(rng, noun), NO_ACTIVITY))], [text])
+        assert rest.item() < level.mean - 2 * level.std
 
 
 def test_no_pickle_is_shipped():
@@ -140,3 +189,26 @@ def test_merges_by_hand(seed):
     words = ["tap", "top", "tip"]
     random.Random(seed).shuffle(words)
     assert learn_merges(words)[0] == ("a", "p</w>")  # all pairs are equally frequent: the alphabet decides
+
+
+def test_shapewise_muon_takes_the_steps_of_pytorchs():
+    torch.manual_seed(0)
+    theirs = [torch.nn.Parameter(torch.randn(shape)) for shape in ((8, 5), (8, 5), (5, 8), (16, 16), (4, 36))]
+    ours = [torch.nn.Parameter(p.detach().clone()) for p in theirs]
+    optimizers = torch.optim.Muon(theirs, lr=0.02, weight_decay=0.01), ShapewiseMuon(ours, lr=0.02, weight_decay=0.01)
+    for _ in range(4):
+        for a, b in zip(theirs, ours, strict=True):
+            a.grad = torch.randn_like(a)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(theirs, ours, strict=True):
+        torch.testing.assert_close(a, b, atol=2e-3, rtol=0)  # bf16, summed in another order
+
+
+def test_a_build_begins_with_what_fits_of_earlier_weights():
+    old, new = torch.nn.Linear(3, 2), torch.nn.ModuleDict({"a": torch.nn.Linear(3, 2), "b": torch.nn.Linear(3, 4)})
+    kept = new["b"].weight.detach().clone()
+    start = {"a.weight": old.weight.detach(), "b.weight": torch.zeros(4, 9), "c.weight": torch.zeros(1)}
+    begin_with(new, start)
+    assert torch.equal(new["a"].weight, old.weight) and torch.equal(new["b"].weight, kept)

@@ -237,7 +237,7 @@ def _write(build: Build, numbers: list[tuple[str, float, float | None, int]]) ->
     raters = {name: json.loads((build.weights / "judge" / f"{name}.json").read_text()) for name in RATERS}
     card = {
         "numbers": [
-            {"name": n, "value": v, "target": t, "n": k, "reached": t is None or _reaches(v, t)}
+            {"name": n, "value": v, "target": t, "n": k, "reached": t is None or reaches(v, t)}
             for n, v, t, k in numbers
         ],
         "files": {
@@ -277,7 +277,7 @@ def _write(build: Build, numbers: list[tuple[str, float, float | None, int]]) ->
     (build.weights / "MODEL_CARD.md").write_text("\n".join(lines) + "\n")
 
 
-def _reaches(value: float, target: float) -> bool:
+def reaches(value: float, target: float) -> bool:
     """A target below 0 is the most that a share of mistakes may be."""
     return value <= -target if target < 0 else value >= target
 
@@ -289,4 +289,4 @@ def _target(target: float | None) -> str:
 def _verdict(value: float, target: float | None) -> str:
     if target is None:
         return ""
-    return "reached" if _reaches(value, target) else "**short of the target**"
+    return "reached" if reaches(value, target) else "**short of the target**"

@@ -22,7 +22,8 @@ from ibkit.pocket.world import COLOURS, PATTERNS
 from ibkit.scorers.judge import ANSWERS, JUDGE_WIDTHS, JudgeNet
 
 BUDGET = Budget(steps=4000, batch=512, ema=0.998)
-RATER_BUDGET = Budget(steps=2500, batch=256, ema=0.995)
+RATER_BUDGET = Budget(steps=800, batch=128, ema=0.99)
+RATER_REDRAWS = 4  # steps between redrawn pictures
 ATTRIBUTES = {
     "body": list(COLOURS),
     "second": list(COLOURS),
@@ -57,8 +58,13 @@ def train(
     widths: tuple[int, ...] = JUDGE_WIDTHS,
     budget: Budget = BUDGET,
     start: dict | None = None,
+    redraw_every: int = 1,
 ) -> JudgeNet:
-    """Train one; its first weights and its batches are drawn from its name."""
+    """Train one; its first weights and its batches are drawn from its name.
+
+    Args:
+        redraw_every: steps between those with pictures by the autoencoder, which is most of a small network's work.
+    """
     torch.manual_seed(hash_seed(f"{name} weights"))
     net = JudgeNet(widths)
     begin_with(net, start)
@@ -75,8 +81,9 @@ def train(
     def loss_fn(work, average, step, generator):
         indices = pictures.members(pictures.groups(budget.batch // pictures.size, generator)).flatten()
         x = pictures.batch(indices, device)
-        part = slice(step % 3, None, 3)
-        x[part] = redraw(vae, x[part], generator, dtype)
+        if step % redraw_every == 0:
+            part = slice(step // redraw_every % 3, None, 3)
+            x[part] = redraw(vae, x[part], generator, dtype)
         answers, embedding = work["net"](degrade(jitter(x, generator), generator).to(dtype))
         losses = {q: F.cross_entropy(answers[q].float(), labels[q][indices], label_smoothing=0.02) for q in ANSWERS}
         for k, head in work["heads"].items():

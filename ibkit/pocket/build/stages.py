@@ -132,6 +132,7 @@ class Build:
                     name,
                     RATER_WIDTHS,
                     judge.RATER_BUDGET,
+                    redraw_every=judge.RATER_REDRAWS,
                 )
                 save_half(net.state_dict(), self.folder / f"{name}.safetensors")
         write_raters(self)

@@ -1,0 +1,158 @@
+"""What RL optimises, side by side in the pocket world: text alone, text and subject in several ways.
+
+    python benchmarks/arms.py --out outputs/arms                        # cat and dog, three RL seeds, all arms
+    python benchmarks/arms.py --out outputs/arms --subjects cat --arms text "text and subject" --rl-seeds 0
+    python benchmarks/arms.py --out outputs/arms --tables               # print what is there
+
+All arms of a subject start from one DreamBooth model, and are drawn from the same noise. What is there is not made
+again, and a training that was stopped goes on from its checkpoint; several can share the folder, each with arms or
+seeds of its own. Writes `<subject>-<arm>-<seed>.csv`, one row a picture, and beside it the history of the training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from ibkit.data.prompts import Prompt, training_prompts
+from ibkit.data.subject import PersonalizedSubject, demo_subject, world_photos
+from ibkit.models import TextToImage, load_model
+from ibkit.monitor import SubjectMonitor
+from ibkit.personalize import dreambooth
+from ibkit.personalize.class_images import class_images
+from ibkit.pocket.world import CLASSES
+from ibkit.presets import POCKET
+from ibkit.rl import ddpo
+from ibkit.rl.objectives import RewardSpec
+from ibkit.sample import sample
+from ibkit.scorers import make_scorer
+from ibkit.scorers.judge import Judge
+
+IDENTIFIER = "sks"
+# arm -> (clip the text at its level, the subject's scorer, clip it, settings of DDPO that differ from the preset)
+ARMS: dict[str, tuple[bool, str, bool, dict]] = {
+    "text": (False, "", False, {}),
+    "text clipped": (True, "", False, {}),
+    "text and subject": (True, "subject", True, {"combine": "synergy"}),
+    "text and DINO": (True, "dino", True, {"combine": "synergy"}),
+    "sum": (True, "subject", True, {"combine": "sum"}),
+    "harmonic": (True, "subject", True, {"combine": "harmonic"}),
+}
+
+
+def look(model: TextToImage, prompts: list[Prompt], n: int, judge: Judge, who: PersonalizedSubject) -> pd.DataFrame:
+    """`n` pictures of each prompt from fixed noise and the judge's answers, one row a picture."""
+    asked = [prompt for prompt in prompts for _ in range(n)]
+    seeds = [1000 + i for i in range(n)] * len(prompts)
+    drawn = sample(model, [prompt.text for prompt in asked], seeds, POCKET.sampler)
+    activities = [prompt.activity for prompt in asked]
+    subject = make_scorer("subject", "pocket")(drawn, references=world_photos(who.world))
+    return pd.DataFrame(
+        {
+            "phrase": activities,
+            "identifier": [prompt.identifier for prompt in asked],
+            "image_seed": seeds,
+            "shown": judge.agrees(drawn, "activity", activities).int(),
+            "pose": judge.agrees(drawn, "pose", activities).int(),
+            "things": judge.agrees(drawn, "things", activities).int(),
+            "same_subject": judge.identifies(drawn, who.world).int(),
+            "subject_score": subject.double(),
+        }
+    )
+
+
+def personalized(who: PersonalizedSubject, folder: Path) -> Path:
+    """The subject's DreamBooth model, trained on the first call."""
+    path = folder / f"{who.name}-dreambooth"
+    if not path.exists():
+        model, config = load_model("pocket"), POCKET.dreambooth
+        cache = folder / "class-images"
+        pictures = class_images(model, who.class_prompt, config.n_class_images, POCKET.class_sampler, cache)
+        work, photos = folder / f".{path.name}", world_photos(who.world)
+        dreambooth.train(model, photos, who.instance_prompt, who.class_prompt, pictures, config, work)
+        shutil.rmtree(work, ignore_errors=True)
+        model.save_pipeline(path)
+    return path
+
+
+def run_arm(noun: str, arm: str, seed: int, folder: Path, n_pictures: int, n_epochs: int) -> None:
+    name = f"{noun}-{arm}-{seed}".replace(" ", "_")
+    if (folder / f"{name}.csv").exists():
+        return
+    started, judge, world = time.monotonic(), Judge.load(), demo_subject(noun)
+    who = PersonalizedSubject(noun, noun, IDENTIFIER, "", "pocket", "", world)
+    prompts = training_prompts(list(POCKET.activities), noun, IDENTIFIER, "", True)
+    start = personalized(who, folder)
+    before = folder / f"{noun}-dreambooth.csv"
+    if not before.exists():
+        look(load_model(str(start)), prompts, n_pictures, judge, who).to_csv(before, index=False)
+    model, photos = load_model(str(start)), world_photos(world)
+    clip_text, scorer, clip_subject, settings = ARMS[arm]
+    config = replace(POCKET.ddpo, n_epochs=n_epochs or POCKET.ddpo.n_epochs, **settings)
+    text = RewardSpec("image_reward", clip_text).load("pocket", "cpu", photos)
+    subject = RewardSpec(scorer, clip_subject).load("pocket", "cpu", photos) if scorer else None
+    watch = SubjectMonitor(who, photos, make_scorer(POCKET.monitor, "pocket"), judge, make_scorer("clip_t", "pocket"))
+
+    def say(row: dict, network: TextToImage) -> None:
+        if row["epoch"] % 5 == 4:
+            shown, same = row.get("judge_activity", float("nan")), row.get("judge_identity", float("nan"))
+            seconds = time.monotonic() - started
+            print(f"{name} {row['epoch'] + 1}: reward {row['reward']:.2f} shown {shown:.2f} same {same:.2f} "
+                  f"{seconds:.0f} s", flush=True)  # fmt: skip
+
+    work = folder / f".{name}"
+    rows = ddpo.train(model, prompts, text, config, work, seed, watch, POCKET.guard, say, subject_reward=subject)
+    pd.DataFrame(rows).to_csv(folder / f"{name}-history.csv", index=False)
+    table = look(model, prompts, n_pictures, judge, who)
+    table.to_csv(folder / f"{name}.tmp", index=False)
+    (folder / f"{name}.tmp").replace(folder / f"{name}.csv")
+    shutil.rmtree(work, ignore_errors=True)
+
+
+def read(folder: Path) -> pd.DataFrame:
+    """All pictures that are there, with subject, arm ("dreambooth" among them) and RL seed."""
+    tables = []
+    for path in sorted(folder.glob("*.csv")):
+        if path.stem.endswith("-history"):
+            continue
+        noun, arm, *seed = path.stem.replace("_", " ").split("-")
+        table = pd.read_csv(path, keep_default_na=False)
+        tables.append(table.assign(subject=noun, arm=arm, rl_seed=int(seed[0]) if seed else -1))
+    return pd.concat(tables, ignore_index=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--subjects", nargs="+", default=["cat", "dog"], choices=CLASSES)
+    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--rl-seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--pictures", type=int, default=60, help="of each prompt, after training")
+    parser.add_argument("--epochs", type=int, default=0, help="0 = the preset's")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tables", action="store_true", help="only print the table of what is there")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(arguments.threads)
+    if not arguments.tables:
+        for seed in arguments.rl_seeds:
+            for noun in arguments.subjects:
+                for arm in arguments.arms:
+                    run_arm(noun, arm, seed, arguments.out, arguments.pictures, arguments.epochs)
+    rows = read(arguments.out)
+    named = rows[rows["identifier"]]
+    columns = ["shown", "pose", "things", "same_subject", "subject_score"]
+    with pd.option_context("display.max_rows", None, "display.width", 120):
+        print(named.groupby(["subject", "arm", "phrase"])[columns].mean().round(2))
+        print(named.groupby(["subject", "arm", "rl_seed"])[columns].mean().round(2))
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

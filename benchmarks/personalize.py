@@ -1,0 +1,126 @@
+"""The trade of DreamBooth in the pocket world: what more steps, or larger ones, win in subject and cost in text.
+
+    python benchmarks/personalize.py --out outputs/personalize            # 8 subjects x 3 seeds, an hour a core
+    python benchmarks/personalize.py --out outputs/personalize --subjects cat --seeds 0 --settings usual
+    python benchmarks/personalize.py --out outputs/personalize --tables   # print what is there
+
+One training gives the whole curve: it stops at each of `LOOKS` and draws its pictures from fixed noise, which the judge
+looks at. A training that is there is not made again, so a stopped sweep goes on; several can share a folder, each with
+its own subjects. Writes `<subject>-<setting>-<seed>.csv`, one row a picture.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pandas as pd
+import torch
+
+from ibkit.data.subject import demo_subject, world_photos
+from ibkit.models import load_model
+from ibkit.personalize import dreambooth
+from ibkit.personalize.class_images import class_images
+from ibkit.personalize.dreambooth import DreamBoothConfig
+from ibkit.pocket.world import CLASSES, activities_of
+from ibkit.presets import POCKET
+from ibkit.sample import sample
+from ibkit.scorers.judge import Judge
+
+LOOKS = (150, 200, 250, 300, 400, 500, 650, 800)  # steps
+N_PICTURES = 8  # of each prompt
+N_PHRASES = 5
+IDENTIFIER = "sks"
+# settings that differ from the preset
+SETTINGS: dict[str, dict] = {
+    "usual": {},
+    "slow": {"learning_rate": 4e-4},
+    "light": {"prior_weight": 0.3},
+    "large": {"batch": 8, "prior_weight": 0.3},
+}
+
+
+def train_and_look(noun: str, setting: str, seed: int, folder: Path, weights: str, looks: tuple[int, ...]) -> None:
+    """One training of one subject, looked at on the way; writes its table when it is finished."""
+    table = folder / f"{noun.replace(' ', '-')}-{setting}-{seed}.csv"
+    if table.exists():
+        return
+    world, judge, started = demo_subject(noun), Judge.load(), time.monotonic()
+    config: DreamBoothConfig = replace(POCKET.dreambooth, n_steps=max(looks), **SETTINGS[setting])
+    config = replace(config, checkpoint_every=config.n_steps)
+    model = load_model(weights)
+    pictures = class_images(model, f"a {noun}", config.n_class_images, POCKET.class_sampler, folder / "class-images")
+    phrases = ["", *activities_of(noun)[:N_PHRASES]]
+    rows = []
+
+    def look(row: dict) -> None:
+        step = row["step"] + 1
+        if step not in looks:
+            return
+        asked = [phrase for phrase in phrases for _ in range(N_PICTURES)]
+        prompts = [f"a {IDENTIFIER} {noun} {phrase}".strip() for phrase in asked]
+        drawn = sample(model, prompts, list(range(N_PICTURES)) * len(phrases), POCKET.sampler)
+        shown = judge.agrees(drawn, "activity", [phrase or "none" for phrase in asked])
+        same, right = judge.identifies(drawn, world), judge.agrees(drawn, "class", [noun] * len(drawn))
+        pose = judge.answers(drawn, "pose")
+        for i, phrase in enumerate(asked):
+            facts = {"shown": int(shown[i]), "same_subject": int(same[i]), "right_class": int(right[i])}
+            keys = {"subject": noun, "setting": setting, "seed": seed, "steps": step, "phrase": phrase}
+            rows.append(keys | {"image_seed": i % N_PICTURES} | facts | {"pose": pose[i]})
+        rest = [row["same_subject"] for row in rows if row["steps"] == step]
+        print(f"{noun} {setting} seed {seed} step {step}: same {sum(rest) / len(rest):.2f}", flush=True)
+
+    work = folder / f".{table.stem}"
+    shutil.rmtree(work, ignore_errors=True)
+    prompt, photos = f"a {IDENTIFIER} {noun}", world_photos(world)
+    dreambooth.train(model, photos, prompt, f"a {noun}", pictures, config, work, seed, on_step=look)
+    shutil.rmtree(work, ignore_errors=True)
+    temporary = table.with_suffix(".tmp")
+    pd.DataFrame(rows).to_csv(temporary, index=False)
+    temporary.replace(table)
+    print(f"{table.name}: {time.monotonic() - started:.0f} s", flush=True)
+
+
+def curve(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
+    """Prompt shown and same subject, of prompts with an activity, and same subject of the bare prompt; shares."""
+    asked, bare = rows[rows["phrase"] != ""], rows[rows["phrase"] == ""]
+    table = asked.groupby(by)[["shown", "same_subject", "right_class"]].mean()
+    return table.assign(bare_same=bare.groupby(by)["same_subject"].mean())
+
+
+def read(folder: Path) -> pd.DataFrame:
+    tables = [pd.read_csv(path, keep_default_na=False) for path in sorted(folder.glob("*.csv"))]
+    return pd.concat(tables, ignore_index=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--subjects", nargs="+", default=list(CLASSES), choices=CLASSES)
+    parser.add_argument("--settings", nargs="+", default=["usual"], choices=list(SETTINGS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--model", default="pocket")
+    parser.add_argument("--looks", nargs="+", type=int, default=list(LOOKS), help="steps at which to look")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tables", action="store_true", help="only print the tables of what is there")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    torch.set_num_threads(arguments.threads)
+    if not arguments.tables:
+        for seed in arguments.seeds:
+            for setting in arguments.settings:
+                for noun in arguments.subjects:
+                    looks = tuple(arguments.looks)
+                    train_and_look(noun, setting, seed, arguments.out, arguments.model, looks)
+    rows = read(arguments.out)
+    with pd.option_context("display.max_rows", None, "display.width", 120):
+        print(curve(rows, ["setting", "steps"]).round(2))
+        print(curve(rows, ["setting", "steps", "subject"])[["shown", "same_subject"]].round(2).unstack())
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
