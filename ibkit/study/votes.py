@@ -25,19 +25,16 @@ from PIL import Image
 from ibkit.data.photos import read_rgb
 from ibkit.data.subject import PersonalizedSubject
 from ibkit.errors import ArtifactError, ParameterError, StudyError
+from ibkit.intervals import Interval, bootstrap_statistic, mean_interval
 from ibkit.runs import CompletedRun, hash_json, identify, read_run, resolve
 from ibkit.stats import (
     UNIT,
-    Interval,
     as_compared,
-    bootstrap_statistic,
     check_scores,
     in_method_order,
-    mean_interval,
     pair_up,
     unit_groups,
     unit_matrix,
-    wilson_interval,
 )
 
 
@@ -306,7 +303,7 @@ def shares(decided: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         Tidy table: question, method, value, low, high, n (pictures), ties, seeds. Prompts, pictures within them and RL
-        seeds are resampled (`ibkit.stats`).
+        seeds are resampled (`ibkit.intervals`).
     """
     rows = []
     asked = decided[decided["question"] != "preference"]
@@ -365,16 +362,7 @@ def preference_rate(votes: pd.DataFrame, better: str = "instructbooth", worse: s
 def _interval(rows: pd.DataFrame, column: str) -> Interval:
     """Mean of a column over items, with the interval that fits; items that nobody rated leave gaps."""
     matrix = unit_matrix(rows, column)
-    if not matrix.isna().to_numpy().any():
-        interval = mean_interval(matrix.to_numpy(), unit_groups(matrix))
-    else:
-        interval = bootstrap_statistic({"x": matrix.to_numpy()}, lambda x: x, unit_groups(matrix))
-    if interval.low < interval.high:
-        return interval
-    # All alike: the bootstrap has no width. Wilson's has, and counts each unit once, since RL seeds share their noise.
-    n_units = matrix.shape[1]
-    share = wilson_interval(round(interval.value * n_units), n_units)
-    return Interval(interval.value, share.low, share.high, interval.n)
+    return mean_interval(matrix.to_numpy(), unit_groups(matrix))
 
 
 # ---------------------------------------------------------------------------------------------------- agreement
@@ -405,7 +393,7 @@ def kappas(votes: pd.DataFrame) -> pd.DataFrame:
     """Fleiss' κ for every question, and for every pair of methods of the preference, with 95 % intervals.
 
     κ wants the same number of raters on each item, so only items that every rater of the table voted on count.
-    Intervals resample subjects, prompts, noises and the items of a noise.
+    Intervals resample subjects and prompts; of a single prompt, its noises.
 
     Returns:
         Table: question, methods ("" = all, or "a – b"), kappa, low, high (NaN where κ is not defined), observed
@@ -426,7 +414,8 @@ def kappas(votes: pd.DataFrame) -> pd.DataFrame:
         expected = float(sum(column.mean() ** 2 for name, column in columns.items() if name != "agree"))
         row = {"question": question, "methods": methods, "kappa": np.nan, "low": np.nan, "high": np.nan}
         if expected < 1:
-            groups = [part[name].to_numpy() for name in UNIT]
+            noises = part.groupby(list(UNIT)).ngroup()  # the same seed is another noise under another prompt
+            groups = [*(part[name].to_numpy() for name in UNIT[:-1]), noises.to_numpy()]
             interval = bootstrap_statistic(columns, _kappa_of_means, groups)
             row |= {"kappa": interval.value, "low": interval.low, "high": interval.high}
         observed = float(columns["agree"].mean())
