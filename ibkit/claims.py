@@ -43,8 +43,8 @@ EVIDENCE = {
 }
 # Below this many prompts × subjects the intervals are wide, and a claim says so.
 FEW_PROMPTS = 5
-# C3: the loss of subject fidelity that is allowed: 5 points of the judge's line-up. On the scale of DINO and CLIP-I 0.05
-# is what the paper itself loses and calls competitive (table 2: .699 to .650).
+# C3: the loss of subject fidelity that is allowed: 5 points of the judge's line-up. On the scale of DINO and CLIP-I the
+# paper itself loses 0.05 and calls it competitive (table 2: .699 to .650).
 MARGIN = 0.05
 # C2: the share of the lost text fidelity that a good run wins back.
 GOOD_SHARE = 2 / 3

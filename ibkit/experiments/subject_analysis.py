@@ -94,7 +94,7 @@ def subject_auc(
     subjects = _subjects(tables[0])
 
     def over_dino(weights: np.ndarray) -> np.ndarray:
-        first, *second = [_weighted_auc(wide.to_numpy(), subjects, weights) for wide in tables]
+        first, *second = [_weighted_auc(wide.to_numpy(), subjects, weights.astype(float)) for wide in tables]
         return first - second[0] if second else first
 
     found = bootstrap_weighted(over_dino, subjects, len(subjects), n_resamples=n_resamples, seed=seed)

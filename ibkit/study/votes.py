@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,8 +25,8 @@ from PIL import Image
 
 from ibkit.data.photos import read_rgb
 from ibkit.data.subject import PersonalizedSubject
-from ibkit.errors import ArtifactError, ParameterError, StudyError
-from ibkit.intervals import Interval, bootstrap_statistic, mean_interval
+from ibkit.errors import ArtifactError, ParameterError, ScoreError, StudyError
+from ibkit.intervals import ROUNDING, Interval, bootstrap_statistic, mean_interval
 from ibkit.runs import CompletedRun, hash_json, identify, read_run, resolve
 from ibkit.stats import (
     UNIT,
@@ -396,9 +397,9 @@ def kappas(votes: pd.DataFrame) -> pd.DataFrame:
     Intervals resample subjects and prompts; of a single prompt, its noises.
 
     Returns:
-        Table: question, methods ("" = all, or "a – b"), kappa, low, high (NaN where κ is not defined), observed
-        (share of agreeing pairs of raters), expected (by chance), n (items), raters. Empty for a single rater, who
-        agrees with nobody.
+        Table: question, methods ("" = all, or "a – b"), kappa, low, high (NaN where κ, or its interval, is not
+        defined), observed (share of agreeing pairs of raters), expected (by chance), n (items), raters. Empty for a
+        single rater, who agrees with nobody.
     """
     votes = check_votes(votes)
     n_raters = votes["rater"].nunique()
@@ -416,8 +417,11 @@ def kappas(votes: pd.DataFrame) -> pd.DataFrame:
         if expected < 1:
             noises = part.groupby(list(UNIT)).ngroup()  # the same seed is another noise under another prompt
             groups = [*(part[name].to_numpy() for name in UNIT[:-1]), noises.to_numpy()]
-            interval = bootstrap_statistic(columns, _kappa_of_means, groups)
-            row |= {"kappa": interval.value, "low": interval.low, "high": interval.high}
+            row["kappa"] = (float(columns["agree"].mean()) - expected) / (1 - expected)
+            # Of prompts on which all agree in all, κ is not defined: drawn too often, they leave no interval.
+            with suppress(ScoreError):
+                interval = bootstrap_statistic(columns, _kappa_of_means, groups)
+                row |= {"low": max(interval.low, -1.0), "high": min(interval.high, 1.0)}
         observed = float(columns["agree"].mean())
         rows.append(row | {"observed": observed, "expected": expected, "n": len(part), "raters": n_raters})
     names = ["question", "methods", "kappa", "low", "high", "observed", "expected", "n", "raters"]
@@ -436,7 +440,7 @@ def _agreement(counts: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
 
 def _kappa_of_means(agree: np.ndarray, **shares: np.ndarray) -> np.ndarray:
     expected = sum(share**2 for share in shares.values())
-    return (agree - expected) / (1 - expected)
+    return (agree - expected) / np.where(expected < 1 - ROUNDING, 1 - expected, np.nan)
 
 
 # ---------------------------------------------------------------------------------------------------- Bradley–Terry
@@ -540,5 +544,6 @@ def strengths(decided: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> 
             columns, lambda i=i, **means: fitted(means)[:, i], unit_groups(shared), n_resamples=n_resamples, seed=seed
         )
         n = int((wins.loc[method] + wins[method]).sum())
-        rows.append({"method": method, "value": value[i], "low": interval.low, "high": interval.high, "n": n})
+        low, high = np.clip((interval.low, interval.high), 0, 1).tolist()
+        rows.append({"method": method, "value": value[i], "low": low, "high": high, "n": n})
     return pd.DataFrame(rows)
