@@ -340,7 +340,10 @@ def _draw(n_levels: int, n_resamples: int, rng: np.random.Generator) -> np.ndarr
 def _combined(
     value: float, drawn: list[tuple[np.ndarray, int]], n: int, level: float, rng: np.random.Generator
 ) -> Interval:
-    """Add up the factors' deviations, each corrected for its number of levels, and take their quantiles.
+    """Add up the factors' deviations, each corrected for its number of levels; their size gives a symmetric interval.
+
+    Symmetric, because a curved statistic deviates to one side only when few levels are resampled; and because symmetric
+    intervals hold the truth more closely as often as they say (Hall 1988).
 
     Args:
         value: the statistic on the scores themselves.
@@ -362,5 +365,5 @@ def _combined(
             f"The statistic is not finite in {(~finite).sum()} of {len(finite)} resamples: what it divides by is not "
             "clearly different from zero. More prompts, subjects or seeds are needed."
         )
-    low, high = value + np.quantile(deviations[finite], [(1 - level) / 2, (1 + level) / 2])
-    return Interval(value, float(low), float(high), n)
+    half = float(np.quantile(np.abs(deviations[finite]), level))
+    return Interval(value, value - half, value + half, n)
