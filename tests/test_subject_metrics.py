@@ -252,6 +252,8 @@ class TestStatistics:
         assert analysis._ranks(np.array([5, 1, 5, 9])).tolist() == [2.5, 1, 2.5, 4]
         with pytest.raises(ScoreError, match="values that differ"):
             analysis.spearman(x, 0 * x, subjects)
+        four = analysis.spearman(x[:4], x[:4] ** 2, pd.Series(list("aaaa")))  # one in 64 resamples is of one pair
+        assert (four.value, four.low, four.high) == (pytest.approx(1), -1, 1)
 
 
 class TestPatches:

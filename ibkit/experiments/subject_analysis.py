@@ -149,7 +149,8 @@ def misranked(table: pd.DataFrame, column: str, same: str = "pose", other: str =
 
 
 def spearman(x: pd.Series, y: pd.Series, subjects: pd.Series, *, n_resamples: int = 2000, seed: int = 0) -> Interval:
-    """Rank correlation (Pearson's of the ranks, ties sharing theirs) with a 95 % interval over subjects.
+    """Rank correlation (Pearson's of the ranks, ties sharing theirs) with a 95 % interval over subjects; it is
+    [−1, 1] where too few pairs have any spread.
 
     Raises:
         ScoreError: x or y is constant.
@@ -163,8 +164,12 @@ def spearman(x: pd.Series, y: pd.Series, subjects: pd.Series, *, n_resamples: in
         with np.errstate(divide="ignore", invalid="ignore"):  # a resample of equal values has no correlation
             return np.arctanh([np.corrcoef(a, b)[0, 1].clip(-LARGEST_R, LARGEST_R) for a, b in ranked])
 
-    found = bootstrap_weighted(fisher_z, subjects.to_numpy(), len(x), n_resamples=n_resamples, seed=seed)
-    return Interval(*np.tanh((found.value, found.low, found.high)).tolist(), found.n)
+    value = float(np.tanh(fisher_z(np.ones((1, len(x)), dtype=np.int64))[0]))
+    try:
+        found = bootstrap_weighted(fisher_z, subjects.to_numpy(), len(x), n_resamples=n_resamples, seed=seed)
+    except ScoreError:  # so few pairs that resamples without any spread are common
+        return Interval(value, -1.0, 1.0, len(x))
+    return Interval(value, *np.tanh((found.low, found.high)).tolist(), found.n)
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

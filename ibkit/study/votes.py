@@ -397,9 +397,9 @@ def kappas(votes: pd.DataFrame) -> pd.DataFrame:
     Intervals resample subjects and prompts; of a single prompt, its noises.
 
     Returns:
-        Table: question, methods ("" = all, or "a – b"), kappa, low, high (NaN where κ, or its interval, is not
-        defined), observed (share of agreeing pairs of raters), expected (by chance), n (items), raters. Empty for a
-        single rater, who agrees with nobody.
+        Table: question, methods ("" = all, or "a – b"), kappa, low, high (NaN where κ is not defined), observed (share
+        of agreeing pairs of raters), expected (by chance), n (items), raters. Empty for a single rater, who agrees with
+        nobody.
     """
     votes = check_votes(votes)
     n_raters = votes["rater"].nunique()
@@ -417,8 +417,8 @@ def kappas(votes: pd.DataFrame) -> pd.DataFrame:
         if expected < 1:
             noises = part.groupby(list(UNIT)).ngroup()  # the same seed is another noise under another prompt
             groups = [*(part[name].to_numpy() for name in UNIT[:-1]), noises.to_numpy()]
-            row["kappa"] = (float(columns["agree"].mean()) - expected) / (1 - expected)
-            # Of prompts on which all agree in all, κ is not defined: drawn too often, they leave no interval.
+            row |= {"kappa": (float(columns["agree"].mean()) - expected) / (1 - expected), "low": -1.0, "high": 1.0}
+            # κ is not defined on prompts whose votes are all alike; where many resamples hold only these, no bound is.
             with suppress(ScoreError):
                 interval = bootstrap_statistic(columns, _kappa_of_means, groups)
                 row |= {"low": max(interval.low, -1.0), "high": min(interval.high, 1.0)}
@@ -544,6 +544,6 @@ def strengths(decided: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> 
             columns, lambda i=i, **means: fitted(means)[:, i], unit_groups(shared), n_resamples=n_resamples, seed=seed
         )
         n = int((wins.loc[method] + wins[method]).sum())
-        low, high = np.clip((interval.low, interval.high), 0, 1).tolist()
-        rows.append({"method": method, "value": value[i], "low": low, "high": high, "n": n})
+        low, high = np.fmax(interval.low, 0.0), np.fmin(interval.high, 1.0)  # of a single item: 0 and 1
+        rows.append({"method": method, "value": value[i], "low": float(low), "high": float(high), "n": n})
     return pd.DataFrame(rows)
