@@ -1,6 +1,6 @@
 """How often the kit's 95 % intervals hold the truth, and how often a verdict finds an effect where there is none.
 
-    python benchmarks/intervals.py            # about two minutes
+    python benchmarks/intervals.py            # two to three minutes
     python benchmarks/intervals.py --quick
 
 Pictures are drawn as an experiment draws them: DreamBooth once and InstructBooth under each RL seed, on the same

@@ -54,7 +54,7 @@ AXES = {"n_images": "images made", "n_identifier_images": "images made with the 
 MEASURED = ("reward_identifier", "judge_activity", "judge_identity", "monitor")
 # Half of the reward that personalization lost is to be won back; reached when this many epochs are there on average.
 SHARE, WINDOW = 0.5, 3
-# Of runs, below which an interval is not given: three pairs tell equal arms apart in 25 % (benchmarks/intervals.py).
+# Of runs, below which an interval is not given: the t-quantiles of fewer make it too wide to say anything.
 MIN_PAIRS = 6
 
 
