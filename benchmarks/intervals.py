@@ -1,6 +1,6 @@
 """How often the kit's 95 % intervals hold the truth, and how often a verdict finds an effect where there is none.
 
-    python benchmarks/intervals.py            # two to three minutes
+    python benchmarks/intervals.py            # a minute and a half of one core
     python benchmarks/intervals.py --quick
 
 Pictures are drawn as an experiment draws them: DreamBooth once and InstructBooth under each RL seed, on the same
@@ -145,14 +145,14 @@ def main() -> int:
     n, designs = (200, QUICK) if arguments.quick else (arguments.draws, DESIGNS)
     rng, rows = np.random.default_rng(0), {}
     print(f"{n} draws each; a share has a standard error of up to {np.sqrt(0.05 * 0.95 / n):.1%} at 5 %")
-    print(f"{'':42}{'truth within 95 %':>18}{'verdict: lower':>16}{'higher':>8}")
+    print(f"{'':46}{'truth within 95 %':>18}{'verdict: lower':>16}{'higher':>8}")
     for design in designs:
         rows[str(design)] = row = measure(design, n, rng)
-        print(f"{design!s:42}{row['coverage']:>18.1%}{row['below']:>16.1%}{row['above']:>8.1%}", flush=True)
+        print(f"{design!s:46}{row['coverage']:>18.1%}{row['below']:>16.1%}{row['above']:>8.1%}", flush=True)
     for n_subjects, n_seeds in SUBJECTS_AND_SEEDS:
-        name = f"ratio: {n_subjects} subjects × {n_seeds} seeds"
+        name = f"ratio: {n_subjects} subject{'s' * (n_subjects > 1)} × {n_seeds} seeds"
         rows[name] = row = of_ratio(n_subjects, n_seeds, n, rng)
-        print(f"{name:42}{row['coverage']:>18.1%}{row['below']:>16.1%}{row['above']:>8.1%}", flush=True)
+        print(f"{name:46}{row['coverage']:>18.1%}{row['below']:>16.1%}{row['above']:>8.1%}", flush=True)
     if arguments.json:
         print(json.dumps({"draws": n, "designs": rows}))
     return 0
