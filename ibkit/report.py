@@ -17,7 +17,7 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from ibkit import __version__
-from ibkit.claims import EVIDENCE, NOT_REPRODUCED, NOT_TESTED, REPRODUCED, claims_from, summary
+from ibkit.claims import CONTRADICTED, EVIDENCE, NOT_TESTED, SUPPORTED, UNDECIDED, claims_from, summary
 from ibkit.errors import ArtifactError
 from ibkit.progress import duration
 from ibkit.published import EVALUATORS, PAPER, PUBLISHED, TABLE_TITLES, PublishedNumber, published
@@ -123,7 +123,12 @@ def render(name: str, stages: list[CompletedRun]) -> str:
     )
 
 
-_MARKS = {REPRODUCED: ("good", "✓"), NOT_REPRODUCED: ("bad", "✗"), NOT_TESTED: ("open", "–")}
+_MARKS = {
+    SUPPORTED: ("good", "✓"),
+    CONTRADICTED: ("bad", "✗"),
+    UNDECIDED: ("open", "?"),
+    NOT_TESTED: ("open", "–"),
+}
 
 
 def _subject(stages: list[CompletedRun], scores: pd.DataFrame | None) -> str:
@@ -299,7 +304,7 @@ FIGURE_KINDS = (
         "Text fidelity against subject fidelity",
         "Up and to the right is better. The base model does not know the subject. Personalization moves it up and to "
         "the left; a good second stage moves it back to the right without going down. Whiskers are 95 % intervals "
-        "over prompts and images.",
+        "over subjects, prompts and RL seeds.",
         _describe_plane,
     ),
     FigureKind(
@@ -453,8 +458,9 @@ TEMPLATE = """
 <section id="claims" aria-labelledby="claims-title">
 <h2 id="claims-title">The paper's claims, tested on this run</h2>
 {% if claims %}
-<p>Each figure compares two models on the same prompts and the same noise. Intervals are 95 % and resample prompts,
-images and RL seeds. A claim about a full-size model is tested here only on the model of this run.</p>
+<p>Each figure compares two models on the same prompts and the same noise. Intervals are 95 %, over subjects, prompts
+and RL seeds, and wide where these are few. Supported: the whole interval lies on the claimed side. Contradicted: it
+lies on the other side. Undecided: neither. A claim about a full-size model is tested only on the model of this run.</p>
 <table class="claims">
 <thead><tr><th scope="col">Claim</th><th scope="col">Our figure, 95 % interval</th><th scope="col">Verdict</th>
 <th scope="col">In the paper</th></tr></thead>
@@ -464,8 +470,9 @@ images and RL seeds. A claim about a full-size model is tested here only on the 
 <th scope="row">{{ claim.id }}. {{ claim.claim }}</th>
 <td><span class="number">{{ claim.figure() | nobreak }}</span>
 <small>{{ claim.quantity }}{% if claim.n %}; n = {{ claim.n }}{% endif %}{% if claim.seeds %}, RL seeds:
-{{ claim.seeds }}{% endif %}</small><small>{{ claim.detail | nobreak }}</small></td>
-<td><span class="verdict {{ marks[claim.verdict][0] }}">{{ marks[claim.verdict][1] }} {{ claim.verdict }}</span></td>
+{{ claim.seeds }}{% endif %}</small>{% if claim.detail %}<small>{{ claim.detail | nobreak }}</small>{% endif %}</td>
+<td><span class="verdict {{ marks[claim.verdict][0] }}">{{ marks[claim.verdict][1] }} {{ claim.verdict }}</span>
+<small>{{ claim.reason | nobreak }}</small></td>
 <td><small>{{ claim.source | nobreak }}</small></td>
 </tr>
 {% endfor %}

@@ -1,6 +1,7 @@
 """Tables of results, for people: methods as rows, metrics as columns, each cell a mean with its interval.
 
-A difference between two methods is called one only where its paired interval says so. Every table is written three
+A difference between two methods is called one only where its paired interval says so, after Holm's correction for all
+metrics but the primary one of text and of subject fidelity (`claims.primary_metrics`). Every table is written three
 times: CSV, Markdown and LaTeX. `ibkit tables` makes them of several runs at once, such as one for each subject.
 """
 
@@ -8,13 +9,14 @@ from __future__ import annotations
 
 import difflib
 from argparse import ArgumentParser, Namespace
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
 
 import pandas as pd
 
-from ibkit.claims import load_scores
+from ibkit.claims import load_scores, primary_metrics
 from ibkit.errors import ScoreError
+from ibkit.intervals import Interval
 from ibkit.runs import resolve, write_atomically
 from ibkit.stats import (
     METRICS,
@@ -92,8 +94,9 @@ def differences(
     """Every other method minus one, paired by prompt and noise.
 
     Returns:
-        Tidy table: method, against, metric, value, low, high, n, and verdict: "higher" or "lower" where zero is
-        outside the 95 % interval, else "not told apart".
+        Tidy table: method, against, metric, value, low, high (of the 95 % interval), n, primary, and verdict: "higher"
+        or "lower" where zero is outside the interval, else "not told apart". For metrics that are not primary, the
+        interval that decides is the wider one of Holm's procedure (`holm_sides`).
 
     Raises:
         ScoreError: no rows of `against`, or a metric that the scores do not have.
@@ -103,15 +106,50 @@ def differences(
     if one.empty:
         there = ", ".join(in_method_order(compared["method"].unique())) or "none"
         raise ScoreError(f"There are no rows of {against!r} to compare the other methods with; there are: {there}.")
-    for method in in_method_order(compared["method"].unique()):
+    primary, verdicts = primary_metrics(scores), {1: HIGHER, -1: LOWER, 0: NOT_TOLD_APART}
+    for method in in_method_order(set(compared["method"]) - {against, "real"}):
         other = compared[compared["method"] == method]
-        for metric in asked:
-            if method in (against, "real") or one[metric].isna().all() or other[metric].isna().all():
-                continue
-            interval = bootstrap_difference(other, one, metric)
-            verdict = HIGHER if interval.low > 0 else LOWER if interval.high < 0 else NOT_TOLD_APART
-            rows.append({"method": method, "against": against, "metric": metric, **vars(interval), "verdict": verdict})
-    return pd.DataFrame(rows, columns=["method", "against", "metric", "value", "low", "high", "n", "verdict"])
+        # All that was measured, so that asking for fewer metrics does not change a verdict.
+        both = [
+            m for m in METRICS if m in {*measured(scores), *asked} and one[m].notna().any() and other[m].notna().any()
+        ]
+
+        def at_level(metric: str, level: float, other: pd.DataFrame = other) -> Interval:
+            return bootstrap_difference(other, one, metric, level=level)
+
+        intervals = {metric: at_level(metric, 0.95) for metric in both}
+        sides = {metric: intervals[metric].side() for metric in both}
+        sides |= holm_sides({metric: intervals[metric] for metric in both if metric not in primary}, at_level)
+        for metric in (metric for metric in asked if metric in both):
+            row = {"method": method, "against": against, "metric": metric, **vars(intervals[metric])}
+            rows.append(row | {"primary": metric in primary, "verdict": verdicts[sides[metric]]})
+    columns = ["method", "against", "metric", "value", "low", "high", "n", "primary", "verdict"]
+    return pd.DataFrame(rows, columns=columns)
+
+
+def holm_sides(intervals: Mapping[str, Interval], at_level: Callable[[str, float], Interval]) -> dict[str, int]:
+    """On which side of zero each of several intervals lies, with 5 % false verdicts for all of them together.
+
+    Holm 1979, by intervals instead of p-values: with m metrics left, those whose interval at level 1 − 0.05/m lies on
+    one side of zero are told apart and leave, until none leaves.
+
+    Args:
+        intervals: name -> its interval at 95 %.
+        at_level: from a name and a level to its interval.
+
+    Returns:
+        name -> 1 above, −1 below, 0 not told apart.
+    """
+    left, sides = [name for name in intervals if intervals[name].side()], dict.fromkeys(intervals, 0)
+    n_left = len(intervals)
+    while left:
+        found = {name: at_level(name, 1 - 0.05 / n_left).side() for name in left}
+        told_apart = {name: side for name, side in found.items() if side}
+        if not told_apart:
+            break
+        sides |= told_apart
+        left, n_left = [name for name in left if name not in told_apart], n_left - len(told_apart)
+    return sides
 
 
 def differences_in_words(table: pd.DataFrame) -> pd.DataFrame:
@@ -122,7 +160,7 @@ def differences_in_words(table: pd.DataFrame) -> pd.DataFrame:
             "Against": table["against"].map(method_label),
             "Metric": [METRICS[name].label for name in table["metric"]],
             "Difference [95 %]": [_cell(row, sign=True) for row in table.itertuples()],
-            "Verdict": table["verdict"],
+            "Verdict": [f"{row.verdict}{'' if row.primary else ' (Holm)'}" for row in table.itertuples()],
             "n": table["n"],
         }
     )

@@ -1,6 +1,7 @@
 """Claims: every verdict from hand-made scores, the stand-ins where there is no judge, and the command."""
 
 import json
+import re
 from argparse import ArgumentParser
 
 import numpy as np
@@ -10,16 +11,18 @@ import pytest
 from ibkit import claims as claims_module
 from ibkit.claims import claims_as_text, claims_command, claims_from, claims_from_scores, evaluate_claims, main, summary
 from ibkit.errors import ArtifactError, ScoreError
+from ibkit.intervals import Interval
 from ibkit.published import PUBLISHED, published
 from ibkit.runs import Run
 from ibkit.stats import check_scores
 
-PROMPTS = ("soccer", "bike", "cooking")
+PROMPTS = ("soccer", "bike", "tennis", "guitar", "cooking", "dancing", "surfing", "reading")
+UNSEEN = PROMPTS[4:]
 N_IMAGES = 20
 
 
 def images(method, identifier, activity, identity, rl_seed=0):
-    """20 images for each of three prompts, of which a given share is right: the first ones."""
+    """20 images for each of eight prompts, of which a given share is right: the first ones."""
     rows = []
     for prompt in PROMPTS:
         for image_seed in range(N_IMAGES):
@@ -33,7 +36,7 @@ def images(method, identifier, activity, identity, rl_seed=0):
                     "prompt": f"a {'[v] ' if identifier else ''}cat {prompt}",
                     "text": f"a cat {prompt}",
                     "activity": prompt,
-                    "seen": prompt != "cooking",
+                    "seen": prompt not in UNSEEN,
                     "identifier": identifier,
                     "image": f"{method}/{prompt}-{image_seed}.png",
                     "image_seed": image_seed,
@@ -65,51 +68,95 @@ def by_id(scores):
     return {claim.id: claim for claim in claims_from_scores(check_scores(scores))}
 
 
-def test_all_are_reproduced_when_the_paper_is_right():
+def test_all_are_supported_when_the_paper_is_right():
     claims = by_id(story(n_seeds=3))
-    assert {claim.verdict for claim in claims.values()} == {"reproduced"}
+    assert {claim.verdict for claim in claims.values()} == {"supported"}
+    assert claims["C1"].reason == "The whole interval lies below zero."
+    assert claims["C2"].reason == "The whole interval of InstructBooth − DreamBooth lies above zero."
     assert claims["C1"].value == pytest.approx(-0.70) and claims["C1"].high < 0
-    assert (claims["C1"].n, claims["C1"].seeds) == (60, 0)
+    assert (claims["C1"].n, claims["C1"].seeds) == (160, 0)
     assert claims["C2"].value == pytest.approx(0.65 / 0.70)
-    assert (claims["C2"].n, claims["C2"].seeds) == (180, 3)
+    assert (claims["C2"].n, claims["C2"].seeds) == (480, 3)
     assert "two thirds won back: yes" in claims["C2"].detail
-    assert claims["C3"].value == 0 and claims["C3"].low < 0 < claims["C3"].high
+    assert claims["C3"].value == 0 and -0.05 < claims["C3"].low < 0 < claims["C3"].high
     assert claims["C4"].value == pytest.approx(0.35) and claims["C4"].low > 0
     assert "text fidelity of the class prompt changed by −15.0" in claims["C4"].detail
-    assert claims["C8"].value == pytest.approx(0.65) and (claims["C8"].n, claims["C8"].seeds) == (60, 3)
+    assert claims["C8"].value == pytest.approx(0.65) and (claims["C8"].n, claims["C8"].seeds) == (240, 3)
     assert "on seen prompts the gain is +65.0" in claims["C8"].detail
 
 
-def test_c1_needs_a_loss():
-    assert verdicts(story(db_activity=1.0))["C1"] == "not reproduced"
+def test_c1_needs_a_loss_and_a_gain_contradicts_it():
+    assert verdicts(story(db_activity=1.0))["C1"] == "undecided"
+    assert verdicts(story(db_activity=0.9, base_activity=0.4))["C1"] == "contradicted"
+
+
+@pytest.mark.parametrize("n_prompts", [1, 2])
+def test_one_picture_of_each_prompt_decides_nothing(n_prompts):
+    scores = story(n_seeds=1)
+    few = scores[(scores["image_seed"] == 0) & scores["prompt_id"].isin(PROMPTS[:n_prompts])]
+    noise = np.random.default_rng(0).normal(size=len(few))
+    for change in (few, few.assign(judge_identity=np.nan, dino=0.6), few.assign(judge_text=np.nan, clip_t=noise)):
+        assert not {"supported", "contradicted"} & set(verdicts(change).values())
+    claims = by_id(few.assign(judge_identity=np.nan, dino=0.6))
+    assert claims["C3"].reason == "One picture of each prompt decides nothing: draw more."
+    if n_prompts == 1:
+        assert claims["C3"].low is None and claims["C3"].figure() == "+0.000, interval unknown"
+
+
+def test_pictures_of_one_prompt_say_nothing_about_others():
+    scores = story()
+    claim = by_id(scores[scores["prompt_id"] == "soccer"])["C1"]
+    assert claim.verdict == "undecided" and claim.high < 0 and "say nothing about others" in claim.reason
+
+
+def test_few_prompts_are_named_and_decide_only_by_their_interval():
+    scores = story()
+    two, three = (by_id(scores[scores["prompt_id"].isin(PROMPTS[:n])])["C1"] for n in (2, 3))
+    assert two.verdict == "undecided" and two.reason == "The interval holds zero. Only 2 prompts × subjects; draw more."
+    assert three.verdict == "supported" and three.reason.endswith("Only 3 prompts × subjects, but they decide.")
+    same = scores.assign(judge_identity=np.nan, dino=0.6)
+    few = by_id(same[same["prompt_id"].isin(PROMPTS[:4])])["C3"]
+    assert few.verdict == "undecided" and "all pairs differ by the same" in few.reason
+    assert by_id(same)["C3"].verdict == "supported"
 
 
 def test_c2_needs_a_gain_and_says_whether_two_thirds_are_reached():
-    assert verdicts(story(ib_activity=0.3))["C2"] == "not reproduced"
-    assert verdicts(story(ib_activity=0.1))["C2"] == "not reproduced"
+    assert verdicts(story(ib_activity=0.3))["C2"] == "undecided"
+    assert verdicts(story(ib_activity=0.1))["C2"] == "contradicted"
     some = by_id(story(ib_activity=0.6))["C2"]
-    assert some.verdict == "reproduced" and some.value == pytest.approx(3 / 7)
-    assert "two thirds won back: no" in some.detail
+    assert some.verdict == "supported" and some.value == pytest.approx(3 / 7)
+    assert "two thirds won back: no" in some.detail and "Of one RL seed" in some.reason
 
 
 def test_c2_is_not_tested_when_nothing_was_lost():
     claim = by_id(story(db_activity=1.0, ib_activity=1.0))["C2"]
-    assert claim.verdict == "not tested" and "nothing to win back" in claim.detail
+    assert claim.verdict == "not tested" and "nothing to win back" in claim.reason
     assert claim.value is None and claim.low is None and claim.n == 0
 
 
-def test_c3_allows_a_loss_of_five_points_and_says_what_the_low_bound_allows():
-    lost = by_id(story(ib_identity=0.8))["C3"]
-    assert lost.verdict == "not reproduced" and lost.detail.endswith("within it: no")
+def test_c2_without_a_loss_in_some_resamples_has_no_share(monkeypatch):
+    """The loss is certain, but by prompts that are drawn without it too often for a ratio: a sentence, no crash."""
+    scores = story(n_seeds=3)
+    lossless = (scores["method"] == "dreambooth") & ~scores["prompt_id"].isin(PROMPTS[:2])
+    scores = scores.assign(judge_text=scores["judge_text"].where(~lossless, 1))
+    monkeypatch.setattr(claims_module, "difference_interval", lambda *_: Interval(0.2, 0.1, 0.3, 160))
+    claim = by_id(scores)["C2"]
+    assert claim.verdict == "not tested" and claim.value is None
+    assert re.search(r"not finite in \d+ of 10000 resamples.* InstructBooth − DreamBooth is \+20.0 \[", claim.reason)
+
+
+def test_c3_allows_a_loss_of_five_points_by_the_bound():
+    lost = by_id(story(ib_identity=0.7))["C3"]
+    assert lost.verdict == "contradicted" and lost.reason.startswith("The whole interval lies below −0.05, the loss")
+    # Within the margin by the estimate, not by the bound.
     at_the_margin = by_id(story(ib_identity=0.95))["C3"]
-    assert at_the_margin.value == pytest.approx(-0.05) and at_the_margin.low < -0.05
-    assert at_the_margin.verdict == "reproduced" and "more images or RL seeds" in at_the_margin.detail
-    many = pd.concat([story().assign(image_seed=lambda t, k=k: t["image_seed"] + 100 * k) for k in range(3)])
-    assert by_id(many)["C3"].detail.endswith("within it: yes")
+    assert at_the_margin.value == pytest.approx(-0.05) and at_the_margin.low < -0.05 < at_the_margin.high
+    assert at_the_margin.verdict == "undecided" and "holds −0.05" in at_the_margin.reason
+    assert by_id(story())["C3"].verdict == "supported"
 
 
 def test_c4_needs_drift():
-    assert verdicts(story(db_class_identity=0.05))["C4"] == "not reproduced"
+    assert verdicts(story(db_class_identity=0.05))["C4"] == "undecided"
 
 
 def test_c8_asks_for_a_gain_where_rl_was_not_trained():
@@ -117,27 +164,27 @@ def test_c8_asks_for_a_gain_where_rl_was_not_trained():
     won = scores["method"] == "instructbooth"
     only_seen = scores.assign(judge_text=scores["judge_text"].where(~(won & scores["seen"]), 1))
     claim = by_id(only_seen)["C8"]
-    assert claim.verdict == "not reproduced" and "on seen prompts the gain is +70.0" in claim.detail
+    assert claim.verdict == "undecided" and "on seen prompts the gain is +70.0" in claim.detail
     all_seen = by_id(scores.assign(seen=True))["C8"]
-    assert all_seen.verdict == "not tested" and "evaluate on others" in all_seen.detail
-    assert "do not say which prompts" in by_id(scores.drop(columns="seen"))["C8"].detail
+    assert all_seen.verdict == "not tested" and "evaluate on others" in all_seen.reason
+    assert "do not say which prompts" in by_id(scores.drop(columns="seen"))["C8"].reason
 
 
 def test_what_is_missing_is_not_tested_and_says_why():
     scores = story()
     without_rl = by_id(scores[scores["method"] != "instructbooth"])
     assert [without_rl[name].verdict for name in ("C2", "C3")] == ["not tested", "not tested"]
-    assert "no images of instructbooth" in without_rl["C3"].detail
+    assert "no images of instructbooth" in without_rl["C3"].reason
     no_class_prompt = by_id(scores[(scores["method"] != "dreambooth") | scores["identifier"]])
-    assert "class prompt (no identifier)" in no_class_prompt["C4"].detail
+    assert "class prompt (no identifier)" in no_class_prompt["C4"].reason
     no_scores = by_id(scores.drop(columns=["judge_text", "judge_identity"]))
-    assert "None of judge_text, pick_score, clip_t, image_reward was scored" in no_scores["C1"].detail
+    assert "None of judge_text, pick_score, clip_t, image_reward was scored" in no_scores["C1"].reason
     other_seeds = scores.assign(image_seed=scores["image_seed"] + 100 * (scores["method"] == "base"))
     assert by_id(other_seeds)["C1"].verdict == "not tested"
 
 
 def test_without_a_judge_the_scorers_stand_in():
-    noise = np.random.default_rng(0).normal(0, 0.02, 240)
+    noise = np.random.default_rng(0).normal(0, 0.02, 640)
     scores = story().assign(
         image_reward=lambda t: t["judge_text"] + noise[: len(t)],
         dino=lambda t: 0.3 + 0.4 * t["judge_identity"] + noise[: len(t)],
@@ -151,7 +198,7 @@ def test_without_a_judge_the_scorers_stand_in():
         "dino",
         "dino",
     ]
-    assert {claim.verdict for claim in claims.values()} == {"reproduced"}
+    assert {claim.verdict for claim in claims.values()} == {"supported"}
     assert claims["C1"].unit == "score" and "points" not in claims["C1"].figure()
     # ImageReward is what RL raised, so any other text scorer speaks before it
     assert by_id(scores.assign(clip_t=scores["image_reward"]))["C2"].metric == "clip_t"
@@ -162,8 +209,8 @@ def test_prompts_without_an_activity_do_not_enter_text_fidelity():
     plain["image_seed"] = range(len(plain))
     drifted = plain.assign(method="dreambooth", judge_identity=1)
     claims = by_id(pd.concat([story(), plain, drifted]))
-    assert claims["C1"].n == 60
-    assert claims["C4"].n == 120 and claims["C4"].value == pytest.approx((0.35 + 1) / 2)
+    assert claims["C1"].n == 160
+    assert claims["C4"].n == 320 and claims["C4"].value == pytest.approx((0.35 + 1) / 2)
 
 
 def test_figures_are_written_in_their_units():
@@ -175,9 +222,7 @@ def test_figures_are_written_in_their_units():
 
 def test_summary_counts_verdicts():
     text = summary(list(by_id(story(db_activity=1.0)).values()))
-    assert (
-        "Reproduced, 2 of 5: C3" in text and "Not reproduced, 2 of 5: C1" in text and "Not tested, 1 of 5: C2" in text
-    )
+    assert "Supported, 2 of 5: C3" in text and "Undecided, 2 of 5: C1" in text and "Not tested, 1 of 5: C2" in text
 
 
 # --- claims that other notebooks test ------------------------------------------------------------------------------
@@ -211,11 +256,11 @@ def described(with_, without):
 
 def test_c5_asks_whether_the_subject_is_drawn_more_often():
     claim = claim_of("description", described(0.9, 0.2))
-    assert claim.verdict == "reproduced" and claim.value == pytest.approx(0.7) and (claim.n, claim.seeds) == (90, 3)
+    assert claim.verdict == "supported" and claim.value == pytest.approx(0.7) and (claim.n, claim.seeds) == (240, 3)
     assert "with 90.0 %, without 20.0 %" in claim.detail and "Right shape (simulated judge) +0.0" in claim.detail
-    assert claim_of("description", described(0.2, 0.2)).verdict == "not reproduced"
+    assert claim_of("description", described(0.2, 0.2)).verdict == "undecided"
     photos = claim_of("description", described(0.9, 0.2).drop(columns=["judge_shape", "judge_identity"]))
-    assert photos.metric == "dino" and photos.verdict == "not reproduced"
+    assert photos.metric == "dino" and photos.verdict == "undecided"
 
 
 def changed(pose):
@@ -238,11 +283,12 @@ def changed(pose):
 
 def test_c6_asks_whether_another_pose_costs_more_than_another_view():
     claim = claim_of("changes", changed(pose=0.5))
-    assert claim.verdict == "reproduced" and claim.value == pytest.approx(-0.4) and claim.n == 16
+    assert claim.verdict == "supported" and claim.value == pytest.approx(-0.4) and claim.n == 16
     assert "in 100 % [" in claim.detail and "place alone costs 0.050" in claim.detail
-    assert claim_of("changes", changed(pose=0.9)).verdict == "not reproduced"
+    assert claim_of("changes", changed(pose=0.9)).verdict == "undecided"
+    assert claim_of("changes", changed(pose=0.95)).verdict == "contradicted"
     only_views = changed(0.5)[lambda t: t["change"] == "view"]
-    assert "no change of view, pose and identity" in claim_of("changes", only_views).detail
+    assert "no change of view, pose and identity" in claim_of("changes", only_views).reason
 
 
 def curves(slope_identifier, n_seeds=6):
@@ -270,12 +316,12 @@ def curves(slope_identifier, n_seeds=6):
 
 def test_c7_compares_the_images_that_both_arms_need():
     claim = claim_of("prompt_kinds", curves(0.2))
-    assert claim.verdict == "reproduced" and claim.low > 1 and claim.figure().endswith(" times")
+    assert claim.verdict == "supported" and claim.low > 1 and claim.figure().endswith(" times")
     assert "the activity (simulated judge) +12 points [+12, +12] more often with both kinds" in claim.detail
     assert claim.detail.endswith("the class prompts still had before RL: cat 25 % (950 steps)")
-    assert claim_of("prompt_kinds", curves(0.8)).verdict == "not reproduced"
+    assert claim_of("prompt_kinds", curves(0.8)).verdict == "contradicted"
     few = claim_of("prompt_kinds", curves(0.2, n_seeds=5))
-    assert few.verdict == "not tested" and "Too few runs" in few.detail
+    assert few.verdict == "not tested" and "Too few runs" in few.reason
 
 
 def votes(n_for_instructbooth):
@@ -302,10 +348,11 @@ def votes(n_for_instructbooth):
 
 def test_c9_asks_what_most_raters_prefer():
     claim = claim_of("votes", votes(9))
-    assert claim.verdict == "reproduced" and claim.value == pytest.approx(0.9) and claim.n == 30
+    assert claim.verdict == "supported" and claim.value == pytest.approx(0.9) and claim.n == 80
     assert "3 raters, all simulated" in claim.detail and "preference 1.00" in claim.detail
     assert claim.figure().startswith("90 % [")
-    assert claim_of("votes", votes(5)).verdict == "not reproduced"
+    assert claim_of("votes", votes(5)).verdict == "undecided"
+    assert claim_of("votes", votes(1)).verdict == "contradicted"
     others = votes(9).assign(method_a="base")
     assert claim_of("votes", others).verdict == "not tested"
 
@@ -315,8 +362,8 @@ def test_a_claim_without_its_table_says_which_notebook_makes_it(tmp_path):
     votes(9).to_csv(tmp_path / "votes.csv", index=False)
     claims = {claim.id: claim for claim in evaluate_claims(tmp_path)}
     assert list(claims) == [f"C{i}" for i in range(1, 10)]
-    assert claims["C9"].verdict == "reproduced"
-    assert claims["C6"].detail == "Needs changes.csv of notebook 05_dino_metric."
+    assert claims["C9"].verdict == "supported"
+    assert claims["C6"].reason == "Needs changes.csv of notebook 05_dino_metric."
 
 
 # --- where scores are read from ------------------------------------------------------------------------------------
@@ -371,7 +418,7 @@ def test_command_prints_json_with_the_agreed_keys(tmp_path, capsys):
     assert claims_command(tmp_path, json=True) == 0
     printed = json.loads(capsys.readouterr().out)
     assert [claim["id"] for claim in printed] == [f"C{i}" for i in range(1, 10)]
-    agreed = {"id", "claim", "source", "value", "low", "high", "n", "seeds", "verdict"}
+    agreed = {"id", "claim", "source", "value", "low", "high", "n", "seeds", "verdict", "reason"}
     assert all(agreed <= set(claim) for claim in printed)
     assert printed[1]["value"] is None and printed[1]["verdict"] == "not tested"
     assert all(claim["low"] <= claim["value"] <= claim["high"] for claim in printed if claim["value"] is not None)
@@ -383,7 +430,7 @@ def test_command_prints_a_plain_table(tmp_path, capsys):
     claims_module.add_arguments(parser)
     assert main(parser.parse_args([str(tmp_path)])) == 0
     printed = capsys.readouterr().out
-    assert printed.count("reproduced  ") == 5 and "−70.0 [" in printed and "Table 1 (people" in printed
+    assert printed.count("supported  ") == 5 and "−70.0 [" in printed and "Table 1 (people" in printed
     assert max(map(len, printed.splitlines()[1:])) <= 100
 
 

@@ -221,7 +221,8 @@ def test_difference_is_with_minus_without_within_pairs():
 def test_training_seeds_are_a_level_of_the_interval():
     table = scores(lambda s, k: [0.9, 0.1][s], lambda s, k: 0.5, seeds=(0, 1))
     gap = ablation.difference(table, "dino")
-    assert gap.value == pytest.approx(0) and (gap.low, gap.high) == (pytest.approx(-0.4), pytest.approx(0.4))
+    # Two trainings, ± 0.4: Student's interval with one degree of freedom is ± 12.7 · 0.4.
+    assert gap.value == pytest.approx(0) and gap.low < -4 and gap.high > 4
     by_seed = ablation.by_seed(table).set_index("train_seed")["difference"]
     assert dict(by_seed) == {0: pytest.approx(0.4), 1: pytest.approx(-0.4)}
 
@@ -332,13 +333,13 @@ def test_overlap_is_what_a_record_gives(tiny):
 def test_overlap_averages_timesteps_first_and_counts_scenes_and_seeds():
     rows = [
         {"model": "with_description", "train_seed": seed, "role": "identifier", "word": "sks", "activity": "dancing",
-         "scene": scene, "t": t, "lift": seed + scene + t / 1000, "auc": 0.5}
+         "scene": scene, "t": t, "lift": seed + scene + t / 1000, "auc": 0.6}
         for seed in (0, 1) for scene in (0, 1) for t in (0, 500)
     ]  # fmt: skip
     summary = overlap.overlap_by_word(pd.DataFrame(rows)).set_index("measure")
     assert summary.loc["lift", "value"] == pytest.approx(0.5 + 0.5 + 0.25)
     assert (summary.loc["lift", "n"], summary.loc["lift", "seeds"]) == (4, 2)
-    assert summary.loc["auc", "low"] == summary.loc["auc", "high"] == 0.5
+    assert summary.loc["auc", ["low", "high"]].tolist() == pytest.approx([0.6, 0.6])
 
 
 # --- figures

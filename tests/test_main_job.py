@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -103,7 +104,8 @@ def test_the_job_runs_every_notebook_in_order_and_reports(places, capsys):
     assert starts[0] == "[1/4] 01_personalize: DreamBooth on a few photos"
     assert [line.split()[1] for line in starts[::2]] == [f"{name}:" for name in names]
     assert "      opened 02_rl_finetune" in out.splitlines()  # what a notebook prints, indented
-    assert "C1  reproduced" in out and f"open {folder / 'report.html'}" in out and (folder / "report.html").is_file()
+    assert re.search("^C1  (supported|undecided) ", out, re.M)
+    assert f"open {folder / 'report.html'}" in out and (folder / "report.html").is_file()
 
     tuned = read_run(folder / "02_rl_finetune-seed7", "02_rl_finetune")
     assert tuned.parameters["seed"] == 7 and tuned.parameters["n_epochs"] == 2

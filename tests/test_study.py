@@ -445,7 +445,10 @@ def test_all_alike_still_has_a_width_even_with_gaps():
     second = vote_rows(["aaa"] * 6, rl_seed=1)
     votes = pd.concat([vote_rows(["aaa"] * 8), second.assign(item=second["item"] + " of seed 1")])
     rate = preference_rate(votes, "dreambooth", "instructbooth")
-    assert rate.value == 1 and rate.n == 14 and rate.low == pytest.approx(8 / (8 + 1.959964**2))
+    assert rate.value == 1 and rate.n == 14
+    # Two prompts, whose eight pairs are worth √(2 · 8) at the most, by (z / t of one degree of freedom)².
+    n = 4 * (1.959964 / 12.7062) ** 2
+    assert rate.low == pytest.approx(n / (n + 1.959964**2), rel=1e-4)
 
 
 def test_preferences_add_up():
@@ -509,7 +512,8 @@ def test_kappas_take_the_items_that_all_rated():
     assert pairs["n"] == 2 and pairs["raters"] == 3 and pairs["kappa"] == pytest.approx(-0.2)
     assert pairs["observed"] == pytest.approx(2 / 3) and pairs["expected"] == pytest.approx(26 / 36)
     assert kappas(vote_rows(["a", "b"])).empty
-    assert np.isnan(text["kappa"]) and text["observed"] == 1 and pairs["methods"] == "dreambooth – instructbooth"
+    assert np.isnan([text["kappa"], text["low"]]).all() and (pairs["low"], pairs["high"]) == (-1, 1)
+    assert text["observed"] == 1 and pairs["methods"] == "dreambooth – instructbooth"
 
 
 # --- Bradley–Terry -------------------------------------------------------------------------------------------------

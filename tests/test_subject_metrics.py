@@ -226,7 +226,7 @@ class TestStatistics:
         # a: 4 of 4; b: 2 > 1, 4 > 1, 4 > 3 of 4. Across subjects, b's 2 and 4 would lose to a's 7 too.
         found = analysis.subject_auc(table, "x", "pose", "identity and pose")
         assert found.value == pytest.approx((1 + 0.75) / 2) and found.n == 4
-        assert 0.5 <= found.low < found.value < found.high <= 1
+        assert (found.low, found.high) == (0, 1)  # two subjects
         turned = analysis.subject_auc(table, "x", "identity and pose", "pose")
         assert turned.value == pytest.approx(1 - found.value)
         table["y"] = -table["x"]
@@ -271,6 +271,8 @@ class TestStatistics:
         assert analysis._ranks(np.array([5, 1, 5, 9])).tolist() == [2.5, 1, 2.5, 4]
         with pytest.raises(ScoreError, match="values that differ"):
             analysis.spearman(x, 0 * x, subjects)
+        four = analysis.spearman(x[:4], x[:4] ** 2, pd.Series(list("aaaa")))  # one in 64 resamples is of one pair
+        assert (four.value, four.low, four.high) == (pytest.approx(1), -1, 1)
 
 
 class TestPatches:

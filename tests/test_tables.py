@@ -1,16 +1,29 @@
 """Tables: what stands in them, when a difference is one, three formats, and several runs together."""
 
 import re
+from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
 import pytest
 
-from ibkit.claims import evaluate_claims
+from ibkit.claims import evaluate_claims, primary_metrics
 from ibkit.cli import main
 from ibkit.errors import ScoreError
+from ibkit.intervals import Interval
 from ibkit.stats import check_scores
-from ibkit.tables import all_tables, as_latex, as_markdown, by_prompts, combine, confirmed, differences, fidelity
+from ibkit.tables import (
+    all_tables,
+    as_latex,
+    as_markdown,
+    by_prompts,
+    combine,
+    confirmed,
+    differences,
+    differences_in_words,
+    fidelity,
+    holm_sides,
+)
 from tests.test_claims import images, story
 
 
@@ -35,13 +48,13 @@ def test_fidelity_has_a_row_a_method_and_the_real_photos_last(scores):
     ]
     shown = table["Prompt shown (simulated judge)"]
     assert shown[0].startswith("100.0 % [") and shown[1].startswith("30.0 % [") and shown[3] == "–"
-    assert shown[1].count("%") == 1 and table["n"].tolist() == [60, 60, 60, 3]
+    assert shown[1].count("%") == 1 and table["n"].tolist() == [160, 160, 160, 3]
 
 
 def test_seen_and_unseen_prompts_stand_apart(scores):
     table = by_prompts(scores)
     assert table[["Method", "Prompts", "n"]].to_numpy().tolist()[:3] == [
-        ["Base model", "seen in RL", 40], ["Base model", "unseen", 20], ["DreamBooth", "seen in RL", 40]
+        ["Base model", "seen in RL", 80], ["Base model", "unseen", 80], ["DreamBooth", "seen in RL", 80]
     ]  # fmt: skip
     assert "Real photos" not in set(table["Method"])
     with pytest.raises(ScoreError, match="no column seen"):
@@ -60,6 +73,51 @@ def test_a_difference_is_one_only_where_its_interval_says_so(scores):
         row = found.loc["instructbooth"]
         assert row["value"] == pytest.approx(shift) and row["low"] < 0 < row["high"]
         assert row["verdict"] == "not told apart"
+
+
+def test_metrics_that_are_not_primary_are_corrected_for_their_number(scores):
+    """Of ten metrics without any difference some lies beyond its own interval by chance, and Holm holds it back."""
+    rng, names = (
+        np.random.default_rng(0),
+        ("image_reward", "clip_t", "pick_score", "align_t", "clip_i", "dino", "align_i"),
+    )
+    paired = scores["method"].isin(("dreambooth", "instructbooth")) & scores["identifier"]
+    alone, corrected, n = 0, 0, 40
+    for _ in range(n):
+        by_prompt = {name: rng.normal(size=(2, 8)) for name in names}
+        which = (scores["method"] == "instructbooth").astype(int), pd.factorize(scores["prompt_id"])[0] % 8
+        noise = {name: by_prompt[name][which] + rng.normal(0, 0.1, len(scores)) for name in names}
+        table = differences(scores.assign(**noise)[paired], metrics=names)
+        alone += ((table["low"] > 0) | (table["high"] < 0)).any()
+        corrected += (table["verdict"] != "not told apart").any()
+        assert not table["primary"].any()
+    assert alone > 5 >= corrected  # 1 − .95⁷ = 30 % of 40 runs are 12, and 5 % are 2
+
+
+def test_the_primary_metrics_are_not_corrected(scores):
+    assert primary_metrics(scores) == ["judge_text", "judge_identity"]
+    assert primary_metrics(scores.drop(columns=["judge_text"]).assign(image_reward=1.0, clip_t=0.3)) == [
+        "clip_t", "judge_identity"
+    ]  # fmt: skip
+    table = differences(scores).set_index("metric")
+    assert table.loc["judge_text", "primary"].all() and not table.loc["dino", "primary"].any()
+    said = differences_in_words(differences(scores))
+    assert said["Verdict"].str.endswith("(Holm)").tolist() == (said["Metric"] == "DINO").tolist()
+
+
+def test_holm_by_hand():
+    # Standard errors of 1 and normal intervals: z of 3, 2.3, 2.1 and 0 give p = .003, .021, .036 and 1. Holm compares
+    # them with .05/4 and .05/3: only the first stays. z of 3, 2.55, 2.3, 2 all do: .003, .011, .021, .045.
+    def told_apart(*zs):
+        def at_level(name, level):
+            half = NormalDist().inv_cdf((1 + level) / 2)
+            return Interval(zs[name], zs[name] - half, zs[name] + half, 1)
+
+        return list(holm_sides({k: at_level(k, 0.95) for k in range(len(zs))}, at_level).values())
+
+    assert told_apart(3, 2.3, -2.1, 0) == [1, 0, 0, 0]
+    assert told_apart(3, -2.55, 2.3, -2) == [1, -1, 1, -1]
+    assert told_apart() == []
 
 
 def test_a_table_of_what_was_not_measured_is_refused(scores):
@@ -124,7 +182,7 @@ def test_runs_on_several_subjects_make_one_table(tmp_path, scores, capsys):
     names = {f"{t}.{s}" for t in ("fidelity", "differences", "seen_and_unseen") for s in ("csv", "md", "tex")}
     assert {path.name for path in (tmp_path / "both").iterdir()} == names | {"scores.csv"}
     claims = {claim.id: claim for claim in evaluate_claims(tmp_path / "both")}
-    assert claims["C1"].n == 120 and claims["C8"].n == 40
+    assert claims["C1"].n == 320 and claims["C8"].n == 160
 
 
 def test_one_subject_in_two_runs_is_refused(tmp_path, scores, capsys):

@@ -17,11 +17,12 @@ from ibkit.attention import auc, lift, mask_at, record_attention, token_position
 from ibkit.data.prompts import SLOT
 from ibkit.data.subject import PersonalizedSubject
 from ibkit.device import generator
+from ibkit.intervals import mean_interval
 from ibkit.models import TextToImage
 from ibkit.personalize.dreambooth import add_noise
 from ibkit.pocket.draw import render, subject_mask
 from ibkit.pocket.world import NO_ACCESSORY, Scene, Subject, sample_scene
-from ibkit.stats import mean_interval, unit_groups, unit_matrix
+from ibkit.stats import unit_groups, unit_matrix
 
 START_MARK = "start mark"
 

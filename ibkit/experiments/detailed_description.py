@@ -9,7 +9,7 @@ words alone:
 | without | "a [identifier] [class noun]" |
 
 Both then draw the same activities from the same noise. An arm is trained once for each training seed; pictures of two
-arms are compared within a seed, and the seeds are resampled like the prompts (`ibkit.stats`).
+arms are compared within a seed, and the seeds are resampled like the prompts (`ibkit.intervals`).
 
 Shapes: N pictures.
 """
@@ -32,6 +32,7 @@ from ibkit.data.subject import PersonalizedSubject
 from ibkit.errors import ParameterError
 from ibkit.evaluation import image_seeds, prompt_ids
 from ibkit.experiments.attention_overlap import at_size, new_scenes
+from ibkit.intervals import Interval, wilson_interval
 from ibkit.models import TextToImage
 from ibkit.personalize import dreambooth
 from ibkit.personalize.dreambooth import DreamBoothConfig
@@ -44,11 +45,9 @@ from ibkit.scorers.judge import Judge
 from ibkit.stats import (
     METRICS,
     UNIT,
-    Interval,
     bootstrap_difference,
     summarise,
     unit_matrix,
-    wilson_interval,
 )
 
 # The columns of description.csv, without the measurements.

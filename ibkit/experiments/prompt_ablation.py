@@ -37,6 +37,7 @@ from ibkit.device import generator
 from ibkit.errors import ArtifactError, ScoreError
 from ibkit.evaluation import image_seeds
 from ibkit.figures import HOUSE_STYLE, INK, METHOD_COLOURS, NotebookFigure
+from ibkit.intervals import bootstrap_statistic
 from ibkit.models import TextToImage
 from ibkit.personalize import dreambooth
 from ibkit.personalize.dreambooth import DreamBoothConfig
@@ -46,7 +47,6 @@ from ibkit.rl.ddpo import DDPOConfig, Monitor, Reward
 from ibkit.runs import Run
 from ibkit.sample import Sampler, sample
 from ibkit.scorers.judge import Judge
-from ibkit.stats import bootstrap_statistic
 
 # The columns of prompt_kinds.csv: what a row is about, how far the run had got, and what was measured there.
 RUN_KEYS = ("class_noun", "subject", "dreambooth_steps", "rl_seed")
@@ -54,7 +54,7 @@ AXES = {"n_images": "images made", "n_identifier_images": "images made with the 
 MEASURED = ("reward_identifier", "judge_activity", "judge_identity", "monitor")
 # Half of the reward that personalization lost is to be won back; reached when this many epochs are there on average.
 SHARE, WINDOW = 0.5, 3
-# Of runs, below which an interval is not given: three pairs tell equal arms apart in 25 % (benchmarks/intervals.py).
+# Of runs, below which an interval is not given: the t-quantiles of fewer make it too wide to say anything.
 MIN_PAIRS = 6
 
 
@@ -519,8 +519,8 @@ def efficiency(table: pd.DataFrame, n_resamples: int = 10_000) -> pd.DataFrame:
     Returns:
         One row a comparison: dreambooth_steps, arm, axis, n_pairs, reached_both, reached_other, ratio, ratio_low,
         ratio_high, gain_difference, gain_low, gain_high, activity_difference, activity_low, activity_high, verdict (of
-        the ratio). Bounds are of a paired 95 % bootstrap over subjects and, within them, RL seeds; missing below
-        `MIN_PAIRS` pairs.
+        the ratio). Bounds are of a paired 95 % bootstrap over subjects, or over the RL seeds of a single one; missing
+        below `MIN_PAIRS` pairs.
 
     Raises:
         ScoreError: see `pair_runs`.
@@ -538,15 +538,18 @@ def efficiency(table: pd.DataFrame, n_resamples: int = 10_000) -> pd.DataFrame:
             row |= {"ratio": ratio, "ratio_low": math.nan, "ratio_high": math.nan}
             options = {"groups": list(pairs["class_noun"]), "n_resamples": n_resamples}
             if len(pairs) >= MIN_PAIRS and sum(reached.values()):
-                interval = bootstrap_statistic(cut, lambda both, other: other / both, **options)
-                row |= {"ratio_low": interval.low, "ratio_high": interval.high}
+                # Of the logarithm, whose interval stays above zero.
+                interval = bootstrap_statistic(cut, lambda both, other: np.log(other / both), **options)
+                row |= {"ratio_low": math.exp(interval.low), "ratio_high": math.exp(interval.high)}
             for kind in ("gain", "activity"):
                 gains = {name: pairs[f"{kind}_{name}"].to_numpy() for name in ("both", "other")}
                 row |= {f"{kind}_difference": gains["both"].mean() - gains["other"].mean()}
                 row |= {f"{kind}_low": math.nan, f"{kind}_high": math.nan}
                 if len(pairs) >= MIN_PAIRS:
                     gain = bootstrap_statistic(gains, lambda both, other: both - other, **options)
-                    row |= {f"{kind}_low": gain.low, f"{kind}_high": gain.high}
+                    # A share of pictures differs by 1 at the most.
+                    most = 1.0 if kind == "activity" else math.inf
+                    row |= {f"{kind}_low": max(gain.low, -most), f"{kind}_high": min(gain.high, most)}
             rows.append(row | {"verdict": _verdict(row)})
     return pd.DataFrame(rows)
 

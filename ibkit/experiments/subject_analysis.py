@@ -1,6 +1,6 @@
 """What the tables of `ibkit.experiments.subject_changes` say about a subject metric, with intervals, and their figures.
 
-Individuals are what varies, so every interval resamples subjects, then the pairs within them. Scores of different
+Individuals are what varies, so every interval resamples subjects with all their pairs. Scores of different
 metrics have different scales; what is compared between metrics here does not depend on a scale.
 """
 
@@ -19,13 +19,7 @@ from matplotlib.ticker import PercentFormatter
 from ibkit.errors import ScoreError
 from ibkit.experiments.subject_changes import CHANGES, CONTRASTS, SAME_SUBJECT
 from ibkit.figures import HOUSE_STYLE, INK, METHOD_COLOURS, NotebookFigure
-from ibkit.stats import (
-    Interval,
-    bootstrap_mean,
-    bootstrap_statistic,
-    mean_interval,
-    resample_weights,
-)
+from ibkit.intervals import Interval, bootstrap_statistic, bootstrap_weighted, mean_interval
 
 LABELS = {
     "dino": "DINO (class token)",
@@ -37,6 +31,8 @@ LABELS = {
     "subject_score": "Subject head (shipped)",
     "learned_unseen": "Quick heads, activities unseen",
 }
+# Fisher's z of a perfect correlation is infinite.
+LARGEST_R = 1 - 1e-9
 SAME_COLOUR, OTHER_COLOUR = METHOD_COLOURS["instructbooth"], METHOD_COLOURS["dreambooth"]
 
 
@@ -97,12 +93,14 @@ def subject_auc(
     """
     tables = [side_by_side(table, name, (same, other)) for name in (column, minus) if name]
     subjects = _subjects(tables[0])
-    drawn = resample_weights(subjects, len(subjects), n_resamples, seed)
-    weights = np.concatenate([np.ones((1, len(subjects))), drawn])  # the first is the sample itself
-    first, *second = [_weighted_auc(wide.to_numpy(), subjects, weights) for wide in tables]
-    aucs = first - second[0] if second else first
-    low, high = np.quantile(aucs[1:], [0.025, 0.975])
-    return Interval(float(aucs[0]), float(low), float(high), len(subjects))
+
+    def over_dino(weights: np.ndarray) -> np.ndarray:
+        first, *second = [_weighted_auc(wide.to_numpy(), subjects, weights.astype(float)) for wide in tables]
+        return first - second[0] if second else first
+
+    found = bootstrap_weighted(over_dino, subjects, len(subjects), n_resamples=n_resamples, seed=seed)
+    most = (-1, 1) if minus else (0, 1)
+    return Interval(found.value, *np.clip((found.low, found.high), *most).tolist(), found.n)
 
 
 def _weighted_auc(values: np.ndarray, subjects: np.ndarray, weights: np.ndarray) -> np.ndarray:
@@ -128,7 +126,7 @@ def _weighted_auc(values: np.ndarray, subjects: np.ndarray, weights: np.ndarray)
 def fall(table: pd.DataFrame, column: str, change: str, below: str = "view") -> Interval:
     """How far a change lowers a metric below another change of the same reference (`below`: the noise floor)."""
     wide = side_by_side(table, column, (below, change))
-    return bootstrap_mean((wide[below] - wide[change]).to_numpy(), _subjects(wide))
+    return mean_interval((wide[below] - wide[change]).to_numpy(), _subjects(wide))
 
 
 def pose_cost(table: pd.DataFrame, column: str) -> Interval:
@@ -152,19 +150,27 @@ def misranked(table: pd.DataFrame, column: str, same: str = "pose", other: str =
 
 
 def spearman(x: pd.Series, y: pd.Series, subjects: pd.Series, *, n_resamples: int = 2000, seed: int = 0) -> Interval:
-    """Rank correlation (Pearson's of the ranks, ties sharing theirs) with a 95 % interval over subjects.
+    """Rank correlation (Pearson's of the ranks, ties sharing theirs) with a 95 % interval over subjects; it is
+    [−1, 1] where too few pairs have any spread.
 
     Raises:
         ScoreError: x or y is constant.
     """
     if x.nunique() < 2 or y.nunique() < 2:
         raise ScoreError("A rank correlation needs values that differ: raise n_pairs.")
-    weights = resample_weights(subjects.to_numpy(), len(x), n_resamples, seed).astype(int)
-    rows = [np.arange(len(x)), *(np.repeat(np.arange(len(x)), weight) for weight in weights)]
-    ranked = [(_ranks(x.to_numpy()[row]), _ranks(y.to_numpy()[row])) for row in rows]
-    value, *drawn = [np.corrcoef(a, b)[0, 1] for a, b in ranked if np.ptp(a) > 0 and np.ptp(b) > 0]
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    return Interval(float(value), float(low), float(high), len(x))
+
+    def fisher_z(weights: np.ndarray) -> np.ndarray:
+        rows = [np.repeat(np.arange(len(x)), weight) for weight in weights]
+        ranked = [(_ranks(x.to_numpy()[row]), _ranks(y.to_numpy()[row])) for row in rows]
+        with np.errstate(divide="ignore", invalid="ignore"):  # a resample of equal values has no correlation
+            return np.arctanh([np.corrcoef(a, b)[0, 1].clip(-LARGEST_R, LARGEST_R) for a, b in ranked])
+
+    value = float(np.tanh(fisher_z(np.ones((1, len(x)), dtype=np.int64))[0]))
+    try:
+        found = bootstrap_weighted(fisher_z, subjects.to_numpy(), len(x), n_resamples=n_resamples, seed=seed)
+    except ScoreError:  # so few pairs that resamples without any spread are common
+        return Interval(value, -1.0, 1.0, len(x))
+    return Interval(value, *np.tanh((found.low, found.high)).tolist(), found.n)
 
 
 def _ranks(values: np.ndarray) -> np.ndarray:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,20 +25,17 @@ from PIL import Image
 
 from ibkit.data.photos import read_rgb
 from ibkit.data.subject import PersonalizedSubject
-from ibkit.errors import ArtifactError, ParameterError, StudyError
+from ibkit.errors import ArtifactError, ParameterError, ScoreError, StudyError
+from ibkit.intervals import ROUNDING, Interval, bootstrap_statistic, mean_interval
 from ibkit.runs import CompletedRun, hash_json, identify, read_run, resolve
 from ibkit.stats import (
     UNIT,
-    Interval,
     as_compared,
-    bootstrap_statistic,
     check_scores,
     in_method_order,
-    mean_interval,
     pair_up,
     unit_groups,
     unit_matrix,
-    wilson_interval,
 )
 
 
@@ -306,7 +304,7 @@ def shares(decided: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         Tidy table: question, method, value, low, high, n (pictures), ties, seeds. Prompts, pictures within them and RL
-        seeds are resampled (`ibkit.stats`).
+        seeds are resampled (`ibkit.intervals`).
     """
     rows = []
     asked = decided[decided["question"] != "preference"]
@@ -365,16 +363,7 @@ def preference_rate(votes: pd.DataFrame, better: str = "instructbooth", worse: s
 def _interval(rows: pd.DataFrame, column: str) -> Interval:
     """Mean of a column over items, with the interval that fits; items that nobody rated leave gaps."""
     matrix = unit_matrix(rows, column)
-    if not matrix.isna().to_numpy().any():
-        interval = mean_interval(matrix.to_numpy(), unit_groups(matrix))
-    else:
-        interval = bootstrap_statistic({"x": matrix.to_numpy()}, lambda x: x, unit_groups(matrix))
-    if interval.low < interval.high:
-        return interval
-    # All alike: the bootstrap has no width. Wilson's has, and counts each unit once, since RL seeds share their noise.
-    n_units = matrix.shape[1]
-    share = wilson_interval(round(interval.value * n_units), n_units)
-    return Interval(interval.value, share.low, share.high, interval.n)
+    return mean_interval(matrix.to_numpy(), unit_groups(matrix))
 
 
 # ---------------------------------------------------------------------------------------------------- agreement
@@ -405,12 +394,12 @@ def kappas(votes: pd.DataFrame) -> pd.DataFrame:
     """Fleiss' κ for every question, and for every pair of methods of the preference, with 95 % intervals.
 
     κ wants the same number of raters on each item, so only items that every rater of the table voted on count.
-    Intervals resample subjects, prompts, noises and the items of a noise.
+    Intervals resample subjects and prompts; of a single prompt, its noises.
 
     Returns:
-        Table: question, methods ("" = all, or "a – b"), kappa, low, high (NaN where κ is not defined), observed
-        (share of agreeing pairs of raters), expected (by chance), n (items), raters. Empty for a single rater, who
-        agrees with nobody.
+        Table: question, methods ("" = all, or "a – b"), kappa, low, high (NaN where κ is not defined), observed (share
+        of agreeing pairs of raters), expected (by chance), n (items), raters. Empty for a single rater, who agrees with
+        nobody.
     """
     votes = check_votes(votes)
     n_raters = votes["rater"].nunique()
@@ -426,9 +415,13 @@ def kappas(votes: pd.DataFrame) -> pd.DataFrame:
         expected = float(sum(column.mean() ** 2 for name, column in columns.items() if name != "agree"))
         row = {"question": question, "methods": methods, "kappa": np.nan, "low": np.nan, "high": np.nan}
         if expected < 1:
-            groups = [part[name].to_numpy() for name in UNIT]
-            interval = bootstrap_statistic(columns, _kappa_of_means, groups)
-            row |= {"kappa": interval.value, "low": interval.low, "high": interval.high}
+            noises = part.groupby(list(UNIT)).ngroup()  # the same seed is another noise under another prompt
+            groups = [*(part[name].to_numpy() for name in UNIT[:-1]), noises.to_numpy()]
+            row |= {"kappa": (float(columns["agree"].mean()) - expected) / (1 - expected), "low": -1.0, "high": 1.0}
+            # κ is not defined on prompts whose votes are all alike; where many resamples hold only these, no bound is.
+            with suppress(ScoreError):
+                interval = bootstrap_statistic(columns, _kappa_of_means, groups)
+                row |= {"low": max(interval.low, -1.0), "high": min(interval.high, 1.0)}
         observed = float(columns["agree"].mean())
         rows.append(row | {"observed": observed, "expected": expected, "n": len(part), "raters": n_raters})
     names = ["question", "methods", "kappa", "low", "high", "observed", "expected", "n", "raters"]
@@ -447,7 +440,7 @@ def _agreement(counts: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
 
 def _kappa_of_means(agree: np.ndarray, **shares: np.ndarray) -> np.ndarray:
     expected = sum(share**2 for share in shares.values())
-    return (agree - expected) / (1 - expected)
+    return (agree - expected) / np.where(expected < 1 - ROUNDING, 1 - expected, np.nan)
 
 
 # ---------------------------------------------------------------------------------------------------- Bradley–Terry
@@ -551,5 +544,6 @@ def strengths(decided: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> 
             columns, lambda i=i, **means: fitted(means)[:, i], unit_groups(shared), n_resamples=n_resamples, seed=seed
         )
         n = int((wins.loc[method] + wins[method]).sum())
-        rows.append({"method": method, "value": value[i], "low": interval.low, "high": interval.high, "n": n})
+        low, high = np.fmax(interval.low, 0.0), np.fmin(interval.high, 1.0)  # of a single item: 0 and 1
+        rows.append({"method": method, "value": value[i], "low": float(low), "high": float(high), "n": n})
     return pd.DataFrame(rows)
