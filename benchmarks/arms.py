@@ -1,8 +1,8 @@
 """What RL optimises, side by side in the pocket world: text alone, text and subject in several ways.
 
-    python benchmarks/arms.py --out outputs/arms                        # cat and dog, three RL seeds, all arms
-    python benchmarks/arms.py --out outputs/arms --subjects cat --arms text "text and subject" --rl-seeds 0
-    python benchmarks/arms.py --out outputs/arms --tables               # print what is there
+    python -m benchmarks.arms --out outputs/arms                        # cat and dog, three RL seeds, all arms
+    python -m benchmarks.arms --out outputs/arms --subjects cat --arms text "text and subject" --rl-seeds 0
+    python -m benchmarks.arms --out outputs/arms --tables               # print what is there
 
 All arms of a subject start from one DreamBooth model, and are drawn from the same noise. What is there is not made
 again, and a training that was stopped goes on from its checkpoint; several can share the folder, each with arms or
@@ -20,6 +20,7 @@ from pathlib import Path
 import pandas as pd
 import torch
 
+from benchmarks.personalize import mosaic
 from ibkit.data.prompts import Prompt, training_prompts
 from ibkit.data.subject import PersonalizedSubject, demo_subject, world_photos
 from ibkit.models import TextToImage, load_model
@@ -46,11 +47,14 @@ ARMS: dict[str, tuple[bool, str, bool, dict]] = {
 }
 
 
-def look(model: TextToImage, prompts: list[Prompt], n: int, judge: Judge, who: PersonalizedSubject) -> pd.DataFrame:
-    """`n` pictures of each prompt from fixed noise and the judge's answers, one row a picture."""
+def look(
+    model: TextToImage, prompts: list[Prompt], n: int, judge: Judge, who: PersonalizedSubject, sheet: Path
+) -> pd.DataFrame:
+    """`n` pictures of each prompt from fixed noise, saved as one sheet, and the judge's answers, one row a picture."""
     asked = [prompt for prompt in prompts for _ in range(n)]
     seeds = [1000 + i for i in range(n)] * len(prompts)
     drawn = sample(model, [prompt.text for prompt in asked], seeds, POCKET.sampler)
+    mosaic(drawn, n).save(sheet)
     activities = [prompt.activity for prompt in asked]
     subject = make_scorer("subject", "pocket")(drawn, references=world_photos(who.world))
     return pd.DataFrame(
@@ -91,7 +95,8 @@ def run_arm(noun: str, arm: str, seed: int, folder: Path, n_pictures: int, n_epo
     start = personalized(who, folder)
     before = folder / f"{noun}-dreambooth.csv"
     if not before.exists():
-        look(load_model(str(start)), prompts, n_pictures, judge, who).to_csv(before, index=False)
+        table = look(load_model(str(start)), prompts, n_pictures, judge, who, before.with_suffix(".png"))
+        table.to_csv(before, index=False)
     model, photos = load_model(str(start)), world_photos(world)
     clip_text, scorer, clip_subject, settings = ARMS[arm]
     config = replace(POCKET.ddpo, n_epochs=n_epochs or POCKET.ddpo.n_epochs, **settings)
@@ -109,7 +114,7 @@ def run_arm(noun: str, arm: str, seed: int, folder: Path, n_pictures: int, n_epo
     work = folder / f".{name}"
     rows = ddpo.train(model, prompts, text, config, work, seed, watch, POCKET.guard, say, subject_reward=subject)
     pd.DataFrame(rows).to_csv(folder / f"{name}-history.csv", index=False)
-    table = look(model, prompts, n_pictures, judge, who)
+    table = look(model, prompts, n_pictures, judge, who, folder / f"{name}.png")
     table.to_csv(folder / f"{name}.tmp", index=False)
     (folder / f"{name}.tmp").replace(folder / f"{name}.csv")
     shutil.rmtree(work, ignore_errors=True)

@@ -1,12 +1,12 @@
 """The trade of DreamBooth in the pocket world: what more steps, or larger ones, win in subject and cost in text.
 
-    python benchmarks/personalize.py --out outputs/personalize            # 8 subjects x 3 seeds, an hour a core
-    python benchmarks/personalize.py --out outputs/personalize --subjects cat --seeds 0 --settings usual
-    python benchmarks/personalize.py --out outputs/personalize --tables   # print what is there
+    python -m benchmarks.personalize --out outputs/personalize            # 8 subjects x 3 seeds, an hour a core
+    python -m benchmarks.personalize --out outputs/personalize --subjects cat --seeds 0 --settings usual
+    python -m benchmarks.personalize --out outputs/personalize --tables   # print what is there
 
 One training gives the whole curve: it stops at each of `LOOKS` and draws its pictures from fixed noise, which the judge
 looks at. A training that is there is not made again, so a stopped sweep goes on; several can share a folder, each with
-its own subjects. Writes `<subject>-<setting>-<seed>.csv`, one row a picture.
+its own subjects. Writes `<subject>-<setting>-<seed>.csv`, one row a picture, and the pictures of each look as one.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import torch
+from PIL import Image
 
 from ibkit.data.subject import demo_subject, world_photos
 from ibkit.models import load_model
@@ -63,6 +65,7 @@ def train_and_look(noun: str, setting: str, seed: int, folder: Path, weights: st
         asked = [phrase for phrase in phrases for _ in range(N_PICTURES)]
         prompts = [f"a {IDENTIFIER} {noun} {phrase}".strip() for phrase in asked]
         drawn = sample(model, prompts, list(range(N_PICTURES)) * len(phrases), POCKET.sampler)
+        mosaic(drawn, N_PICTURES).save(folder / f"{table.stem}-{step:04d}.png")
         shown = judge.agrees(drawn, "activity", [phrase or "none" for phrase in asked])
         same, right = judge.identifies(drawn, world), judge.agrees(drawn, "class", [noun] * len(drawn))
         pose = judge.answers(drawn, "pose")
@@ -82,6 +85,15 @@ def train_and_look(noun: str, setting: str, seed: int, folder: Path, weights: st
     pd.DataFrame(rows).to_csv(temporary, index=False)
     temporary.replace(table)
     print(f"{table.name}: {time.monotonic() - started:.0f} s", flush=True)
+
+
+def mosaic(pictures: Sequence[Image.Image], n_columns: int) -> Image.Image:
+    """Pictures of one size side by side, row by row."""
+    width, height = pictures[0].size
+    sheet = Image.new("RGB", (n_columns * width, -(-len(pictures) // n_columns) * height))
+    for i, picture in enumerate(pictures):
+        sheet.paste(picture, (i % n_columns * width, i // n_columns * height))
+    return sheet
 
 
 def curve(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:

@@ -29,6 +29,11 @@ def main(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--device", default="auto")
     parser.add_argument(
+        "--continue-from",
+        type=Path,
+        help="weights of an earlier build that decoder, U-Net, judge and reward begin with",
+    )
+    parser.add_argument(
         "--threads", type=int, default=0, help="CPU threads; 0 = all. Stages can run side by side in two processes"
     )
     arguments = parser.parse_args(argv)
@@ -46,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.threads:
             torch.set_num_threads(arguments.threads)
         device = pick_device(arguments.device)
-        build = Build(arguments.folder, device)
+        build = Build(arguments.folder, device, arguments.continue_from)
         print(f"building {', '.join(stages)} in {arguments.folder} on {describe_device(device)}", flush=True)
         for stage in stages:
             started = time.monotonic()

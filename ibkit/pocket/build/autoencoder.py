@@ -9,6 +9,7 @@ because those of a sampler are never as clean as the encoder's.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from ibkit.pocket.build.data import Pictures
 
 JOINT = Budget(steps=4000, batch=256, lr=1e-3, muon_lr=0.01, weight_decay=0.0, ema=0.995)
 DECODER = Budget(steps=9000, batch=128, lr=1e-3, muon_lr=0.01, weight_decay=0.0, ema=0.998)
+DECODER_CONTINUED = replace(DECODER, steps=2254)  # from earlier weights
 # The posterior is a fixed, narrow Gaussian around the mean: a learnt width starts at 1 and drowns the latents for
 # hundreds of steps.
 POSTERIOR_STD = 0.05
@@ -66,7 +68,7 @@ def redraw(vae: AutoencoderKL, x: torch.Tensor, generator: torch.Generator, dtyp
     return vae.decode(z).sample.float().clamp(-1, 1)
 
 
-def train_joint(folder: Path, pictures: Pictures, device, dtype, start: dict | None = None) -> AutoencoderKL:
+def train_joint(folder: Path, pictures: Pictures, device, dtype) -> AutoencoderKL:
     """Encoder and decoder together; sets the latents' scaling factor (1 / their standard deviation, as in
     latent diffusion, section 4.3.2).
     """
@@ -75,7 +77,6 @@ def train_joint(folder: Path, pictures: Pictures, device, dtype, start: dict | N
     with torch.no_grad():  # the width of the posterior, as the encoder reports it
         vae.quant_conv.weight[16:].zero_()
         vae.quant_conv.bias[16:].fill_(2 * math.log(POSTERIOR_STD))
-    begin_with(vae, start)
 
     def loss_fn(work, average, step, generator):
         x = pictures.batch(torch.randint(len(pictures), (JOINT.batch,), generator=generator, device=device), device)
@@ -93,20 +94,24 @@ def train_joint(folder: Path, pictures: Pictures, device, dtype, start: dict | N
     return vae
 
 
-def train_decoder(folder: Path, pictures: Pictures, vae: AutoencoderKL, device, dtype) -> AutoencoderKL:
+def train_decoder(
+    folder: Path, pictures: Pictures, vae: AutoencoderKL, device, dtype, start: dict | None = None
+) -> AutoencoderKL:
     """The decoder alone, on the frozen encoder's latents with a little noise."""
+    begin_with(vae.decoder, start)
+    budget = DECODER_CONTINUED if start else DECODER
     vae.requires_grad_(False)
     vae.decoder.requires_grad_(True)
     vae.post_quant_conv.requires_grad_(True)
     spread = 1.0 / vae.config.scaling_factor
 
     def loss_fn(work, average, step, generator):
-        x = pictures.batch(torch.randint(len(pictures), (DECODER.batch,), generator=generator, device=device), device)
+        x = pictures.batch(torch.randint(len(pictures), (budget.batch,), generator=generator, device=device), device)
         with torch.no_grad():
             z = with_noise(work.encode(x.to(dtype)).latent_dist.mode(), LATENT_NOISE * spread, generator)
         image = work.decode(z).sample
         return reconstruction_loss(image, x), {"psnr": psnr(image.detach().float(), x).mean()}
 
-    fit("decoder", folder, vae, loss_fn, DECODER, device, dtype)
+    fit("decoder", folder, vae, loss_fn, budget, device, dtype)
     vae.requires_grad_(True)
     return vae

@@ -57,6 +57,7 @@ from ibkit.pocket.world import (
 from ibkit.scorers.image_reward import ImageRewardModel, RewardConfig
 
 BUDGET = Budget(steps=4000, batch=384)  # pictures, in groups
+CONTINUED = Budget(steps=3400, batch=96)  # from earlier weights
 WEAK_BUDGET = Budget(steps=150, batch=96)
 VARIANTS = 2  # sets of texts of a group
 HALF_WAY = MIXED_GROUP  # index of the mixed picture among those of a group
@@ -161,9 +162,14 @@ def train(
     name: str = "image_reward",
     hard_negatives: bool = True,
     start: dict | None = None,
+    redraw_every: int = 3,
 ) -> ImageRewardModel:
     """Train on groups of `mixed_group`; without `hard_negatives` the worse picture is always of another scene,
     which makes, with half the layers, the weak reward of the hacking lesson.
+
+    Args:
+        start: earlier weights to begin with.
+        redraw_every: steps between those with half-way pictures and with some by the autoencoder.
     """
     torch.manual_seed(hash_seed("reward weights"))
     model = new_reward_model(tokenizer, 4 if hard_negatives else 2)
@@ -178,13 +184,17 @@ def train(
         variant = torch.randint(VARIANTS, (n,), generator=generator, device=device)
         texts, preferred = ids[groups, variant].long(), better[groups, variant].clone()
         x = pictures.batch(pictures.members(groups).flatten(), device).unflatten(0, (n, MIXED_GROUP))
-        half = half_way(vae, x[:, 0], x[:, 4], generator, dtype)
-        preferred[~is_half_way[groups], :, HALF_WAY] = False
-        preferred[~is_half_way[groups], :, :, HALF_WAY] = False
-        flat = x.flatten(0, 1)
-        part = slice(step % 3, None, 3)
-        flat[part] = redraw(vae, flat[part], generator, dtype)
-        x = torch.cat([flat.unflatten(0, (n, MIXED_GROUP)), half[:, None]], 1)
+        mixed = is_half_way[groups]
+        half = x[:, 0].clone()
+        if step % redraw_every:  # most of a small model's work is the autoencoder's
+            mixed = torch.zeros_like(mixed)
+        else:
+            half = half_way(vae, x[:, 0], x[:, 4], generator, dtype)
+            flat, part = x.view(-1, *x.shape[2:]), slice(step // redraw_every % 3, None, 3)
+            flat[part] = redraw(vae, flat[part], generator, dtype)
+        preferred[~mixed, :, HALF_WAY] = False
+        preferred[~mixed, :, :, HALF_WAY] = False
+        x = torch.cat([x, half[:, None]], 1)
         x = degrade(x.flatten(0, 1), generator)
         patches = work.vision(normalise(x).to(dtype)).last_hidden_state.unflatten(0, (n, MIXED_GROUP + 1))
         # every text of a group meets every picture of it, and one of the next group

@@ -16,7 +16,7 @@ from ibkit.device import describe_device
 from ibkit.errors import ArtifactError
 from ibkit.pocket.build import autoencoder, clip, dino, judge, reward, subject, unet
 from ibkit.pocket.build.common import Budget, compute_dtype, load_float, save_half
-from ibkit.pocket.build.data import MIXED_GROUP, Pictures, mixed_group
+from ibkit.pocket.build.data import MIXED_GROUP, Pictures, base_caption, mixed_group, naming_caption
 from ibkit.pocket.build.tokenizer import save_tokenizer
 from ibkit.scorers.judge import RATER_WIDTHS, RATERS
 
@@ -25,10 +25,14 @@ TEST_SEED, N_TEST_GROUPS = 1, 500
 
 
 class Build:
-    """The stages over one folder: `weights/` is what gets shipped, the rest is cache and checkpoints."""
+    """The stages over one folder: `weights/` is what gets shipped, the rest is cache and checkpoints.
 
-    def __init__(self, folder: Path, device: torch.device):
-        self.folder, self.device, self.dtype = folder, device, compute_dtype(device)
+    Args:
+        earlier: shipped weights to continue from, where a stage can: decoder, U-Net, judge and reward; None = scratch.
+    """
+
+    def __init__(self, folder: Path, device: torch.device, earlier: Path | None = None):
+        self.folder, self.device, self.dtype, self.earlier = folder, device, compute_dtype(device), earlier
         self.weights = folder / "weights"
         self.weights.mkdir(parents=True, exist_ok=True)
 
@@ -65,6 +69,13 @@ class Build:
     def tokenizer(self):
         return save_tokenizer(self.folder / "tokenizer")
 
+    def start(self, *files: str, **parts: str) -> dict[str, torch.Tensor] | None:
+        """Earlier weights: of one file, or of several with each name before its tensors; None where there are none."""
+        if self.earlier is None:
+            return None
+        tensors = {k: v for file in files for k, v in load_float(self.earlier / file).items()}
+        return tensors | {f"{p}.{k}": v for p, f in parts.items() for k, v in load_float(self.earlier / f).items()}
+
     def vae(self, finished: bool):
         """The autoencoder: after joint training, or with the finished decoder."""
         path = self.folder / ("vae.safetensors" if finished else "vae-joint.safetensors")
@@ -94,8 +105,11 @@ class Build:
 
     def decoder(self) -> None:
         if not (self.folder / "vae.safetensors").exists():
+            start = self.start("pipeline/vae/diffusion_pytorch_model.safetensors")
+            decoder = start and {k.removeprefix("decoder."): v for k, v in start.items() if k.startswith("decoder.")}
+            vae = self.vae(False)
             self._save_vae(
-                autoencoder.train_decoder(self.folder, self.mixed_pictures, self.vae(False), self.device, self.dtype),
+                autoencoder.train_decoder(self.folder, self.mixed_pictures, vae, self.device, self.dtype, decoder),
                 "vae.safetensors",
             )
 
@@ -103,7 +117,13 @@ class Build:
         path = self.folder / "text-to-latent.safetensors"
         if not path.exists():
             latents = unet.encode_all(self.folder, self.mixed_pictures, self.vae(False), self.device, self.dtype)
-            model = unet.train(self.folder, self.mixed_pictures, latents, self.tokenizer, self.device, self.dtype)
+            start = self.start(
+                unet="pipeline/unet/diffusion_pytorch_model.safetensors",
+                text_encoder="pipeline/text_encoder/model.safetensors",
+            )
+            common = (self.folder, self.mixed_pictures, latents, self.tokenizer, self.device, self.dtype)
+            model = unet.train(*common, "unet", unet.CONTINUED if start else unet.BUDGET, base_caption, start)
+            model = unet.train(*common, "unet-finish", unet.FINISH, naming_caption, model.state_dict())
             save_half(model.state_dict(), path)
 
     def pipeline(self) -> None:
@@ -114,7 +134,9 @@ class Build:
 
     def judge(self) -> None:
         if not (self.folder / "judge.safetensors").exists():
-            net = judge.train(self.folder, self.mixed_pictures, self.vae(False), self.device, self.dtype)
+            start = self.start("judge/judge.safetensors")
+            common = (self.folder, self.mixed_pictures, self.vae(False), self.device, self.dtype)
+            net = judge.train(*common, budget=judge.CONTINUED if start else judge.BUDGET, start=start)
             save_half(net.state_dict(), self.folder / "judge.safetensors")
 
     def raters(self) -> None:
@@ -138,12 +160,13 @@ class Build:
         write_raters(self)
 
     def image_reward(self) -> None:
-        self._reward("image_reward", reward.BUDGET, hard_negatives=True)
+        start = self.start("image_reward/model.safetensors")
+        self._reward("image_reward", reward.CONTINUED if start else reward.BUDGET, True, start)
 
     def weak_reward(self) -> None:
-        self._reward("weak_reward", reward.WEAK_BUDGET, hard_negatives=False)
+        self._reward("weak_reward", reward.WEAK_BUDGET, False)
 
-    def _reward(self, name: str, budget: Budget, hard_negatives: bool) -> None:
+    def _reward(self, name: str, budget: Budget, hard_negatives: bool, start: dict | None = None) -> None:
         if not (self.weights / name / "config.json").exists():
             model = reward.train(
                 self.folder,
@@ -155,6 +178,7 @@ class Build:
                 budget,
                 name,
                 hard_negatives,
+                start,
             )
             model.half().save_pretrained(self.weights / name)
             self.tokenizer.save_pretrained(self.weights / name)

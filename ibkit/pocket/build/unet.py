@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import json
 import os
+import random
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -22,12 +24,13 @@ from ibkit.models import use_quick_attention
 from ibkit.pocket.build.common import Budget, begin_with, fit, hash_seed
 from ibkit.pocket.build.data import Pictures, base_caption, encode, token_table
 from ibkit.pocket.build.tokenizer import CONTEXT_TOKENS
-from ibkit.pocket.world import IDENTIFIERS, vocabulary
+from ibkit.pocket.world import IDENTIFIERS, Scene, vocabulary
 
-BUDGET = Budget(steps=6000, batch=1024, lr=1.5e-3, muon_lr=0.015, ema=0.998)
+BUDGET = Budget(steps=6000, batch=1024, ema=0.998)
+CONTINUED = Budget(steps=825, batch=1024, lr=1.5e-3, muon_lr=0.015, ema=0.998)  # from earlier weights
+FINISH = Budget(steps=1200, batch=64, lr=5e-4, muon_lr=0.004, ema=0.995)  # on captions that always name the class
 CAPTION_DROP = 0.1
 CAPTIONS = 6  # of a picture
-DROPOUT = 0.0
 MIN_SNR_GAMMA = 5.0
 TEXT_WIDTH = 128
 
@@ -35,7 +38,7 @@ TEXT_WIDTH = 128
 class TextToLatent(nn.Module):
     """U-Net and text encoder as one trainable module: (noisy latents, timesteps, token ids) -> predicted noise."""
 
-    def __init__(self, tokenizer, dropout: float = 0.0):
+    def __init__(self, tokenizer):
         super().__init__()
         self.text_encoder = CLIPTextModel(
             CLIPTextConfig(
@@ -64,7 +67,6 @@ class TextToLatent(nn.Module):
             cross_attention_dim=TEXT_WIDTH,
             attention_head_dim=(2, 4),  # number of heads, for historical reasons (diffusers)
             norm_num_groups=16,
-            dropout=dropout,
         )
 
     def forward(self, noisy: torch.Tensor, t: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -114,16 +116,22 @@ def train(
     tokenizer,
     device,
     dtype,
-    budget: Budget = BUDGET,
-    dropout: float = DROPOUT,
     name: str = "unet",
+    budget: Budget = BUDGET,
+    write: Callable[[Scene, random.Random], str] = base_caption,
     start: dict | None = None,
 ) -> TextToLatent:
+    """Train one.
+
+    Args:
+        write: what it reads of a scene.
+        start: earlier weights to begin with.
+    """
     torch.manual_seed(hash_seed("unet weights"))
-    model = TextToLatent(tokenizer, dropout)
+    model = TextToLatent(tokenizer)
     begin_with(model, start)
     use_quick_attention(model.unet, device)
-    tokens = token_table(pictures, tokenizer, base_caption, CAPTIONS).to(device)
+    tokens = token_table(pictures, tokenizer, write, CAPTIONS).to(device)
     alphas = new_scheduler().alphas_cumprod.to(device)
     seen, latents = torch.from_numpy(pictures.seen).to(device), latents.to(device)
     nothing = encode(tokenizer, [""]).to(device)
@@ -144,7 +152,6 @@ def train(
         return (error * snr.clamp(max=MIN_SNR_GAMMA) / snr).mean(), {"mse": error.mean()}
 
     fit(name, folder, model, loss_fn, budget, device, dtype)
-    model.unet.register_to_config(dropout=0.0)  # of pre-training alone
     name_identifiers(model.text_encoder, tokenizer)
     return model
 
