@@ -3,7 +3,16 @@
     L_P = E ‖ε - ε_θ(z_t, t, c)‖² + λ E ‖ε' - ε_θ(z^pr_t', t', c_pr)‖²
 
 The whole U-Net is trained, the text encoder is frozen. Each step runs the instance and the class half through the
-network as one batch.
+network as one batch. The learning rate is constant, t uniform over all timesteps, the target ε, as in the recipe below.
+
+Differs from paper: DreamBooth trains Imagen's pixels, this the latents of Stable Diffusion, as InstructBooth does. What
+InstructBooth leaves open follows diffusers' `train_dreambooth.py`, from which it differs in these ways:
+- latents are the mean of the autoencoder's posterior, encoded once; the recipe samples the posterior at every step;
+- pictures of both halves are drawn with replacement; the recipe goes through them in shuffled epochs;
+- photos are cropped at the centre; the recipe crops at random unless told otherwise;
+- the U-Net stays in evaluation mode, the recipe's is in training mode: the same where it has no dropout, as SD 1.x;
+- the learning rate is 2e-5 and β₂ 0.99 (InstructBooth); the recipe's defaults are 5e-6 and 0.999;
+- there are 200 class pictures (InstructBooth), by this kit's sampler (see `ibkit.sample`); the recipe's default is 100.
 
 Shapes: B pictures of each half, C/H/W latent channels, height, width.
 """
