@@ -74,6 +74,22 @@ def test_a_resumed_training_ends_bit_identical(tokenizer, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(straight.unet.parameters(), resumed.unet.parameters(), strict=True))
 
 
+def test_the_fused_optimizer_changes_no_loss(tokenizer, tmp_path, monkeypatch):
+    long = dataclasses.replace(CONFIG, n_steps=50, checkpoint_every=1000)
+    fused = run(tiny_model(tokenizer), tmp_path / "fused", long)
+    asked = []
+
+    class Plain(torch.optim.AdamW):
+        def __init__(self, *arguments, fused=None, **settings):
+            asked.append(fused)
+            super().__init__(*arguments, foreach=False, **settings)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Plain)
+    plain = run(tiny_model(tokenizer), tmp_path / "plain", long)
+    assert asked == [True]
+    assert [row["loss"] for row in fused] == pytest.approx([row["loss"] for row in plain], rel=0, abs=1e-6)
+
+
 def interrupt_at(step):
     def on_step(row):
         if row["step"] == step:
