@@ -77,7 +77,7 @@ def personalized(who: PersonalizedSubject, folder: Path) -> Path:
     if not path.exists():
         model, config = load_model("pocket"), POCKET.dreambooth
         cache = folder / "class-images"
-        pictures = class_images(model, who.class_prompt, config.n_class_images, POCKET.class_sampler, cache)
+        pictures = class_images(model, who.class_prompt, config.n_class_images, POCKET.class_sampler, cache, seed=0)
         work, photos = folder / f".{path.name}", world_photos(who.world)
         dreambooth.train(model, photos, who.instance_prompt, who.class_prompt, pictures, config, work)
         shutil.rmtree(work, ignore_errors=True)

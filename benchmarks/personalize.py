@@ -54,7 +54,8 @@ def train_and_look(noun: str, setting: str, seed: int, folder: Path, weights: st
     config: DreamBoothConfig = replace(POCKET.dreambooth, n_steps=max(looks), **SETTINGS[setting])
     config = replace(config, checkpoint_every=config.n_steps)
     model = load_model(weights)
-    pictures = class_images(model, f"a {noun}", config.n_class_images, POCKET.class_sampler, folder / "class-images")
+    cache = folder / "class-images"
+    pictures = class_images(model, f"a {noun}", config.n_class_images, POCKET.class_sampler, cache, seed=0)
     phrases = ["", *activities_of(noun)[:N_PHRASES]]
     rows = []
 

@@ -32,7 +32,18 @@ from ibkit.data.protocols import names, read_protocol
 from ibkit.errors import ArtifactError, IbkitError, ParameterError
 from ibkit.params import SCHEMAS, make, schema
 from ibkit.progress import duration
-from ibkit.runs import MANIFEST, Run, differing, held_by, identify, project_root, read_manifest, read_run, resolve
+from ibkit.runs import (
+    INPUT_PATHS,
+    MANIFEST,
+    Run,
+    compared,
+    held_by,
+    identify,
+    project_root,
+    read_manifest,
+    read_run,
+    resolve,
+)
 
 KIND = "run"
 NOTEBOOKS = project_root() / "notebooks"
@@ -257,11 +268,13 @@ def is_done(stage: Stage) -> bool:
     """
     try:
         done = read_run(stage.folder, stage.notebook.stem)
-        inputs = {name: identify(resolve(entry["path"])) for name, entry in done.manifest["inputs"].items()}
+        named = [stage.parameters[name] for name in INPUT_PATHS & stage.parameters.keys()]
+        places = [place for one in named for place in (one if isinstance(one, list) else [one]) if place]
+        inputs = sorted(identify(resolve(place))["sha256"] for place in places)
     except ArtifactError:  # not there, interrupted, or altered
         return False
-    changed = differing(done.manifest["inputs"], inputs, lambda entry: entry["sha256"])
-    return not changed and not differing(done.parameters, stage.parameters, lambda value: value)
+    of_old = sorted(entry["sha256"] for entry in done.manifest["inputs"].values())
+    return inputs == of_old and compared(done.parameters) == compared(stage.parameters)
 
 
 def _execute_notebook(stage: Stage, folder: Path, peaks: list[float]) -> None:

@@ -38,7 +38,11 @@ SCHEMA = 1
 MANIFEST, JOURNAL, LOCK = "manifest.json", "outputs.jsonl", ".lock"
 TEMPORARY_SUFFIX = ".tmp"
 DISK_RESERVE_BYTES = 64 * 2**20  # kept free beyond what a write needs: file systems get slow and odd when they are full
-NOT_COMPARED = {"resume", "run_out", "processes", "micro_batch"}  # parameters that say where and how to run, not what
+INPUT_PATHS = {"subject", "run_in", "run_dreambooth", "run_rl", "run_evaluate", "ratings"}  # compared by content
+# Parameters that say where and how to run, not what.
+NOT_COMPARED = {"resume", "run_out", "device", "processes", "micro_batch"} | INPUT_PATHS
+NO_DEVICE = "nothing computed in this process"
+CLOCK = "seconds"  # the column of tables that differs between equal runs
 PACKAGES = (
     "torch torchvision transformers diffusers peft accelerate open-clip-torch numpy pandas pillow papermill".split()
 )
@@ -207,11 +211,17 @@ def _fault(folder: Path, name: str, entry: Mapping[str, Any]) -> str:
 
 
 def identify(value: Any) -> dict[str, str]:
-    """Name and hash of an input: a finished run by its parameters and outputs, any other folder or file by content."""
+    """Name and hash of an input: any folder or file by content, a finished run by what it is.
+
+    That is its kind, parameters, inputs and outputs, without folders, device, clock, or whether it was resumed: the
+    same run made again is the same input.
+    """
     path = Path(getattr(value, "folder", value)).resolve()
     if (path / MANIFEST).is_file():
         manifest = read_run(path).manifest
-        digest = hash_json([manifest["kind"], manifest["parameters"], manifest["outputs"]])
+        inputs = {name: entry["sha256"] for name, entry in manifest["inputs"].items()}
+        outputs = {name: entry.get("content", entry["sha256"]) for name, entry in manifest["outputs"].items()}
+        digest = hash_json([manifest["kind"], compared(manifest["parameters"]), inputs, outputs])
     elif path.is_dir():
         digest = hash_tree(path)
     elif path.is_file():
@@ -250,7 +260,7 @@ def _git() -> dict[str, Any]:
 
 def _device(name: str) -> str:
     if "torch" not in sys.modules:
-        return "nothing computed in this process"
+        return NO_DEVICE
     from ibkit.device import describe_device, pick_device
 
     return describe_device(pick_device(name))
@@ -403,8 +413,10 @@ class Run:
         old = read_manifest(folder)
         if old["kind"] != kind:
             raise ArtifactError(f"{folder} has a run of {old['kind']} in it, not of {kind}; choose another folder.")
-        differ = differing(old["parameters"], parameters, lambda value: value)
-        differ += differing(old["inputs"], inputs, lambda value: value and value["sha256"][:12])
+        differ = differing(compared(old["parameters"]), compared(parameters))
+        differ += differing(
+            *({name: entry["sha256"][:12] for name, entry in of.items()} for of in (old["inputs"], inputs))
+        )
         if differ:
             raise ArtifactError(
                 f"The run in {folder} cannot be resumed, because it was started with other values: "
@@ -416,7 +428,10 @@ class Run:
                 warnings.warn(f"{folder / name} is {fault} and will have to be made again.", stacklevel=4)
                 del outputs[name]
                 old["status"] = "running"
-        if changed := differing(old["versions"], manifest["versions"], lambda value: value):
+        changed = differing(old["versions"], manifest["versions"])
+        if len({one["device"].partition(",")[0] for one in (old, manifest)} - {NO_DEVICE}) > 1:
+            changed.append(f"the device was {old['device']!r} and is {manifest['device']!r}")
+        if changed:
             warnings.warn(f"The run in {folder} goes on with other versions: {'; '.join(changed)}.", stacklevel=4)
         kept = {key: old[key] for key in ("status", "metrics", "started", "seconds")}
         return manifest | kept | {"outputs": outputs}
@@ -458,8 +473,16 @@ class Run:
         return self.write_text(rel, text + "\n")
 
     def write_table(self, rel: str | os.PathLike, table: "pd.DataFrame") -> Path:
-        """Write a table as CSV without its index, floats in full; returns its path."""
-        return self.write_text(rel, table.to_csv(index=False, lineterminator="\n"))
+        """Write a table as CSV without its index, floats in full; returns its path.
+
+        A column "seconds" is written like any other, and left out where runs are compared.
+        """
+        data, timeless = (
+            one.to_csv(index=False, lineterminator="\n").encode()
+            for one in (table, table.drop(columns=CLOCK, errors="ignore"))
+        )
+        content = hashlib.sha256(timeless).hexdigest() if timeless != data else ""
+        return self._write(rel, len(data), lambda temporary: temporary.write_bytes(data), content)
 
     def write_picture(self, rel: str | os.PathLike, picture: "Image.Image") -> Path:
         """Write a picture as PNG; returns its path."""
@@ -557,16 +580,16 @@ class Run:
             self.manifest["status"] = "running"
             self._write_manifest()
 
-    def _write(self, rel: str | os.PathLike, need_bytes: int, write: Callable[[Path], Any]) -> Path:
+    def _write(self, rel: str | os.PathLike, need_bytes: int, write: Callable[[Path], Any], content: str = "") -> Path:
         name = _checked_name(rel)
         self._begin_writing()
         write_atomically(self.folder / name, need_bytes, write)
-        self._note(name)
+        self._note(name, content)
         return self.folder / name
 
-    def _note(self, name: str) -> None:
+    def _note(self, name: str, content: str = "") -> None:
         path = self.folder / name
-        entry = {"sha256": hash_file(path), "bytes": path.stat().st_size}
+        entry = {"sha256": hash_file(path), "bytes": path.stat().st_size} | ({"content": content} if content else {})
         try:
             with open(self.folder / JOURNAL, "a") as journal:
                 journal.write("\n" + json.dumps({"name": name, **entry}))  # a line cut short ends at the next "\n"
@@ -589,10 +612,14 @@ class Run:
             _OPEN.pop(self.folder, None)
 
 
-def differing(old: Mapping[str, Any], new: Mapping[str, Any], show: Callable[[Any], Any]) -> list[str]:
-    """Say, name by name, what differs between two runs' parameters or inputs; `show` picks what is compared."""
-    names = sorted((set(old) | set(new)) - NOT_COMPARED)
-    pairs = [(name, show(old.get(name)), show(new.get(name))) for name in names]
+def compared(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters that say what a run is, without those that say where and how it ran."""
+    return {name: value for name, value in parameters.items() if name not in NOT_COMPARED}
+
+
+def differing(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Say, name by name, what differs between two runs' parameters, inputs or versions."""
+    pairs = [(name, old.get(name), new.get(name)) for name in sorted({*old, *new})]
     return [f"{name} was {before!r} and is {now!r}" for name, before, now in pairs if before != now]
 
 

@@ -1,4 +1,10 @@
-"""Sampling pictures from a model, so that the same seed gives every method the same noise."""
+"""Sampling pictures from a model, so that the same seed gives every method the same noise.
+
+Differs from paper: InstructBooth gives 50 steps and guidance 7.5, but no kind of sampler and no η; here it is DDIM
+with η = 1, the policy that RL trains. Diffusers' `train_dreambooth.py` draws class pictures with the pipeline instead:
+- its sampler is the scheduler in the model's folder (PNDM for SD 1.5), and its η, where it has one, is 0;
+- it draws a batch's noise from the device's global generator; here each picture has a generator of its own, on the CPU.
+"""
 
 from __future__ import annotations
 

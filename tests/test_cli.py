@@ -1,14 +1,19 @@
 """The command line: it answers at once, its errors are sentences, its kernel is its own; and `ibkit check`."""
 
 import argparse
+import ast
+import importlib.metadata
 import json
 import os
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from ibkit import __version__, check, cli
 from ibkit.check import Finding, Report
@@ -199,6 +204,24 @@ def test_check_compares_versions_with_pyproject(monkeypatch):
     assert "'transformers<6,>=5.0'" in found["transformers"].advice
     assert found["peft"].found == "not installed" and found["peft"].stops
     assert not found["torch"].advice
+
+
+# Not imported: a program for the user, and torch's partner, whose version open_clip and transformers rely on.
+NOT_IMPORTED = {"jupyterlab", "torchvision"}
+
+
+def test_every_dependency_is_imported():
+    sources = [path.read_text() for path in (ROOT / "ibkit").rglob("*.py")]
+    for path in (ROOT / "notebooks").glob("*.ipynb"):
+        cells = json.loads(path.read_text())["cells"]
+        sources += ["".join(cell["source"]) for cell in cells if cell["cell_type"] == "code"]
+    nodes = [node for source in sources for node in ast.walk(ast.parse(source))]
+    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+    names |= {node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module}
+    packages = importlib.metadata.packages_distributions()
+    used = {canonicalize_name(name) for module in names for name in packages.get(module.partition(".")[0], [])}
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert {Requirement(line).name for line in declared} - used == NOT_IMPORTED
 
 
 def test_check_compares_torch_with_what_torchvision_asks_for(monkeypatch):

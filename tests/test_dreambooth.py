@@ -1,7 +1,11 @@
 """DreamBooth: the loss by hand, learning, resuming, and class images that never go stale."""
 
 import dataclasses
+import json
 import shutil
+import subprocess
+import sys
+from subprocess import PIPE
 
 import numpy as np
 import pytest
@@ -11,6 +15,7 @@ from PIL import Image
 from ibkit.errors import TrainingError
 from ibkit.personalize import class_images as cache
 from ibkit.personalize.dreambooth import DreamBoothConfig, add_noise, prior_preservation_loss, train
+from ibkit.runs import project_root
 from ibkit.sample import Sampler
 from tests.tiny import tiny_model
 
@@ -69,6 +74,22 @@ def test_a_resumed_training_ends_bit_identical(tokenizer, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(straight.unet.parameters(), resumed.unet.parameters(), strict=True))
 
 
+def test_the_fused_optimizer_changes_no_loss(tokenizer, tmp_path, monkeypatch):
+    long = dataclasses.replace(CONFIG, n_steps=50, checkpoint_every=1000)
+    fused = run(tiny_model(tokenizer), tmp_path / "fused", long)
+    asked = []
+
+    class Plain(torch.optim.AdamW):
+        def __init__(self, *arguments, fused=None, **settings):
+            asked.append(fused)
+            super().__init__(*arguments, foreach=False, **settings)
+
+    monkeypatch.setattr(torch.optim, "AdamW", Plain)
+    plain = run(tiny_model(tokenizer), tmp_path / "plain", long)
+    assert asked == [True]
+    assert [row["loss"] for row in fused] == pytest.approx([row["loss"] for row in plain], rel=0, abs=1e-6)
+
+
 def interrupt_at(step):
     def on_step(row):
         if row["step"] == step:
@@ -95,17 +116,100 @@ def test_class_images_are_made_once_and_keyed_by_all_that_made_them(tokenizer, t
     first, counted = made(model, tmp_path)
     assert counted == [3]
     assert made(model, tmp_path) == (first, [])
-    assert (
-        made(model, tmp_path, prompt="a dog")[1]
-        and made(model, tmp_path, seed=1)[1]
-        and made(model, tmp_path, sampler=Sampler(3, 2.0))[1]
-    )
+    for changes in ({"prompt": "a dog"}, {"seed": 1}, {"sampler": Sampler(3, 2.0)}, {"n": 2}):
+        assert made(model, tmp_path, **changes)[1]
     assert made(tiny_model(tokenizer, seed=1), tmp_path)[1] == [3]
+    model.autocast = torch.bfloat16
+    assert made(model, tmp_path)[1] == [3]
 
 
-def test_interrupted_class_images_go_on(tiny, tmp_path):
-    first, _ = made(tiny, tmp_path / "whole")
-    shutil.copytree(tmp_path / "whole", tmp_path / "part")
-    next((tmp_path / "part").rglob("0001.png")).unlink()
-    again, counted = made(tiny, tmp_path / "part")
-    assert again == first and counted == [3]
+def test_every_notebook_draws_class_images_from_its_seed():
+    calls = []
+    for path in (project_root() / "notebooks").glob("*.ipynb"):
+        cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+        calls += [(path.stem, source) for cell in cells if "= class_images(" in (source := "".join(cell["source"]))]
+    assert len(calls) == 3
+    assert [name for name, source in calls if "parameters.seed" not in source] == []
+
+
+def alter(path):
+    data = bytearray(path.read_bytes())
+    data[-20] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "0001.png").unlink(),
+        lambda folder: (folder / "0001.png").write_bytes(b""),
+        lambda folder: alter(folder / "0001.png"),
+        lambda folder: shutil.copy(folder / "0000.png", folder / "0001.png"),
+        lambda folder: (folder / "index.json").unlink(),
+        lambda folder: (folder / "index.json").write_text("["),
+    ],
+)
+def test_a_damaged_cache_of_class_images_is_repaired_to_the_bit(tiny, tmp_path, monkeypatch, damage):
+    monkeypatch.setattr(cache, "default_batch", lambda px: 2)
+    first, _ = made(tiny, tmp_path, n=5)
+    (folder,) = tmp_path.iterdir()
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    damage(folder)
+    again, counted = made(tiny, tmp_path, n=5)
+    assert again == first and counted in ([2], [2, 4, 5])  # the whole batch of a lost picture, or without an index all
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == files
+
+
+def test_a_lost_class_image_is_drawn_in_the_batch_it_was_drawn_in(tiny, tmp_path, monkeypatch):
+    batches = []
+    draw = cache.sample_latents
+
+    def watched(model, prompts, seeds, *rest):
+        batches.append(seeds)
+        return draw(model, prompts, seeds, *rest)
+
+    monkeypatch.setattr(cache, "sample_latents", watched)
+    made(tiny, tmp_path)
+    next(tmp_path.rglob("0001.png")).unlink()
+    made(tiny, tmp_path)
+    assert len(batches) == 2 and batches[0] == batches[1] and len(batches[0]) == 3
+
+
+FILL = """
+import sys
+from pathlib import Path
+import torch
+from ibkit.personalize.class_images import class_images
+from ibkit.pocket.build.tokenizer import save_tokenizer
+from ibkit.runs import hash_json
+from ibkit.runs import project_root
+from ibkit.sample import Sampler
+from tests.tiny import tiny_model
+torch.set_num_threads(1)
+model = tiny_model(save_tokenizer(Path(sys.argv[1])))
+print("ready", flush=True)
+sys.stdin.readline()
+counted = []
+images = class_images(model, "a cat", 96, Sampler(4, 2.0), Path(sys.argv[2]), 0, lambda done, n: counted.append(done))
+print(hash_json([image.tobytes().hex() for image in images]), counted, flush=True)
+"""
+
+
+def test_two_processes_that_fill_one_cache_end_with_the_same_pictures(tmp_path):
+    def start(name):
+        command = [sys.executable, "-c", FILL, str(tmp_path / name), str(tmp_path / "cache")]
+        return subprocess.Popen(command, cwd=project_root(), stdin=PIPE, stdout=PIPE, text=True)
+
+    both = [start(name) for name in "ab"]
+    try:
+        assert [process.stdout.readline() for process in both] == ["ready\n"] * 2
+        for process in both:
+            process.stdin.write("\n")
+            process.stdin.flush()
+        ends = [process.communicate(timeout=300)[0].strip().partition(" ") for process in both]
+    finally:
+        for process in both:
+            process.kill()
+    assert ends[0][0] == ends[1][0] != ""
+    assert sorted(counted for _, _, counted in ends) == ["[32, 64, 96]", "[]"]  # one drew, the other waited for it
+    assert not list((tmp_path / "cache").rglob("*.tmp"))

@@ -27,6 +27,7 @@ from ibkit.params import collect
 from ibkit.runs import Run, run_folder
 parameters = collect("{kind}", globals())
 inputs = {{name: value for name in ("run_in", "run_dreambooth") if (value := getattr(parameters, name, ""))}}
+inputs |= {{f"run_rl{{i}}": folder for i, folder in enumerate(getattr(parameters, "run_rl", []))}}
 run = Run.open(
     run_folder("{kind}", parameters.run_out), "{kind}", asdict(parameters), inputs=inputs, resume=parameters.resume
 )
@@ -132,6 +133,17 @@ def test_the_job_runs_every_notebook_in_order_and_reports(places, capsys):
     assert job("--resume", "--name", "two", "--class-noun", "cat") == 2
     err = capsys.readouterr().err
     assert "01_personalize.class_noun was 'dog' and is 'cat'" in err and err.count("\n") == 1
+
+    # A renamed job is the same job: the finished is not done again, and the unfinished is gone on with.
+    folder.rename(places / "outputs" / "renamed")
+    tuned = Run.open(
+        places / "outputs" / "renamed" / "02_rl_finetune-seed7", "02_rl_finetune", tuned.parameters,
+        {"run_in": places / "outputs" / "renamed" / "01_personalize"}, resume=True,
+    )  # fmt: skip
+    tuned.fail("killed")
+    assert job("--resume", "--name", "renamed") == 0
+    out = capsys.readouterr().out
+    assert out.count("already done") == 3 and "02_rl_finetune-seed7: done" in out
 
 
 def test_a_killed_job_goes_on(places, without_evaluation, capsys):

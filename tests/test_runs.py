@@ -404,6 +404,67 @@ def test_inputs_are_recorded_with_hashes_and_must_not_change(tmp_path):
         Run.open(tmp_path / "run", "02", {}, inputs=inputs, resume=True)
 
 
+def trained(folder: Path, seconds: float = 1.0, **changes) -> Path:
+    run = open_run(folder, **changes)
+    run.write_table("history.csv", pd.DataFrame({"loss": [0.5], "seconds": [seconds]}))
+    run.finish()
+    return folder
+
+
+def test_the_same_run_made_again_elsewhere_is_the_same_input(tmp_path):
+    first, renamed = trained(tmp_path / "first"), tmp_path / "renamed"
+    here = {"run_out": "b", "device": "cpu", "processes": 2, "subject": "photos/elsewhere"}
+    second = trained(tmp_path / "second", seconds=2.0, resume=True, **here)
+    assert hash_file(first / "history.csv") != hash_file(second / "history.csv")
+    identity = runs.identify(first)["sha256"]
+    assert runs.identify(second)["sha256"] == identity
+    first.rename(renamed)
+    assert runs.identify(renamed)["sha256"] == identity
+    assert runs.identify(trained(tmp_path / "other", seed=1))["sha256"] != identity
+    assert runs.identify(finished(tmp_path / "outputs"))["sha256"] != identity
+    (renamed / "history.csv").write_text("loss,seconds\n0.5,3.0\n")  # the time, too, is not to be altered afterwards
+    with pytest.raises(ArtifactError, match=r"history\.csv is altered"):
+        runs.identify(renamed)
+
+
+def test_a_run_of_other_inputs_is_another_input(tmp_path):
+    def tuned(name: str, **changes) -> str:
+        first = trained(tmp_path / f"{name}-in", **changes)
+        Run.open(tmp_path / name, "02", {"run_in": str(first)}, inputs={"run_in": first}).finish()
+        return runs.identify(tmp_path / name)["sha256"]
+
+    assert tuned("a") == tuned("b", seconds=2.0) != tuned("c", seed=1)
+
+
+def test_runs_that_were_renamed_together_are_gone_on_with(tmp_path):
+    def tune(folder: Path, resume: bool) -> Run:
+        parameters = {"run_in": str(folder / "01"), "run_out": str(folder / "02"), "n_epochs": 2}
+        return Run.open(folder / "02", "02", parameters, inputs={"run_in": folder / "01"}, resume=resume)
+
+    finished(tmp_path / "old" / "01")
+    run = tune(tmp_path / "old", resume=False)
+    run.write_text("a.txt", "x")
+    run._close()
+    (tmp_path / "old").rename(tmp_path / "new")
+    run = tune(tmp_path / "new", resume=True)
+    assert run.has("a.txt")
+    run.finish()
+    (tmp_path / "new").rename(tmp_path / "newest")
+    assert tune(tmp_path / "newest", resume=True).complete
+    changed = open_run(tmp_path / "newest" / "01", resume=True)
+    changed.write_text("notes.txt", "tail")
+    changed.finish()
+    with pytest.raises(ArtifactError, match="run_in was .* and is "):
+        tune(tmp_path / "newest", resume=True)
+
+
+def test_going_on_with_another_device_says_so(tmp_path, monkeypatch):
+    open_run(tmp_path / "run")._close()
+    monkeypatch.setattr(runs, "_device", lambda name: "another")
+    with pytest.warns(UserWarning, match="the device was .* and is 'another'"):
+        open_run(tmp_path / "run", resume=True)
+
+
 def test_an_input_that_is_missing_incomplete_or_altered_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match="nowhere does not exist"):
         Run.open(tmp_path / "a", "02", {}, inputs={"run_in": tmp_path / "nowhere"})

@@ -18,8 +18,6 @@ SLOT = "{subject}"  # where the subject stands in a template
 # The first sound, where it is not that of the first letter: "a unicorn" but "an unidentified", "an hour".
 CONSONANT_SOUND = re.compile(r"uni(?![dmn])|use|eu|one\b", re.IGNORECASE)
 VOWEL_SOUND = re.compile(r"[aeiou]|hour|honest|heir", re.IGNORECASE)
-MARK = "\0"  # in place of an identifier while its surroundings are mended
-PAIRS = ('""', "''", "“”", "‘’", "()", "[]", "{}", "<>")
 
 
 @dataclass(frozen=True)
@@ -47,66 +45,57 @@ def article(words: str) -> str:
 
 def subject_phrase(class_noun: str, identifier: str = "", description: str = "") -> str:
     """ "a [identifier] [description] [class noun]" (InstructBooth, section 2.1), parts left out where empty."""
-    words = " ".join(w for w in (identifier, description, class_noun) if w)
+    words = _subject_words(class_noun, identifier, description)
     return f"{article(words)} {words}"
 
 
+def _subject_words(class_noun: str, identifier: str, description: str) -> str:
+    return " ".join(w for w in (identifier, description, class_noun) if w)
+
+
 def make_prompt(activity: str, class_noun: str, identifier: str = "", description: str = "") -> Prompt:
-    """One prompt of either kind.
+    """One prompt of either kind. Its clean text is built from the same words without the identifier.
 
     Args:
         activity: what follows the subject, "playing soccer"; or a template that says where the subject stands, such as
             "a red {subject} in the snow"; empty for the bare subject.
 
     Raises:
-        ParameterError: a template with the subject twice.
+        ParameterError: the identifier is in the other words, the class noun is in the activity where it would come
+            twice, or there are braces other than one {subject}.
     """
     if activity.count(SLOT) > 1:
         raise ParameterError(f"prompt {activity!r} has {SLOT} more than once: name the subject once.")
-    if SLOT in activity:
-        words = " ".join(w for w in (identifier, description, class_noun) if w)
-        before, _, after = activity.partition(SLOT)
-        text = _fix_article(before, words) + words + after
-    else:
-        text = f"{subject_phrase(class_noun, identifier, description)} {activity}".strip()
-    clean = without_identifier(text, identifier) if identifier else text
-    return Prompt(text, clean, activity, bool(identifier))
+    for what, words in (("prompt", activity), ("description", description), ("class noun", class_noun)):
+        if re.search("[{}]", words.replace(SLOT, "") if what == "prompt" else words):
+            raise ParameterError(f"{what} {words!r} has braces: only a prompt may, as {SLOT} where the subject stands.")
+        if identifier and re.search(_alone(identifier), words, re.IGNORECASE):
+            raise ParameterError(
+                f"{what} {words!r} holds the identifier {identifier!r}, which the kit puts in itself: leave it out, or "
+                f"write a prompt with {SLOT} where the subject stands."
+            )
+    before, slot, after = activity.partition(SLOT)
+    noun = _alone(class_noun)
+    twice = rf"{noun}\s*{re.escape(SLOT)}|{re.escape(SLOT)}\s*{noun}" if slot else rf"^\s*((an?|the|my)\s+)?{noun}"
+    if re.search(twice, activity, re.IGNORECASE):
+        raise ParameterError(
+            f"prompt {activity!r} names the {class_noun} twice, since the kit puts it in itself: give what follows it, "
+            f"such as 'in the snow', or a template with {SLOT} in place of it."
+        )
+
+    def build(name: str) -> str:
+        words = _subject_words(class_noun, name, description)
+        if slot:
+            return _fix_article(before, words) + words + after
+        return f"{article(words)} {words} {activity}".strip()
+
+    return Prompt(build(identifier), build(""), activity, bool(identifier))
 
 
-def without_identifier(text: str, identifier: str) -> str:
-    """The text as scorers and rewards read it: the identifier taken out wherever it stands, the article mended.
-
-    The identifier is matched literally ("[V]" and "<sks>" are no patterns), in any case, with any spaces between the
-    words of one that has several. Where it begins or ends with a letter or digit, a word must begin or end there ("sks"
-    is no part of "tasks"); "[V]" is found in "[V]cat" too. A hyphen to it goes with it, and so do quotes and brackets
-    that hold nothing else.
-
-    Args:
-        text: "an [V] cat next to an [V] cup".
-        identifier: "[V]"; one or more words.
-
-    Raises:
-        ParameterError: nothing is left of the text.
-    """
-    words = r"\s+".join(map(re.escape, identifier.split()))
-    start, end = (r"\b" if edge.isalnum() else "" for edge in (identifier.strip()[0], identifier.strip()[-1]))
-    marked = re.sub(rf"-?{start}{words}{end}(?:['’]s\b)?-?", MARK, text, flags=re.IGNORECASE)
-    emptied = re.compile("|".join(rf"{re.escape(left)}\s*{MARK}\s*{re.escape(right)}" for left, right in PAIRS))
-    while (shorter := emptied.sub(MARK, marked)) != marked:
-        marked = shorter
-
-    def mend(match: re.Match) -> str:
-        if not match["next"]:
-            return match["opening"]
-        return _fix_article(match["article"] or "", match["next"]) + match["opening"] + match["next"]
-
-    clean = re.sub(rf"(?<=\w){MARK}", f" {MARK}", marked)
-    around = rf"(?P<article>\ban?\s+)?(?P<opening>[\"'“‘(\[{{<]*)(?:{MARK}\s*)+(?P<next>\S*)"
-    clean = re.sub(around, mend, clean, flags=re.IGNORECASE)
-    clean = re.sub(r"\s+([,.;:!?)\]}])", r"\1", " ".join(clean.split()))
-    if not clean:
-        raise ParameterError(f"prompt {text!r} is nothing but the identifier {identifier!r}: add what it is.")
-    return clean
+def _alone(words: str) -> str:
+    """A pattern for words that stand alone, though in quotes, brackets or the possessive: "v" is not in "v-neck"."""
+    joined = r"\s+".join(map(re.escape, words.split()))
+    return rf"(?<!\S)[^\w\s]*{joined}(['’]s)?[^\w\s]*(?!\S)"
 
 
 def _fix_article(before: str, word: str) -> str:

