@@ -14,7 +14,16 @@ from ibkit.errors import ArtifactError, ParameterError, TrainingError
 from ibkit.rl import ddpo
 from ibkit.rl.advantages import PromptStats
 from ibkit.rl.ddim import step_mean
-from ibkit.rl.ddpo import DDPOConfig, epoch_prompts, gaussian_kl, pair_loss, policy_loss, train
+from ibkit.rl.ddpo import (
+    DDPOConfig,
+    approx_kl,
+    epoch_prompts,
+    gaussian_kl,
+    gradient_cut,
+    pair_loss,
+    policy_loss,
+    train,
+)
 from ibkit.rl.processes import Processes
 from ibkit.rl.rollout import rollout
 from ibkit.runs import Checkpoints
@@ -70,6 +79,32 @@ def test_clipped_pairs_have_no_gradient():
     new = torch.tensor([0.5], requires_grad=True)
     policy_loss(new, torch.zeros(1), torch.tensor([1.0]), 1e-4)[0].sum().backward()
     assert new.grad.item() == 0
+
+
+@pytest.mark.parametrize(
+    "advantage, ratio, cut",
+    [
+        (2.0, 1.30, "high"),
+        (2.0, 0.70, ""),  # outside the range, and its gradient is not cut
+        (-2.0, 1.30, ""),
+        (-2.0, 0.70, "low"),
+        (2.0, 1.05, ""),
+        (-2.0, 0.95, ""),
+        (0.0, 1.30, ""),
+    ],
+)
+def test_the_cut_by_hand_is_where_the_loss_has_no_gradient(advantage, ratio, cut):
+    new, advantages = torch.tensor([math.log(ratio)], requires_grad=True), torch.tensor([advantage])
+    policy_loss(new, torch.zeros(1), advantages, 0.1)[0].sum().backward()
+    high, low = gradient_cut(new.detach().exp(), advantages, 0.1)
+    assert (high.item(), low.item()) == (cut == "high", cut == "low")
+    assert (new.grad.item() == 0) == bool(cut) or advantage == 0
+
+
+def test_the_approximate_kl_by_hand_and_at_the_papers_clip_range():
+    assert approx_kl(torch.tensor([1.0, math.e, 0.5])).item() == pytest.approx((math.e - 2 + math.log(2) - 0.5) / 3)
+    log_ratio = 1e-4 * torch.randn(4096, generator=generator(0), dtype=torch.float64)
+    assert approx_kl(log_ratio.exp().float()).item() == pytest.approx(log_ratio.square().mean().item() / 2, rel=1e-2)
 
 
 def test_kl_against_torch():
@@ -199,7 +234,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(tokenizer):
 def test_ratio_is_one_before_the_first_update_of_each_epoch(tiny, tmp_path):
     history = train(tiny, PROMPTS, brightness, CONFIG, tmp_path)
     assert all(row["ratio_first"] < 1e-5 for row in history)
-    assert history[0]["clip_fraction"] >= 0 and math.isfinite(history[0]["log_prob"])
+    assert math.isfinite(history[0]["log_prob"])
     assert {"reward_identifier", "reward_class", "grad_norm", "loss", "seconds"} <= history[0].keys()
 
 
@@ -237,6 +272,47 @@ def test_the_papers_arm_is_this_loop_bit_for_bit(tokenizer, tmp_path, changes):
             average = [a.lerp(p.detach(), 1 - config.ema_decay) for a, p in zip(average, parameters, strict=True)]
     for (name, value), by_hand in zip(trained.lora_state().items(), average, strict=True):
         assert torch.equal(value, by_hand), name
+
+
+def ratios_of_a_step(monkeypatch, values):
+    """The ratios that pair_loss says in each gradient step, whatever they are; CONFIG takes two steps an epoch."""
+    whole, steps = ddpo.pair_loss, itertools.cycle(values)
+
+    def faked(model, trajectories, image, step, advantage, schedule, config):
+        loss, ratio, kl = whole(model, trajectories, image, step, advantage, schedule, config)
+        return loss, torch.full_like(ratio, next(steps)), kl
+
+    monkeypatch.setattr(ddpo, "pair_loss", faked)
+
+
+@pytest.mark.parametrize("ratio, column", [(1.3, "clip_high"), (0.7, "clip_low")])
+def test_all_of_an_epochs_good_or_bad_pairs_can_be_cut(tiny, tmp_path, monkeypatch, ratio, column):
+    """Every pair of the second gradient step is outside the range on one side: cut is the half with that advantage."""
+    ratios_of_a_step(monkeypatch, [1.0, ratio])
+    config = dataclasses.replace(CONFIG, n_epochs=1, micro_batch=64, batch=4)
+    signs = lambda images, prompts: torch.tensor([1.0, 1, 1, 1, -1, -1, -1, -1])[: len(images)]  # noqa: E731
+    (row,) = train(tiny, PROMPTS[:1], signs, config, tmp_path)
+    of_second_step = torch.randperm(8, generator=generator(0, "update", 0))[4:]
+    good = (of_second_step < 4).float().mean().item()
+    share = {"clip_high": good, "clip_low": 1 - good}
+    other = "clip_low" if column == "clip_high" else "clip_high"
+    assert row[column] == share[column] > 0 and row[other] == 0
+    assert row["approx_kl"] == pytest.approx(ratio - 1 - math.log(ratio), rel=1e-5)
+
+
+def test_numbers_that_were_not_measured_have_no_column(tokenizer, tmp_path):
+    rows = {}
+    for weight in (0.0, 0.1):
+        config = dataclasses.replace(CONFIG, n_epochs=1, kl_weight=weight)
+        (rows[weight],) = train(tiny_model(tokenizer), PROMPTS, brightness, config, tmp_path / f"{weight}")
+    assert "kl" not in rows[0.0] and rows[0.1]["kl"] >= 0
+    assert all("clip_fraction" not in row for row in rows.values())
+
+
+def test_an_epoch_of_one_gradient_step_cuts_nothing(tiny, tmp_path):
+    config = dataclasses.replace(CONFIG, n_epochs=1, batch=8)
+    (row,) = train(tiny, PROMPTS, brightness, config, tmp_path)
+    assert row["clip_high"] == row["clip_low"] == 0 and row["approx_kl"] < 1e-9
 
 
 def test_the_reward_rises(tiny, tmp_path, monkeypatch):

@@ -119,6 +119,28 @@ def policy_loss(
     return torch.maximum(-advantage * ratio, -advantage * clipped), ratio
 
 
+def gradient_cut(ratio: torch.Tensor, advantage: torch.Tensor, clip_range: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where PPO's clip cuts the gradient: good actions made likelier than 1 + ε, bad ones less likely than 1 - ε.
+
+    A ratio outside the range on the other side is a step in the wrong direction, and its gradient stays.
+
+    Returns:
+        (high, low), each bool in the shape of `ratio`.
+    """
+    return (advantage > 0) & (ratio > 1 + clip_range), (advantage < 0) & (ratio < 1 - clip_range)
+
+
+def approx_kl(ratio: torch.Tensor) -> torch.Tensor:
+    """Mean of (r - 1) - log r, Schulman's estimator k3 ("Approximating KL Divergence", 2020), never negative; fp64,
+    since in fp32 nothing is left of it at a clip range of 1e-4.
+
+    The ratio is the D-th root of that of the densities, see `log_prob`. So this is half its mean squared logarithm, as
+    in DDPO's code: a measure of how far an update went, and not the divergence in nats.
+    """
+    r = ratio.double()
+    return ((r - 1) - r.log()).mean()
+
+
 def gaussian_kl(mean: torch.Tensor, reference: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """KL(N(mean, s²) ‖ N(reference, s²)) = (mean - reference)² / 2s², averaged over C, H, W as `log_prob` is.
 
@@ -170,9 +192,11 @@ def train(
     Returns:
         Rows with epoch, reward, reward_identifier and reward_class (where there is such a prompt), reward_subject (of
         identifier prompts), above_level and above_level_subject (share of pictures, where a level is known), the
-        monitor's numbers, the guard's (frontier, alarm), ratio_first (largest |ratio - 1| of the first micro-batch
-        before any update), clip_fraction, log_prob, log_prob_t000 ... (mean of each step), grad_norm, loss, kl (0
-        without `kl_weight`), seconds.
+        monitor's numbers, the guard's (frontier, alarm), zero_spread (see `Objectives.row`), ratio_first (largest
+        |ratio - 1| of the first micro-batch before any update), clip_high and clip_low (share of pairs whose gradient
+        is cut, see `gradient_cut`) and approx_kl, log_prob, log_prob_t000 ... (mean of each step), grad_norm, loss, kl
+        (with `kl_weight`), seconds. The three after ratio_first are means over an epoch's gradient steps but the first:
+        its ratios are 1, and it would halve the shares of an epoch of two.
 
     Raises:
         TrainingError: a reward, loss or gradient that is not finite, a reward function that fails, memory that does not
@@ -352,9 +376,9 @@ def update(
                         f"to {ratio.max().item():.3g}): lower the learning rate."
                     )
                 ((loss + config.kl_weight * kl).sum() / len(pairs)).backward()
-                deviation = (ratio.detach() - 1).abs()
-                ratio_first = deviation.max().item() if ratio_first is None else ratio_first
-                measured.append(torch.stack([loss.detach(), kl.detach(), (deviation > config.clip_range).float()]))
+                ratio_first = (ratio.detach() - 1).abs().max().item() if ratio_first is None else ratio_first
+                gradient_step = torch.full_like(advantage, len(norms))
+                measured.append(torch.stack([loss.detach(), kl.detach(), ratio.detach(), advantage, gradient_step]))
         processes.add_gradients(trainable)
         norm = torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
         if not bool(torch.isfinite(norm)):
@@ -365,14 +389,18 @@ def update(
             mean.lerp_(parameter.detach(), 1 - config.ema_decay)
         norms.append(norm.item())
     everybodys = [of_chunk for share in processes.gather([measured]) for of_chunk in share]
-    loss, kl, clip_fraction = torch.cat(everybodys, 1).mean(1).tolist()
-    return {
+    loss, kl, ratio, advantage, gradient_step = torch.cat(everybodys, 1).cpu().double()
+    moved = gradient_step > 0 if len(norms) > 1 else gradient_step == 0
+    high, low = gradient_cut(ratio[moved], advantage[moved], config.clip_range)
+    row = {
         "ratio_first": processes.share(ratio_first),
-        "clip_fraction": clip_fraction,
+        "clip_high": high.double().mean().item(),
+        "clip_low": low.double().mean().item(),
+        "approx_kl": approx_kl(ratio[moved]).item(),
         "grad_norm": sum(norms) / len(norms),
-        "loss": loss,
-        "kl": kl,
+        "loss": loss.mean().item(),
     }
+    return row | ({"kl": kl.mean().item()} if config.kl_weight else {})
 
 
 def help_train(
