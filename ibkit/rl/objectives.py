@@ -193,14 +193,14 @@ class Objectives:
         A column belongs to a denoising step, whichever order an update draws the steps in.
         """
         clipped = self._clipped(prompts, scores)
-        texts, named = [p.text for p in prompts], torch.tensor([p.identifier for p in prompts])
+        named = torch.tensor([p.identifier for p in prompts])
         if "subject" not in clipped or self.config.combine != "synergy":
             reward = self._one_reward(clipped, named) if "subject" in clipped else clipped["text"]
-            advantages = self.stats["text"].advantages(texts, reward)[:, None].expand(-1, n_steps)
+            advantages = self.stats["text"].advantages(prompts, reward)[:, None].expand(-1, n_steps)
         else:
-            advantages = self.stats["text"].advantages(texts, clipped["text"])[:, None].repeat(1, n_steps)
+            advantages = self.stats["text"].advantages(prompts, clipped["text"])[:, None].repeat(1, n_steps)
             if named.any():
-                asked = [text for text, of_subject in zip(texts, named, strict=True) if of_subject]
+                asked = [p for p in prompts if p.identifier]
                 subject = self.stats["subject"].advantages(asked, clipped["subject"][named])
                 weight = self._weights(n_steps)
                 advantages[named] = two_objectives(advantages[named, 0], subject, weight, self.config.synergy)
