@@ -31,6 +31,7 @@ from ibkit.rl.ddim import Schedule, log_prob, step_mean
 from ibkit.rl.guard import Guard
 from ibkit.rl.objectives import Objectives, Reward, RewardSpec
 from ibkit.rl.processes import Processes
+from ibkit.rl.ratio import approx_kl, check_first_ratio, gradient_cut, ratio_tolerance
 from ibkit.rl.rollout import Trajectories, rollout
 from ibkit.runs import Checkpoints, hash_json
 from ibkit.sample import Sampler
@@ -119,28 +120,6 @@ def policy_loss(
     return torch.maximum(-advantage * ratio, -advantage * clipped), ratio
 
 
-def gradient_cut(ratio: torch.Tensor, advantage: torch.Tensor, clip_range: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where PPO's clip cuts the gradient: good actions made likelier than 1 + ε, bad ones less likely than 1 - ε.
-
-    A ratio outside the range on the other side is a step in the wrong direction, and its gradient stays.
-
-    Returns:
-        (high, low), each bool in the shape of `ratio`.
-    """
-    return (advantage > 0) & (ratio > 1 + clip_range), (advantage < 0) & (ratio < 1 - clip_range)
-
-
-def approx_kl(ratio: torch.Tensor) -> torch.Tensor:
-    """Mean of (r - 1) - log r, Schulman's estimator k3 ("Approximating KL Divergence", 2020), never negative; fp64,
-    since in fp32 nothing is left of it at a clip range of 1e-4.
-
-    The ratio is the D-th root of that of the densities, see `log_prob`. So this is half its mean squared logarithm, as
-    in DDPO's code: a measure of how far an update went, and not the divergence in nats.
-    """
-    r = ratio.double()
-    return ((r - 1) - r.log()).mean()
-
-
 def gaussian_kl(mean: torch.Tensor, reference: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
     """KL(N(mean, s²) ‖ N(reference, s²)) = (mean - reference)² / 2s², averaged over C, H, W as `log_prob` is.
 
@@ -193,14 +172,15 @@ def train(
         Rows with epoch, reward, reward_identifier and reward_class (where there is such a prompt), reward_subject (of
         identifier prompts), above_level and above_level_subject (share of pictures, where a level is known), the
         monitor's numbers, the guard's (frontier, alarm), zero_spread (see `Objectives.row`), ratio_first (largest
-        |ratio - 1| of the first micro-batch before any update), clip_high and clip_low (share of pairs whose gradient
-        is cut, see `gradient_cut`) and approx_kl, log_prob, log_prob_t000 ... (mean of each step), grad_norm, loss, kl
-        (with `kl_weight`), seconds. The three after ratio_first are means over an epoch's gradient steps but the first:
-        its ratios are 1, and it would halve the shares of an epoch of two.
+        |ratio - 1| of the first gradient step, before its update), clip_high and clip_low (share of pairs whose
+        gradient is cut, see `gradient_cut`), approx_kl, log_prob, log_prob_t000 ... (mean of each step), grad_norm,
+        loss, kl (with `kl_weight`), seconds. clip_high, clip_low and approx_kl are means over an epoch's gradient steps
+        but the first: its ratios are 1, and in an epoch of two steps it would halve them.
 
     Raises:
-        TrainingError: a reward, loss or gradient that is not finite, a reward function that fails, memory that does not
-            suffice, or another process that ended; the last checkpoint stays.
+        TrainingError: ratios that are not 1 before an epoch's first update (see `ratio_tolerance`), a reward, loss or
+            gradient that is not finite, a reward function that fails, memory that does not suffice, or another process
+            that ended; the last checkpoint stays.
         ArtifactError: the checkpoints in `folder` are of another training.
         ParameterError: fewer images an epoch than processes, a sampler whose trained steps are deterministic, or a
             clip at a level that is not known.
@@ -361,7 +341,8 @@ def update(
     n_drawn = max(1, round(config.subsample * n_steps))
     advantages = advantages.to(model.device)
     order = torch.randperm(len(advantages), generator=stream)
-    measured, norms, ratio_first = [], [], None
+    tolerance = ratio_tolerance(model, schedule, config)
+    measured, norms, ratio_first = [], [], 0.0
     for members in order.split(config.batch):
         steps = torch.stack([torch.randperm(n_steps, generator=stream)[:n_drawn] for _ in members])
         pairs = torch.stack([members.repeat_interleave(n_drawn), steps.flatten()], 1)
@@ -375,8 +356,9 @@ def update(
                         f"the policy loss is not finite (ratio {ratio.min().item():.3g} "
                         f"to {ratio.max().item():.3g}): lower the learning rate."
                     )
+                if not norms:
+                    ratio_first = max(ratio_first, check_first_ratio(ratio.detach(), step, schedule, tolerance))
                 ((loss + config.kl_weight * kl).sum() / len(pairs)).backward()
-                ratio_first = (ratio.detach() - 1).abs().max().item() if ratio_first is None else ratio_first
                 gradient_step = torch.full_like(advantage, len(norms))
                 measured.append(torch.stack([loss.detach(), kl.detach(), ratio.detach(), advantage, gradient_step]))
         processes.add_gradients(trainable)
