@@ -162,6 +162,13 @@ class DinoMetric(Measured):
     n_pairs: int = param(24, "pairs of pictures for each class and change", low=4, high=100_000)
     n_individuals: int = param(400, "individuals that the quick heads are trained on", low=8, high=100_000)
 
+    def __post_init__(self):
+        if self.model != "pocket":
+            raise ParameterError(
+                f"05_dino_metric measures pictures of the pocket world, and model is {self.model!r}: leave it at "
+                "'pocket', and choose other scorers by scorer_weights ('official', or a folder)."
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptAblation(Measured):

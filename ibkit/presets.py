@@ -7,7 +7,9 @@ value, where and why it differs.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from ibkit.errors import ParameterError
 from ibkit.personalize.dreambooth import DreamBoothConfig
 from ibkit.rl.ddpo import DDPOConfig
 from ibkit.rl.guard import Guard
@@ -100,6 +102,24 @@ PRESETS = {"pocket": POCKET, "sd15": SD15}
 def preset_of(model: str) -> Preset:
     """The preset of a model: its own, or `sd15`'s for a local folder in diffusers format."""
     return PRESETS.get(model, SD15)
+
+
+def preset_of_run(model: str, base_model: str, folder: Path) -> Preset:
+    """The preset of a model that a run is gone on from with.
+
+    Args:
+        model: what the user named.
+        base_model: what the run in `folder` personalized.
+
+    Raises:
+        ParameterError: they are of different presets.
+    """
+    if preset_of(model) is not preset_of(base_model):
+        raise ParameterError(
+            f"{folder} personalized the model {base_model!r}, whose preset is not that of {model!r}: "
+            f"give model={base_model!r} here too."
+        )
+    return preset_of(model)
 
 
 def override(config, **values):

@@ -124,6 +124,11 @@ def test_a_reward_that_does_not_exist_is_refused_with_the_nearest(name, value):
         collect("02_rl_finetune", cell("02_rl_finetune", **{name: value}))
 
 
+def test_the_dino_metric_is_of_the_pocket_world():
+    with pytest.raises(ParameterError, match="pictures of the pocket world, and model is 'sd15': leave it at 'pocket'"):
+        collect("05_dino_metric", cell("05_dino_metric", model="sd15"))
+
+
 def test_the_combinations_are_those_that_training_knows():
     (row,) = [row for row in schema("02_rl_finetune") if row.name == "combine"]
     assert row.choices == COMBINATIONS
