@@ -122,6 +122,12 @@ def preset_of_run(model: str, base_model: str, folder: Path) -> Preset:
     return preset_of(model)
 
 
+# settings of which 0 is a value: without the KL divergence, without an average, without an end before the last epoch
+ZERO_IS_A_VALUE = frozenset({"kl_weight", "ema_decay", "patience"})
+
+
 def override(config, **values):
-    """A copy of a settings object with the values that are set; 0, "" and () stand for the preset's own."""
-    return replace(config, **{k: v for k, v in values.items() if v})
+    """A copy of a settings object with the values that are set; 0, "" and () stand for the preset's own, and where 0
+    is a value, -1 does.
+    """
+    return replace(config, **{k: v for k, v in values.items() if (v != -1 if k in ZERO_IS_A_VALUE else v)})
