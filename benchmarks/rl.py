@@ -70,7 +70,7 @@ class Epoch:
         self.optimizer.zero_grad(set_to_none=True)
 
     def advantages(self, rewards: torch.Tensor) -> torch.Tensor:
-        return self.stats.advantages([p.text for p in self.prompts], rewards).clamp(-5, 5)
+        return self.stats.advantages(self.prompts, rewards).clamp(-5, 5)
 
 
 def timed(seconds: dict[str, float], name: str, work):

@@ -267,18 +267,21 @@ def trajectory(
     Args:
         beliefs: t -> x̂0, decoded, of some steps, first to last.
         steps: one row for each step: t, log_prob (of the policy that drew the episode), ratio (of the
-            policy as it is now), clip_fraction (share of all episodes whose ratio is outside the range).
+            policy as it is now), clip_high and clip_low (shares of all episodes whose gradient would be cut).
         clip_range: ε, drawn around a ratio of 1.
         title: above the figure, such as the prompt and the advantage.
 
     Returns:
         The figure, and `steps`.
     """
-    panels = (
-        ("Log-probability of the step", "log_prob", METHOD_COLOURS["base"]),
-        ("Ratio, new over old policy", "ratio", METHOD_COLOURS["instructbooth"]),
-        ("Clip fraction, all episodes", "clip_fraction", METHOD_COLOURS["dreambooth"]),
-    )
+    panels = {
+        "Log-probability of the step": {"log_prob": METHOD_COLOURS["base"]},
+        "Ratio, new over old policy": {"ratio": METHOD_COLOURS["instructbooth"]},
+        "Gradient cut, share of episodes": {
+            "clip_high": METHOD_COLOURS["instructbooth"],
+            "clip_low": METHOD_COLOURS["dreambooth"],
+        },
+    }
     with matplotlib.rc_context(HOUSE_STYLE):
         figure = NotebookFigure(figsize=(9.6, 4.2), layout="constrained")
         above, below = figure.subfigures(2, 1, height_ratios=(1, 1.9))
@@ -286,13 +289,15 @@ def trajectory(
         for axis, (t, picture) in zip(axes, beliefs.items(), strict=True):
             _draw_picture(axis, picture)
             axis.set_xlabel(f"t = {t}", fontsize=8)
-        for axis, (name, column, colour) in zip(below.subplots(1, len(panels)), panels, strict=True):
-            seaborn.lineplot(steps, x="t", y=column, marker="o", color=colour, ax=axis)
+        for axis, (name, lines) in zip(below.subplots(1, len(panels)), panels.items(), strict=True):
+            for column, colour in lines.items():
+                label = column if len(lines) > 1 else None
+                seaborn.lineplot(steps, x="t", y=column, marker="o", color=colour, label=label, ax=axis)
             axis.set(title=name, xlabel="t, from noise to picture", ylabel="")
             axis.invert_xaxis()
-            if column == "ratio":
+            if "ratio" in lines:
                 axis.axhspan(1 - clip_range, 1 + clip_range, color=FAINT, lw=0)
-            if column == "clip_fraction":
+            if "clip_high" in lines:
                 axis.set_ylim(-0.05, 1.05)
         _head(figure, title)
     return figure, steps

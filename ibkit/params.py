@@ -3,8 +3,8 @@
 A notebook's parameters cell holds flat literals, which papermill replaces. papermill only warns about a name that it
 does not know, and reads `1e-4` as text, so the cell after it calls `collect`. Types are plain (`int`, `float`, `str`,
 `bool`, `list` of texts or of whole numbers), because that is what papermill's reader of the cell understands. The
-values 0, 0.0, "" and [] stand for "the preset's own value" where the help says so; the presets are looked up later, by
-the notebook.
+values 0, 0.0, "" and [] stand for "the preset's own value" where the help says so, and -1 where 0 is a value of its
+own; the presets are looked up later, by the notebook.
 """
 
 import ast
@@ -27,7 +27,7 @@ def param(default: Any, help: str, *, low: float | None = None, high: float | No
     Args:
         default: its value in the notebook as shipped; its type is the parameter's type.
         help: one line for people.
-        low: smallest number allowed, inclusive.
+        low: smallest number allowed, inclusive; a default below it, -1 for the preset's own, is allowed too.
         high: largest number allowed, inclusive.
         choices: the texts allowed; empty when any is.
     """
@@ -90,11 +90,19 @@ class RLFinetune(Measured):
     learning_rate: float = param(0.0, "0 = the preset's", low=0.0, high=1.0)
     lora_rank: int = param(0, "0 = the preset's", low=0, high=1024)
     kl_weight: float = param(
-        0.0, "weight of the KL divergence from the personalized policy; 0 = the preset's", low=0.0, high=1e6
+        -1.0,
+        "weight of the KL divergence from the personalized policy; 0 = without it, -1 = the preset's",
+        low=0.0,
+        high=1e6,
     )
-    ema_decay: float = param(0.0, "moving average of the adapter; 0 = the preset's", low=0.0, high=0.9999)
+    ema_decay: float = param(
+        -1.0, "moving average of the adapter; 0 = the last policy, -1 = the preset's", low=0.0, high=0.9999
+    )
     patience: int = param(
-        0, "epochs without a better text/subject frontier before RL stops; 0 = the preset's", low=0, high=100_000
+        -1,
+        "epochs without a better text/subject frontier before RL stops; 0 = never, -1 = the preset's",
+        low=0,
+        high=100_000,
     )
     use_class_prompts: bool = param(True, "train on prompts without the identifier too")
     reward: str = param("image_reward", "name of the scorer that is the reward")
@@ -162,6 +170,13 @@ class DinoMetric(Measured):
     n_pairs: int = param(24, "pairs of pictures for each class and change", low=4, high=100_000)
     n_individuals: int = param(400, "individuals that the quick heads are trained on", low=8, high=100_000)
 
+    def __post_init__(self):
+        if self.model != "pocket":
+            raise ParameterError(
+                f"05_dino_metric measures pictures of the pocket world, and model is {self.model!r}: leave it at "
+                "'pocket', and choose other scorers by scorer_weights ('official', or a folder)."
+            )
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptAblation(Measured):
@@ -227,8 +242,12 @@ class Parameter:
             + ("whole numbers" if self.items is int else "texts that are not empty"),
         }[self.type]
         if self.low is not None and self.high is not None:
-            return f"{noun} from {self.low} to {self.high}"
+            return f"{noun} from {self.low} to {self.high}" + (f", or {self.default}" if self._below() else "")
         return noun
+
+    def _below(self) -> bool:
+        """Whether the default lies below what is allowed, and stands for the preset's own."""
+        return self.type in (int, float) and self.low is not None and self.default < self.low
 
     def check(self, value: Any) -> Any:
         """Return `value` in the parameter's own type; raise ValueError when it is not allowed."""
@@ -249,6 +268,8 @@ class Parameter:
         if self.choices and value not in self.choices:
             raise ValueError(value)
         for number in value if self.type is list else [value]:
+            if self._below() and number == self.default:
+                continue
             if (self.low is not None and number < self.low) or (self.high is not None and number > self.high):
                 raise ValueError(value)
         return value

@@ -7,7 +7,9 @@ value, where and why it differs.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from ibkit.errors import ParameterError
 from ibkit.personalize.dreambooth import DreamBoothConfig
 from ibkit.rl.ddpo import DDPOConfig
 from ibkit.rl.guard import Guard
@@ -102,6 +104,30 @@ def preset_of(model: str) -> Preset:
     return PRESETS.get(model, SD15)
 
 
+def preset_of_run(model: str, base_model: str, folder: Path) -> Preset:
+    """The preset of a model that a run is gone on from with.
+
+    Args:
+        model: what the user named.
+        base_model: what the run in `folder` personalized.
+
+    Raises:
+        ParameterError: they are of different presets.
+    """
+    if preset_of(model) is not preset_of(base_model):
+        raise ParameterError(
+            f"{folder} personalized the model {base_model!r}, whose preset is not that of {model!r}: "
+            f"give model={base_model!r} here too."
+        )
+    return preset_of(model)
+
+
+# settings of which 0 is a value: without the KL divergence, without an average, without an end before the last epoch
+ZERO_IS_A_VALUE = frozenset({"kl_weight", "ema_decay", "patience"})
+
+
 def override(config, **values):
-    """A copy of a settings object with the values that are set; 0, "" and () stand for the preset's own."""
-    return replace(config, **{k: v for k, v in values.items() if v})
+    """A copy of a settings object with the values that are set; 0, "" and () stand for the preset's own, and where 0
+    is a value, -1 does.
+    """
+    return replace(config, **{k: v for k, v in values.items() if (v != -1 if k in ZERO_IS_A_VALUE else v)})

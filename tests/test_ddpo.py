@@ -11,10 +11,19 @@ from PIL import Image
 from ibkit.data.prompts import training_prompts
 from ibkit.device import generator
 from ibkit.errors import ArtifactError, ParameterError, TrainingError
+from ibkit.presets import SD15
 from ibkit.rl import ddpo
 from ibkit.rl.advantages import PromptStats
 from ibkit.rl.ddim import step_mean
-from ibkit.rl.ddpo import DDPOConfig, epoch_prompts, gaussian_kl, pair_loss, policy_loss, train
+from ibkit.rl.ddpo import (
+    DDPOConfig,
+    epoch_prompts,
+    gaussian_kl,
+    pair_loss,
+    policy_loss,
+    train,
+)
+from ibkit.rl.objectives import Objectives
 from ibkit.rl.processes import Processes
 from ibkit.rl.rollout import rollout
 from ibkit.runs import Checkpoints
@@ -86,32 +95,50 @@ def test_kl_against_torch():
 
 def test_prompts_with_and_without_the_identifier_have_their_own_baselines():
     stats = PromptStats(min_count=2)
-    advantages = stats.advantages(["a sks cat", "a sks cat", "a cat", "a cat"], torch.tensor([0.0, 2.0, 10.0, 14.0]))
+    prompts = [PROMPTS[0], PROMPTS[0], PROMPTS[1], PROMPTS[1]]
+    advantages = stats.advantages(prompts, torch.tensor([0.0, 2.0, 10.0, 14.0]))
     torch.testing.assert_close(advantages, torch.tensor([-1.0, 1.0, -1.0, 1.0]), rtol=1e-4, atol=1e-4)
 
 
-def test_equal_rewards_give_zero_and_a_prompt_seen_once_uses_the_batch():
+def test_equal_rewards_give_zero_and_a_prompt_seen_once_uses_those_of_its_kind():
+    """Two prompts with the identifier, the second seen once; the class prompt's 90 is not looked at."""
     stats = PromptStats(min_count=2)
-    advantages = stats.advantages(["a", "a", "b"], torch.tensor([3.0, 3.0, 6.0]))
+    advantages = stats.advantages([PROMPTS[i] for i in (0, 0, 2, 1)], torch.tensor([3.0, 3.0, 6.0, 90.0]))
     assert advantages[:2].tolist() == [0.0, 0.0]
     assert advantages[2].item() == pytest.approx((6 - 4) / 2**0.5, rel=1e-4)
+    assert advantages[3].item() == 0.0  # alone of its kind
+
+
+def test_where_a_prompt_is_rare_its_kind_serves_and_not_the_other(tokenizer):
+    """The sd15 preset: 16 pictures on 3 x 2 prompts. With the identifier all earn less; none of them is bad for it."""
+    config = SD15.ddpo
+    prompts = training_prompts(SD15.activities, "cat", "sks")
+    stats = Objectives(brightness, None, config)
+    for epoch in range(8):
+        chosen = epoch_prompts(prompts, config.images_per_epoch, seed=0, epoch=epoch)
+        named = torch.tensor([p.identifier for p in chosen])
+        rewards = torch.randn(len(chosen), generator=generator(0, "fake", epoch)) - 5.0 * named
+        advantages = stats.advantages(chosen, rewards[None], 1)[:, 0]
+        if epoch < 5:  # no prompt has statistics of its own; then they are over more pictures than an epoch's
+            assert advantages[named].mean().abs() < 1e-5 and advantages[~named].mean().abs() < 1e-5
+        assert advantages[named].mean().abs() < 0.5 and advantages[named].max() > 0.5
 
 
 def test_the_baseline_remembers_earlier_epochs_and_survives_a_checkpoint():
     stats = PromptStats(min_count=2)
-    stats.advantages(["a", "a"], torch.tensor([0.0, 2.0]))
+    stats.advantages(PROMPTS[:1] * 2, torch.tensor([0.0, 2.0]))
     copy = PromptStats(min_count=2)
     copy.load(stats.state())
     for s in (stats, copy):
-        assert s.advantages(["a"], torch.tensor([4.0])).item() == pytest.approx(
+        assert s.advantages(PROMPTS[:1], torch.tensor([4.0])).item() == pytest.approx(
             2 / (8 / 3) ** 0.5, rel=1e-4
         )  # of 0, 2, 4
 
 
 def test_group_relative_advantages_know_only_their_own_batch():
     stats = PromptStats(buffer_size=0, min_count=2)
-    stats.advantages(["a", "a"], torch.tensor([100.0, 200.0]))
-    advantages = stats.advantages(["a", "b", "a", "b"], torch.tensor([1.0, 5.0, 3.0, 5.0]))
+    stats.advantages(PROMPTS[:1] * 2, torch.tensor([100.0, 200.0]))
+    advantages = stats.advantages(PROMPTS[:2] * 2, torch.tensor([1.0, 5.0, 3.0, 5.0]))
     torch.testing.assert_close(advantages, torch.tensor([-1.0, 0.0, 1.0, 0.0]), rtol=1e-4, atol=1e-4)
 
 
@@ -120,7 +147,7 @@ def test_a_buffer_of_zero_is_enough_for_group_relative_advantages():
     config = DDPOConfig(stats_buffer=0)
     stats = PromptStats(config.stats_buffer, config.stats_min_count)
     rewards = torch.tensor([9.0, 11.0] * 4 + [1.0, 2.0] * 4)
-    advantages = stats.advantages(["easy"] * 8 + ["hard"] * 8, rewards)
+    advantages = stats.advantages(PROMPTS[:1] * 8 + PROMPTS[1:2] * 8, rewards)
     torch.testing.assert_close(advantages, torch.tensor([-1.0, 1.0] * 8), rtol=1e-4, atol=1e-4)
 
 
@@ -199,7 +226,7 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(tokenizer):
 def test_ratio_is_one_before_the_first_update_of_each_epoch(tiny, tmp_path):
     history = train(tiny, PROMPTS, brightness, CONFIG, tmp_path)
     assert all(row["ratio_first"] < 1e-5 for row in history)
-    assert history[0]["clip_fraction"] >= 0 and math.isfinite(history[0]["log_prob"])
+    assert math.isfinite(history[0]["log_prob"])
     assert {"reward_identifier", "reward_class", "grad_norm", "loss", "seconds"} <= history[0].keys()
 
 
@@ -223,7 +250,7 @@ def test_the_papers_arm_is_this_loop_bit_for_bit(tokenizer, tmp_path, changes):
         made = rollout(model, [p.text for p in chosen], schedule, config.sampler.guidance, streams)
         rewards = brightness(model.decode(made.latents[-1]), chosen)
         assert rows[epoch]["reward"] == rewards.mean().item()
-        advantages = stats.advantages([p.text for p in chosen], rewards).clamp(-5, 5)
+        advantages = stats.advantages(chosen, rewards).clamp(-5, 5)
         stream = generator(seed, "update", epoch)
         for members in torch.randperm(len(chosen), generator=stream).split(config.batch):
             drawn = [torch.randperm(n_steps, generator=stream)[: round(config.subsample * n_steps)] for _ in members]
@@ -237,6 +264,47 @@ def test_the_papers_arm_is_this_loop_bit_for_bit(tokenizer, tmp_path, changes):
             average = [a.lerp(p.detach(), 1 - config.ema_decay) for a, p in zip(average, parameters, strict=True)]
     for (name, value), by_hand in zip(trained.lora_state().items(), average, strict=True):
         assert torch.equal(value, by_hand), name
+
+
+def ratios_of_a_step(monkeypatch, values):
+    """The ratios that pair_loss says in each gradient step, whatever they are; CONFIG takes two steps an epoch."""
+    whole, steps = ddpo.pair_loss, itertools.cycle(values)
+
+    def faked(model, trajectories, image, step, advantage, schedule, config):
+        loss, ratio, kl = whole(model, trajectories, image, step, advantage, schedule, config)
+        return loss, torch.full_like(ratio, next(steps)), kl
+
+    monkeypatch.setattr(ddpo, "pair_loss", faked)
+
+
+@pytest.mark.parametrize("ratio, column", [(1.3, "clip_high"), (0.7, "clip_low")])
+def test_all_of_an_epochs_good_or_bad_pairs_can_be_cut(tiny, tmp_path, monkeypatch, ratio, column):
+    """Every pair of the second gradient step is outside the range on one side: cut is the half with that advantage."""
+    ratios_of_a_step(monkeypatch, [1.0, ratio])
+    config = dataclasses.replace(CONFIG, n_epochs=1, micro_batch=64, batch=4)
+    signs = lambda images, prompts: torch.tensor([1.0, 1, 1, 1, -1, -1, -1, -1])[: len(images)]  # noqa: E731
+    (row,) = train(tiny, PROMPTS[:1], signs, config, tmp_path)
+    of_second_step = torch.randperm(8, generator=generator(0, "update", 0))[4:]
+    good = (of_second_step < 4).float().mean().item()
+    share = {"clip_high": good, "clip_low": 1 - good}
+    other = "clip_low" if column == "clip_high" else "clip_high"
+    assert row[column] == share[column] > 0 and row[other] == 0
+    assert row["approx_kl"] == pytest.approx(ratio - 1 - math.log(ratio), rel=1e-5)
+
+
+def test_numbers_that_were_not_measured_have_no_column(tokenizer, tmp_path):
+    rows = {}
+    for weight in (0.0, 0.1):
+        config = dataclasses.replace(CONFIG, n_epochs=1, kl_weight=weight)
+        (rows[weight],) = train(tiny_model(tokenizer), PROMPTS, brightness, config, tmp_path / f"{weight}")
+    assert "kl" not in rows[0.0] and rows[0.1]["kl"] >= 0
+    assert all("clip_fraction" not in row for row in rows.values())
+
+
+def test_an_epoch_of_one_gradient_step_cuts_nothing(tiny, tmp_path):
+    config = dataclasses.replace(CONFIG, n_epochs=1, batch=8)
+    (row,) = train(tiny, PROMPTS, brightness, config, tmp_path)
+    assert row["clip_high"] == row["clip_low"] == 0 and row["approx_kl"] < 1e-9
 
 
 def test_the_reward_rises(tiny, tmp_path, monkeypatch):

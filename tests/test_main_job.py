@@ -359,6 +359,8 @@ def test_options_go_to_every_notebook_that_has_them(tmp_path, monkeypatch):
         ("02_rl_finetune.use_class_prompts=False", False),
         ("02_rl_finetune.use_class_prompts=false", False),
         ("02_rl_finetune.reward=3", "3"),
+        ("02_rl_finetune.ema_decay=0", 0),
+        ("02_rl_finetune.ema_decay=-1", -1),
         ("03_evaluate.prompts=['a=b', 'c']", ["a=b", "c"]),
         ("01_personalize.description=red = best", "red = best"),
     ],

@@ -8,7 +8,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
+from ibkit.data.subject import PersonalizedSubject
+from ibkit.errors import ParameterError
 from ibkit.params import LITERALS, schema
+from ibkit.runs import Run
 
 FOLDER = Path(__file__).resolve().parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("*.ipynb"))
@@ -85,3 +88,19 @@ class TestNotebook:
         code = [cell.source for cell in read(path).cells if cell.cell_type == "code"]
         assert f'collect("{path.stem}", globals())' in "\n".join(code)
         assert "run.finish()" in code[-1], "the last code cell finishes the run"
+
+
+@pytest.mark.parametrize(("base", "model"), [("sd15", "pocket"), ("pocket", "sd15"), ("pocket", "/a/folder")])
+def test_rl_on_a_model_of_another_preset_is_refused_before_a_run_is_made(tmp_path, base, model):
+    run = Run.open(tmp_path / "01", "01_personalize", {})
+    PersonalizedSubject("cat", "cat", "sks", "", base, "", None).save(run)
+    run.finish()
+    cells = [cell for cell in read(FOLDER / "02_rl_finetune.ipynb").cells if cell.cell_type == "code"]
+    chosen = {"model": model, "run_in": str(tmp_path / "01"), "run_out": str(tmp_path / "02")}
+    wanted = f"personalized the model '{base}', whose preset is not that of '{model}': give model='{base}' here too"
+    namespace = {}
+    for before in cells[:2]:
+        exec(before.source, namespace)
+    with pytest.raises(ParameterError, match=re.escape(wanted)):
+        exec(cells[2].source, namespace | chosen)
+    assert not (tmp_path / "02").exists()

@@ -226,6 +226,21 @@ def test_the_subject_objective_saturates_at_the_likeness_of_real_photos():
     assert "above_level" not in row  # nobody knows the level of brightness
 
 
+def test_zero_spread_counts_prompts_whose_pictures_are_rewarded_alike():
+    """Four prompts of two pictures and a fifth of one, which does not count."""
+    lone = training_prompts(["reading"], "cat", "sks")[0]
+    prompts = [p for p in PROMPTS for _ in range(2)] + [lone]
+    text = torch.tensor([1.0, 1.0, 2.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0])
+    subject = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.6, 0.7, 0.8])
+    alone, both = Objectives(brightness, None, CONFIG), Objectives(brightness, redness, CONFIG)
+    assert alone.row(prompts, text[None])["zero_spread"] == 2 / 4
+    # the first is told apart by the subject; the second has none, so its two numbers are not read
+    assert both.row(prompts, torch.stack([text, subject]))["zero_spread"] == 1 / 4
+    clipped = Objectives(Objective(brightness, lambda prompt: Level(2.5, 0.1), clip=True), None, CONFIG)
+    assert clipped.row(prompts, text[None])["zero_spread"] == 1
+    assert "zero_spread" not in alone.row(PROMPTS, text[None, :4])
+
+
 def test_a_clip_without_a_level_is_refused():
     with pytest.raises(ParameterError, match="clipped at its level and knows none for 'a cat playing soccer'"):
         objectives(Objective(brightness, clip=True), None).advantages([NAMED], torch.zeros(1, 1), 1)

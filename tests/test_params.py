@@ -1,11 +1,13 @@
 """Notebook parameters: what is accepted, what is refused, and what the refusal says."""
 
 import dataclasses
+from dataclasses import replace
 
 import pytest
 
 from ibkit.errors import ParameterError
 from ibkit.params import SCHEMAS, collect, make, schema
+from ibkit.presets import POCKET, ZERO_IS_A_VALUE, override
 from ibkit.rl.objectives import COMBINATIONS
 
 
@@ -94,6 +96,10 @@ def test_modules_functions_and_private_names_do_not_count():
         ({"n_epochs": -1}, "a whole number from 0"),
         ({"seed": 2**31}, "a whole number from 0 to 2147483647"),
         ({"clip_range": 1.5}, "a number from 0.0 to 1.0"),
+        ({"kl_weight": -0.5}, "a number from 0.0 to 1000000.0, or -1.0, not -0.5"),
+        ({"ema_decay": 1.0}, "a number from 0.0 to 0.9999, or -1.0"),
+        ({"patience": -2}, "a whole number from 0 to 100000, or -1"),
+        ({"lora_rank": -1}, "a whole number from 0 to 1024, not"),
         ({"clip_range": -0.1}, "a number from 0.0 to 1.0"),
         ({"learning_rate": "fast"}, "a number from"),
         ({"learning_rate": float("nan")}, "a number from"),
@@ -122,6 +128,23 @@ def test_a_wrong_type_or_range_is_refused_with_what_is_allowed(changes, allowed)
 def test_a_reward_that_does_not_exist_is_refused_with_the_nearest(name, value):
     with pytest.raises(ParameterError, match=f"no reward '{value}'; did you mean 'image_reward'"):
         collect("02_rl_finetune", cell("02_rl_finetune", **{name: value}))
+
+
+def test_minus_one_is_the_presets_where_zero_is_a_value():
+    unset = {row.name for notebook in SCHEMAS for row in schema(notebook) if row.default == -1}
+    assert unset == ZERO_IS_A_VALUE
+    config, guard = replace(POCKET.ddpo, kl_weight=0.5), replace(POCKET.guard, patience=7)
+    for value, kl_weight, ema_decay, patience in ((-1, 0.5, 0.9, 7), (0, 0.0, 0.0, 0)):
+        parameters = make("02_rl_finetune", dict.fromkeys(("kl_weight", "ema_decay", "patience"), value))
+        chosen = override(config, kl_weight=parameters.kl_weight, ema_decay=parameters.ema_decay)
+        assert (chosen.kl_weight, chosen.ema_decay) == (kl_weight, ema_decay)
+        assert override(guard, patience=parameters.patience).patience == patience
+    assert override(config, lora_rank=0, kl_weight=-1.0) == config
+
+
+def test_the_dino_metric_is_of_the_pocket_world():
+    with pytest.raises(ParameterError, match="pictures of the pocket world, and model is 'sd15': leave it at 'pocket'"):
+        collect("05_dino_metric", cell("05_dino_metric", model="sd15"))
 
 
 def test_the_combinations_are_those_that_training_knows():

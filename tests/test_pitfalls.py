@@ -41,7 +41,7 @@ PITFALLS = {
     ),
     "9 per-prompt statistics": (
         "test_ddpo.py::test_prompts_with_and_without_the_identifier_have_their_own_baselines",
-        "test_ddpo.py::test_equal_rewards_give_zero_and_a_prompt_seen_once_uses_the_batch",
+        "test_ddpo.py::test_equal_rewards_give_zero_and_a_prompt_seen_once_uses_those_of_its_kind",
         "test_ddpo.py::test_the_baseline_remembers_earlier_epochs_and_survives_a_checkpoint",
     ),
     "10 NaN of half precision": (

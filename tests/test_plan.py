@@ -63,6 +63,7 @@ def test_rl_is_counted_as_it_is_done(tiny, rows_passed, tmp_path):
 def test_the_personalized_policys_passes_are_counted():
     without, with_kl = small()["02_rl_finetune"], small("-p", "02_rl_finetune.kl_weight=0.1")["02_rl_finetune"]
     assert with_kl.forward - without.forward == without.tuned and with_kl.tuned == without.tuned
+    assert small("-p", "02_rl_finetune.kl_weight=0")["02_rl_finetune"] == without
 
 
 def test_dreambooth_is_counted_as_it_is_done(tiny, rows_passed, tmp_path):

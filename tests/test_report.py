@@ -65,7 +65,7 @@ def score_table(n_images=20):
                         "image_reward": rng.normal(2 * activity - 1, 0.3),
                         "judge_text": int(rng.random() < activity),
                         "judge_identity": int(rng.random() < identity),
-                    }  # fmt: skip
+                    }
                 )
     return pd.DataFrame(rows)
 
@@ -275,12 +275,20 @@ def test_plane_and_bars_draw_the_intervals_of_the_table():
 
 def test_a_trajectory_shows_every_belief_and_every_step():
     steps = pd.DataFrame(
-        {"t": [901, 501, 1], "log_prob": [1.0, 2.0, 3.0], "ratio": [1.0, 1.1, 0.9], "clip_fraction": [0.0, 0.5, 1.0]}
+        {
+            "t": [901, 501, 1],
+            "log_prob": [1.0, 2.0, 3.0],
+            "ratio": [1.0, 1.1, 0.9],
+            "clip_high": [0.0, 0.5, 1.0],
+            "clip_low": [0.0, 0.25, 0.0],
+        }
     )
     figure, data = figures.trajectory({901: scene("base", "bike", 0), 1: scene("base", "bike", 1)}, steps, 0.05, "one")
     pictures, panels = (part.axes for part in figure.subfigs)
     assert [axis.get_xlabel() for axis in pictures] == ["t = 901", "t = 1"]
-    assert [list(axis.lines[0].get_ydata()) for axis in panels] == [list(steps[c][::-1]) for c in steps.columns[1:]]
+    drawn = [list(line.get_ydata()) for axis in panels for line in axis.lines if len(line.get_ydata())]
+    assert drawn == [list(steps[c][::-1]) for c in steps.columns[1:]]
+    assert [text.get_text() for text in panels[-1].get_legend().get_texts()] == ["clip_high", "clip_low"]
     assert all(axis.xaxis_inverted() for axis in panels) and data.equals(steps)
 
 

@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 import torch
 
+from ibkit.data.prompts import Prompt
+
 
 class PromptStats:
-    """Running mean and standard deviation of the reward for each prompt string.
+    """Running mean and standard deviation of the reward for each prompt text.
 
     A prompt with and one without the identifier are two prompts. Until a prompt has `min_count` rewards in its
-    buffer, the statistics of the whole batch serve. Equal rewards give advantage 0, not a division by zero.
+    buffer, the statistics of the batch's prompts of its kind serve. Equal rewards give advantage 0, not a division by
+    zero.
+
+    Differs from DDPO's code (kvablack/ddpo-pytorch, stat_tracking.py), where the whole batch serves. Its prompts are
+    all of one kind, and an epoch has 4 x 8 pictures on every GPU (config/dgx.py). InstructBooth's epoch has 16, so that
+    3 x 2 prompts take about six epochs to 16 rewards each, and an overfitted model earns less with the identifier:
+    against both kinds a picture with it would be bad whatever it shows. The two or three rewards that a prompt gets in
+    its first epoch would serve no better: two different ones always make advantages of -1 and 1.
 
     Args:
         buffer_size: rewards kept for each prompt; 0 keeps none from earlier batches, so that a picture is compared with
@@ -26,18 +36,19 @@ class PromptStats:
         self.buffer_size, self.min_count = buffer_size, min_count if buffer_size else 2
         self.rewards: dict[str, deque[float]] = {}
 
-    def advantages(self, prompts: list[str], rewards: torch.Tensor) -> torch.Tensor:
+    def advantages(self, prompts: Sequence[Prompt], rewards: torch.Tensor) -> torch.Tensor:
         """Add a batch of rewards (B,) and return its normalised advantages (B,)."""
         size = self.buffer_size or len(prompts)
         if self.buffer_size == 0:
             self.rewards.clear()
         for prompt, reward in zip(prompts, rewards.tolist(), strict=True):
-            self.rewards.setdefault(prompt, deque(maxlen=size)).append(reward)
+            self.rewards.setdefault(prompt.text, deque(maxlen=size)).append(reward)
         advantages = torch.empty_like(rewards, dtype=torch.float64)
         for prompt in dict.fromkeys(prompts):
-            rows = [i for i, p in enumerate(prompts) if p == prompt]
-            kept = torch.tensor(self.rewards[prompt], dtype=torch.float64)
-            known = kept if len(kept) >= self.min_count else rewards.double()
+            rows = [i for i, p in enumerate(prompts) if p.text == prompt.text]
+            known = torch.tensor(self.rewards[prompt.text], dtype=torch.float64)
+            if len(known) < self.min_count:
+                known = rewards[[p.identifier == prompt.identifier for p in prompts]].double()
             advantages[rows] = (rewards[rows].double() - known.mean()) / (known.std(unbiased=False) + self.EPSILON)
         return advantages.float()
 

@@ -31,6 +31,7 @@ from ibkit.rl.ddim import Schedule, log_prob, step_mean
 from ibkit.rl.guard import Guard
 from ibkit.rl.objectives import Objectives, Reward, RewardSpec
 from ibkit.rl.processes import Processes
+from ibkit.rl.ratio import approx_kl, check_first_ratio, gradient_cut, ratio_tolerance
 from ibkit.rl.rollout import Trajectories, rollout
 from ibkit.runs import Checkpoints, hash_json
 from ibkit.sample import Sampler
@@ -170,13 +171,16 @@ def train(
     Returns:
         Rows with epoch, reward, reward_identifier and reward_class (where there is such a prompt), reward_subject (of
         identifier prompts), above_level and above_level_subject (share of pictures, where a level is known), the
-        monitor's numbers, the guard's (frontier, alarm), ratio_first (largest |ratio - 1| of the first micro-batch
-        before any update), clip_fraction, log_prob, log_prob_t000 ... (mean of each step), grad_norm, loss, kl (0
-        without `kl_weight`), seconds.
+        monitor's numbers, the guard's (frontier, alarm), zero_spread (see `Objectives.row`), ratio_first (largest
+        |ratio - 1| of the first gradient step, before its update), clip_high and clip_low (share of pairs whose
+        gradient is cut, see `gradient_cut`), approx_kl, log_prob, log_prob_t000 ... (mean of each step), grad_norm,
+        loss, kl (with `kl_weight`), seconds. clip_high, clip_low and approx_kl are means over an epoch's gradient steps
+        but the first: its ratios are 1, and in an epoch of two steps it would halve them.
 
     Raises:
-        TrainingError: a reward, loss or gradient that is not finite, a reward function that fails, memory that does not
-            suffice, or another process that ended; the last checkpoint stays.
+        TrainingError: ratios that are not 1 before an epoch's first update (see `ratio_tolerance`), a reward, loss or
+            gradient that is not finite, a reward function that fails, memory that does not suffice, or another process
+            that ended; the last checkpoint stays.
         ArtifactError: the checkpoints in `folder` are of another training.
         ParameterError: fewer images an epoch than processes, a sampler whose trained steps are deterministic, or a
             clip at a level that is not known.
@@ -337,7 +341,8 @@ def update(
     n_drawn = max(1, round(config.subsample * n_steps))
     advantages = advantages.to(model.device)
     order = torch.randperm(len(advantages), generator=stream)
-    measured, norms, ratio_first = [], [], None
+    tolerance = ratio_tolerance(model, schedule, config)
+    measured, norms, ratio_first = [], [], 0.0
     for members in order.split(config.batch):
         steps = torch.stack([torch.randperm(n_steps, generator=stream)[:n_drawn] for _ in members])
         pairs = torch.stack([members.repeat_interleave(n_drawn), steps.flatten()], 1)
@@ -351,10 +356,11 @@ def update(
                         f"the policy loss is not finite (ratio {ratio.min().item():.3g} "
                         f"to {ratio.max().item():.3g}): lower the learning rate."
                     )
+                if not norms:
+                    ratio_first = max(ratio_first, check_first_ratio(ratio.detach(), step, schedule, tolerance))
                 ((loss + config.kl_weight * kl).sum() / len(pairs)).backward()
-                deviation = (ratio.detach() - 1).abs()
-                ratio_first = deviation.max().item() if ratio_first is None else ratio_first
-                measured.append(torch.stack([loss.detach(), kl.detach(), (deviation > config.clip_range).float()]))
+                gradient_step = torch.full_like(advantage, len(norms))
+                measured.append(torch.stack([loss.detach(), kl.detach(), ratio.detach(), advantage, gradient_step]))
         processes.add_gradients(trainable)
         norm = torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
         if not bool(torch.isfinite(norm)):
@@ -365,14 +371,18 @@ def update(
             mean.lerp_(parameter.detach(), 1 - config.ema_decay)
         norms.append(norm.item())
     everybodys = [of_chunk for share in processes.gather([measured]) for of_chunk in share]
-    loss, kl, clip_fraction = torch.cat(everybodys, 1).mean(1).tolist()
-    return {
+    loss, kl, ratio, advantage, gradient_step = torch.cat(everybodys, 1).cpu().double()
+    moved = gradient_step > 0 if len(norms) > 1 else gradient_step == 0
+    high, low = gradient_cut(ratio[moved], advantage[moved], config.clip_range)
+    row = {
         "ratio_first": processes.share(ratio_first),
-        "clip_fraction": clip_fraction,
+        "clip_high": high.double().mean().item(),
+        "clip_low": low.double().mean().item(),
+        "approx_kl": approx_kl(ratio[moved]).item(),
         "grad_norm": sum(norms) / len(norms),
-        "loss": loss,
-        "kl": kl,
+        "loss": loss.mean().item(),
     }
+    return row | ({"kl": kl.mean().item()} if config.kl_weight else {})
 
 
 def help_train(

@@ -192,22 +192,26 @@ class Objectives:
 
         A column belongs to a denoising step, whichever order an update draws the steps in.
         """
-        clipped = {
-            name: torch.minimum(row, objective.levels(prompts)) if objective.clip else row
-            for (name, objective), row in zip(self.given.items(), scores, strict=True)
-        }
-        texts, named = [p.text for p in prompts], torch.tensor([p.identifier for p in prompts])
+        clipped = self._clipped(prompts, scores)
+        named = torch.tensor([p.identifier for p in prompts])
         if "subject" not in clipped or self.config.combine != "synergy":
             reward = self._one_reward(clipped, named) if "subject" in clipped else clipped["text"]
-            advantages = self.stats["text"].advantages(texts, reward)[:, None].expand(-1, n_steps)
+            advantages = self.stats["text"].advantages(prompts, reward)[:, None].expand(-1, n_steps)
         else:
-            advantages = self.stats["text"].advantages(texts, clipped["text"])[:, None].repeat(1, n_steps)
+            advantages = self.stats["text"].advantages(prompts, clipped["text"])[:, None].repeat(1, n_steps)
             if named.any():
-                asked = [text for text, of_subject in zip(texts, named, strict=True) if of_subject]
+                asked = [p for p in prompts if p.identifier]
                 subject = self.stats["subject"].advantages(asked, clipped["subject"][named])
                 weight = self._weights(n_steps)
                 advantages[named] = two_objectives(advantages[named, 0], subject, weight, self.config.synergy)
         return advantages.clamp(-self.config.advantage_clip, self.config.advantage_clip)
+
+    def _clipped(self, prompts: Sequence[Prompt], scores: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Each objective's scores (B,) as they are optimised."""
+        return {
+            name: torch.minimum(row, objective.levels(prompts)) if objective.clip else row
+            for (name, objective), row in zip(self.given.items(), scores, strict=True)
+        }
 
     def _weights(self, n_steps: int) -> torch.Tensor:
         if not self.config.time_aware:
@@ -227,7 +231,11 @@ class Objectives:
         return torch.where(named, 1 / (w / text + (1 - w) / subject), text)
 
     def row(self, prompts: Sequence[Prompt], scores: torch.Tensor) -> dict[str, float]:
-        """Columns of the history: means of the scores as they are, never clipped, and shares above the level."""
+        """Columns of the history: means of the scores as they are, never clipped; shares above the level; zero_spread.
+
+        zero_spread is the share of the epoch's prompts whose pictures are all rewarded alike, by every objective and
+        after the clip: beside each other they teach nothing. A prompt with one picture does not count.
+        """
         named = torch.tensor([p.identifier for p in prompts])
         row = {"reward": scores[0].mean().item()}
         for name, kind in (("reward_identifier", named), ("reward_class", ~named)):
@@ -239,7 +247,12 @@ class Objectives:
             row |= {column: (of > levels)[known].float().mean().item()} if known.any() else {}
         if "subject" in self.given and named.any():
             row["reward_subject"] = scores[1][named].mean().item()
-        return row
+        rewards = torch.stack(list(self._clipped(prompts, scores).values()), 1)
+        rewards[~named, 1:] = 0.0  # these have no subject
+        texts = [p.text for p in prompts]
+        groups = [[i for i, text in enumerate(texts) if text == own] for own in dict.fromkeys(texts)]
+        alike = [bool((rewards[group] == rewards[group[0]]).all()) for group in groups if len(group) > 1]
+        return row | ({"zero_spread": sum(alike) / len(alike)} if alike else {})
 
     def state(self) -> dict[str, dict]:
         return {name: stats.state() for name, stats in self.stats.items()}

@@ -13,7 +13,7 @@ from functools import cached_property
 
 import torch
 
-from ibkit.data.prompts import training_prompts
+from ibkit.data.prompts import make_prompt, training_prompts
 from ibkit.device import generator, pick_device
 from ibkit.errors import IbkitError
 from ibkit.models import TextToImage, load_model
@@ -157,11 +157,12 @@ def accumulated_gradient(subject: Subject) -> float:
 
 def prompt_statistics(subject: Subject) -> float:
     """Both kinds of prompts, one of constant reward, and one that was seen once, by hand."""
-    prompts = ["a sks cat", "a sks cat", "a cat", "a cat", "a dog"]
+    named, plain, other = make_prompt("", "cat", "sks"), make_prompt("", "cat"), make_prompt("", "dog")
+    prompts = [named, named, plain, plain, other]
     rewards = torch.tensor([1.0, 3.0, 7.0, 7.0, 6.0])
     advantages = PromptStats(buffer_size=8, min_count=2).advantages(prompts, rewards).double()
-    once = (6.0 - rewards.double().mean()) / rewards.double().std(unbiased=False)
-    expected = torch.tensor([-1.0, 1.0, 0.0, 0.0, once.item()], dtype=torch.float64)
+    once = -(2**0.5)  # of 7, 7 and 6, the prompts of its kind
+    expected = torch.tensor([-1.0, 1.0, 0.0, 0.0, once], dtype=torch.float64)
     return (advantages - expected).abs().max().item()
 
 
