@@ -4,9 +4,10 @@
     python -m benchmarks.personalize --out outputs/personalize --subjects cat --seeds 0 --settings usual
     python -m benchmarks.personalize --out outputs/personalize --tables   # print what is there
 
-One training gives the whole curve: it stops at each of `LOOKS` and draws its pictures from fixed noise, which the judge
-looks at. A training that is there is not made again, so a stopped sweep goes on; several can share a folder, each with
-its own subjects. Writes `<subject>-<setting>-<seed>.csv`, one row a picture, and the pictures of each look as one.
+One training gives the whole curve: it ends at each of `LOOKS`, draws its pictures from fixed noise, which the judge
+looks at, and continues. A training that is there is not made again, so a stopped sweep goes on; several can share a
+folder, each with its own subjects. Writes `<subject>-<setting>-<seed>.csv`, one row a picture, and the pictures of each
+look as one.
 """
 
 from __future__ import annotations
@@ -26,65 +27,56 @@ from ibkit.data.subject import demo_subject, world_photos
 from ibkit.models import load_model
 from ibkit.personalize import dreambooth
 from ibkit.personalize.class_images import class_images
-from ibkit.personalize.dreambooth import DreamBoothConfig
 from ibkit.pocket.world import CLASSES, activities_of
 from ibkit.presets import POCKET
 from ibkit.sample import sample
 from ibkit.scorers.judge import Judge
 
-LOOKS = (150, 200, 250, 300, 400, 500, 650, 800)  # steps
+LOOKS = (200, 300, 450, 600, 800)  # steps
+BETWEEN_CHECKPOINTS = 50  # steps, the most that a continued training repeats
 N_PICTURES = 8  # of each prompt
 N_PHRASES = 5
 IDENTIFIER = "sks"
 # settings that differ from the preset
 SETTINGS: dict[str, dict] = {
     "usual": {},
-    "slow": {"learning_rate": 4e-4},
-    "light": {"prior_weight": 0.3},
-    "large": {"batch": 8, "prior_weight": 0.3},
+    "last": {"ema_decay": 0.0},
+    "heavy prior": {"prior_weight": 1.0},
+    "fast": {"learning_rate": 7e-4},
+    "slow": {"learning_rate": 3e-4},
+    "former": {"learning_rate": 7e-4, "prior_weight": 1.0, "ema_decay": 0.0},
 }
 
 
-def train_and_look(noun: str, setting: str, seed: int, folder: Path, weights: str, looks: tuple[int, ...]) -> None:
-    """One training of one subject, looked at on the way; writes its table when it is finished."""
-    table = folder / f"{noun.replace(' ', '-')}-{setting}-{seed}.csv"
+def train_and_look(noun: str, setting: str, seed: int, folder: Path, weights: str, looks: Sequence[int]) -> None:
+    """One training of one subject, ended at each look and continued to the next; writes its table at the end."""
+    table = folder / f"{noun}-{setting}-{seed}.csv".replace(" ", "_")
     if table.exists():
         return
-    world, judge, started = demo_subject(noun), Judge.load(), time.monotonic()
-    config: DreamBoothConfig = replace(POCKET.dreambooth, n_steps=max(looks), **SETTINGS[setting])
-    config = replace(config, checkpoint_every=config.n_steps)
-    model = load_model(weights)
-    cache = folder / "class-images"
-    pictures = class_images(model, f"a {noun}", config.n_class_images, POCKET.class_sampler, cache, seed=0)
+    world, judge, started, rows = demo_subject(noun), Judge.load(), time.monotonic(), []
+    config = replace(POCKET.dreambooth, checkpoint_every=BETWEEN_CHECKPOINTS, **SETTINGS[setting])
+    cache, work, photos = folder / "class-images", folder / f".{table.stem}", world_photos(world)
     phrases = ["", *activities_of(noun)[:N_PHRASES]]
-    rows = []
-
-    def look(row: dict) -> None:
-        step = row["step"] + 1
-        if step not in looks:
-            return
-        asked = [phrase for phrase in phrases for _ in range(N_PICTURES)]
-        prompts = [f"a {IDENTIFIER} {noun} {phrase}".strip() for phrase in asked]
+    asked = [phrase for phrase in phrases for _ in range(N_PICTURES)]
+    prompts = [f"a {IDENTIFIER} {noun} {phrase}".strip() for phrase in asked]
+    for steps in looks:
+        model, ended = load_model(weights), replace(config, n_steps=steps)
+        pictures = class_images(model, f"a {noun}", config.n_class_images, POCKET.class_sampler, cache, seed=0)
+        dreambooth.train(model, photos, f"a {IDENTIFIER} {noun}", f"a {noun}", pictures, ended, work, seed)
         drawn = sample(model, prompts, list(range(N_PICTURES)) * len(phrases), POCKET.sampler)
-        mosaic(drawn, N_PICTURES).save(folder / f"{table.stem}-{step:04d}.png")
-        shown = judge.agrees(drawn, "activity", [phrase or "none" for phrase in asked])
-        same, right = judge.identifies(drawn, world), judge.agrees(drawn, "class", [noun] * len(drawn))
-        pose = judge.answers(drawn, "pose")
-        for i, phrase in enumerate(asked):
-            facts = {"shown": int(shown[i]), "same_subject": int(same[i]), "right_class": int(right[i])}
-            keys = {"subject": noun, "setting": setting, "seed": seed, "steps": step, "phrase": phrase}
-            rows.append(keys | {"image_seed": i % N_PICTURES} | facts | {"pose": pose[i]})
-        rest = [row["same_subject"] for row in rows if row["steps"] == step]
-        print(f"{noun} {setting} seed {seed} step {step}: same {sum(rest) / len(rest):.2f}", flush=True)
-
-    work = folder / f".{table.stem}"
-    shutil.rmtree(work, ignore_errors=True)
-    prompt, photos = f"a {IDENTIFIER} {noun}", world_photos(world)
-    dreambooth.train(model, photos, prompt, f"a {noun}", pictures, config, work, seed, on_step=look)
-    shutil.rmtree(work, ignore_errors=True)
+        mosaic(drawn, N_PICTURES).save(folder / f"{table.stem}-{steps:04d}.png")
+        look = pd.DataFrame({"phrase": asked, "image_seed": [i % N_PICTURES for i in range(len(asked))]})
+        look["shown"] = judge.agrees(drawn, "activity", [phrase or "none" for phrase in asked]).int()
+        look["same_subject"] = judge.identifies(drawn, world).int()
+        look["right_class"] = judge.agrees(drawn, "class", [noun] * len(drawn)).int()
+        look["pose"] = judge.answers(drawn, "pose")
+        rows.append(look.assign(subject=noun, setting=setting, seed=seed, steps=steps))
+        means = look[look["phrase"] != ""][["shown", "same_subject"]].mean()
+        print(f"{noun} {setting} seed {seed} step {steps}: {means.to_dict()}", flush=True)
     temporary = table.with_suffix(".tmp")
-    pd.DataFrame(rows).to_csv(temporary, index=False)
+    pd.concat(rows).to_csv(temporary, index=False)
     temporary.replace(table)
+    shutil.rmtree(work)
     print(f"{table.name}: {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -126,8 +118,7 @@ def main() -> int:
         for seed in arguments.seeds:
             for setting in arguments.settings:
                 for noun in arguments.subjects:
-                    looks = tuple(arguments.looks)
-                    train_and_look(noun, setting, seed, arguments.out, arguments.model, looks)
+                    train_and_look(noun, setting, seed, arguments.out, arguments.model, arguments.looks)
     rows = read(arguments.out)
     with pd.option_context("display.max_rows", None, "display.width", 120):
         print(curve(rows, ["setting", "steps"]).round(2))

@@ -72,7 +72,9 @@ class Personalize(Measured):
     n_steps: int = param(0, "training steps; 0 = the preset's", low=0, high=100_000)
     learning_rate: float = param(0.0, "0 = the preset's", low=0.0, high=1.0)
     batch_size: int = param(0, "subject images in a step; 0 = the preset's", low=0, high=1024)
-    prior_weight: float = param(1.0, "weight of the prior-preservation loss; 0 = without it", low=0.0, high=100.0)
+    prior_weight: float = param(
+        -1.0, "weight of the prior-preservation loss; 0 = without it, -1 = the preset's", low=0.0, high=100.0
+    )
     n_class_images: int = param(0, "class images for prior preservation; 0 = the preset's", low=0, high=100_000)
 
 

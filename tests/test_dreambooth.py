@@ -62,16 +62,35 @@ def test_the_text_encoder_and_autoencoder_stay_frozen(tiny, tmp_path):
     assert not any(torch.equal(a, b) for a, b in zip(moving, tiny.unet.parameters(), strict=True))
 
 
-def test_a_resumed_training_ends_bit_identical(tokenizer, tmp_path):
+@pytest.mark.parametrize("decay", [0.0, 0.7])
+def test_a_resumed_training_ends_bit_identical(tokenizer, tmp_path, decay):
     straight, stopped, resumed = (tiny_model(tokenizer) for _ in range(3))
-    run(straight, tmp_path / "a")
+    config = dataclasses.replace(CONFIG, ema_decay=decay)
+    run(straight, tmp_path / "a", config)
     with pytest.raises(KeyboardInterrupt):
         train(
-            stopped, pictures(2), "a sks cat", "a cat", pictures(3, 1), CONFIG, tmp_path / "b", on_step=interrupt_at(4)
+            stopped, pictures(2), "a sks cat", "a cat", pictures(3, 1), config, tmp_path / "b", on_step=interrupt_at(4)
         )
-    rows = run(resumed, tmp_path / "b")
+    rows = run(resumed, tmp_path / "b", config)
     assert [row["step"] for row in rows] == list(range(6))
     assert all(torch.equal(a, b) for a, b in zip(straight.unet.parameters(), resumed.unet.parameters(), strict=True))
+
+
+def test_the_result_is_the_average_of_the_weights(tokenizer, tmp_path):
+    model, seen = tiny_model(tokenizer), []
+    expected = [p.detach().clone() for p in model.unet.parameters()]
+
+    def keep(row):
+        seen.append([p.detach().clone() for p in model.unet.parameters()])
+
+    config = dataclasses.replace(CONFIG, ema_decay=0.5)
+    train(model, pictures(2), "a sks cat", "a cat", pictures(3, 1), config, tmp_path, on_step=keep)
+    for step, weights in enumerate(seen):
+        decay = min(0.5, (step + 1) / (step + 11))
+        expected = [decay * a + (1 - decay) * w for a, w in zip(expected, weights, strict=True)]
+    for a, b, last in zip(model.unet.parameters(), expected, seen[-1], strict=True):
+        torch.testing.assert_close(a.detach(), b)
+        assert not torch.equal(a, last)
 
 
 def test_the_fused_optimizer_changes_no_loss(tokenizer, tmp_path, monkeypatch):

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image
 
+from ibkit.pocket.build import labels, subject
 from ibkit.pocket.build.autoencoder import psnr
 from ibkit.pocket.build.clip import with_activity, zero_shot_activity
 from ibkit.pocket.build.common import load_float, save_half
@@ -59,6 +60,8 @@ def write_card(build: Build) -> None:
     numbers.append(("autoencoder PSNR, dB", _psnr(build), 29.0, N_PICTURES))
     numbers += _prompt_following(model, judge)
     numbers += _scorers(build)
+    numbers += subject.card_rows(build.weights)
+    numbers += labels.card_rows(judge)
     _write(build, numbers)
 
 
@@ -270,10 +273,10 @@ def _write(build: Build, numbers: list[tuple[str, float, float | None, int]]) ->
         "",
         f"{sum(p.stat().st_size for p in files) / 1e6:.1f} MB in all, fp16.",
         "",
-        "| stage | seconds | device |",
-        "|---|---|---|",
+        "| stage | seconds | device | |",
+        "|---|---|---|---|",
     ]
-    lines += [f"| {stage} | {s['seconds']} | {s['device']} |" for stage, s in seconds.items()]
+    lines += [f"| {stage} | {s['seconds']} | {s['device']} | {s.get('note', '')} |" for stage, s in seconds.items()]
     (build.weights / "MODEL_CARD.md").write_text("\n".join(lines) + "\n")
 
 
