@@ -1,6 +1,8 @@
 """The judge of the pocket world: which class, pose, things, place, accessory, and which individual of a line-up.
 
-A picture shows an activity when every part that the activity has is right: its pose, its things, or both.
+A picture shows an activity when every part that the activity has is right: its pose, its things, or both. It shows an
+individual when it is more like that one's photos than like those of seven others of the class, and as like them as all
+but 1 % of true pictures are: a smear in the wrong colours may be nearest to somebody, too.
 
 It answers from the picture alone, was trained apart from every scorer (`ibkit.pocket.build.judge`) and is never a
 reward. Six smaller ones, each of its own seed, vote with it in notebook 07 in the place of the paper's human raters,
@@ -108,7 +110,7 @@ class Judge:
     Attributes:
         net: the trained network.
         card: its accuracy by question on held-out renders and on reconstructions, with n; printed beside every number
-            it gives; and the widths of its network.
+            it gives; the least likeness of a true picture (`threshold`), and the widths of its network.
     """
 
     net: JudgeNet
@@ -187,8 +189,13 @@ class Judge:
         return torch.stack(centres)
 
     def identifies(self, images: Sequence[Image.Image], subject: Subject, n_others: int = 7) -> torch.Tensor:
-        """1.0 where the judge picks `subject` out of a line-up with `n_others` of its class, else 0.0; (N,)."""
-        return torch.tensor([float(i == 0) for i in self.pick(images, line_up(subject, n_others + 1))])
+        """1.0 where the judge recognises `subject` in a line-up with `n_others` of its class, else 0.0; (N,)."""
+        _, vectors = self.look(images)
+        return self.recognised(vectors @ self.centres(line_up(subject, n_others + 1)).T).float()
+
+    def recognised(self, likeness: torch.Tensor) -> torch.Tensor:
+        """Whether the first of a line-up is shown, by the likeness to each (N, individuals); (N,) bool."""
+        return (likeness.argmax(1) == 0) & (likeness[:, 0] >= self.card.get("threshold", -1.0))
 
 
 def things_taken() -> tuple[float, int]:

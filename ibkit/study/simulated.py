@@ -142,4 +142,4 @@ def _text(log_probs: Mapping[str, torch.Tensor], phrases: Sequence[str]) -> tupl
 
 def _subject(judge: Judge, vectors: torch.Tensor, world: Subject) -> tuple[list[bool], list[float]]:
     likeness = vectors @ judge.centres(line_up(world)).T  # (N, 8); the subject comes first
-    return (likeness.argmax(1) == 0).tolist(), (likeness[:, 0] - likeness[:, 1:].amax(1)).tolist()
+    return judge.recognised(likeness).tolist(), (likeness[:, 0] - likeness[:, 1:].amax(1)).tolist()

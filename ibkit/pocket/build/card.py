@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from ibkit.pocket.build.stages import Build
 
 N_PICTURES, N_PARADES, N_SAMPLES = 2000, 400, 360
+STRANGER_THAN = 0.01  # share of true pictures that may be less like their individual than what a judge accepts
 
 
 def write_card(build: Build) -> None:
@@ -85,7 +86,8 @@ def measure_judges(build: Build, widths: dict[str, tuple[int, ...]]) -> None:
     scenes = build.mixed_test_pictures.scenes[:N_PICTURES]
     renders = [Image.fromarray(build.mixed_test_pictures.images[i]) for i in range(N_PICTURES)]
     truths = {q: torch.tensor([ANSWERS[q].index(facts(s)[q]) for s in scenes]) for q in ANSWERS}
-    kinds, parades = {"renders": renders, "reconstructions": _reconstruct(build, renders)}, _parades(build)
+    kinds = {"renders": renders, "reconstructions": _reconstruct(build, renders)}
+    parades, others = _parades(build, "identity parades"), _parades(build, "likeness of true pictures")
     for name, width in widths.items():
         net = JudgeNet(width)
         net.load_state_dict(load_float(build.folder / f"{name}.safetensors"))
@@ -97,16 +99,17 @@ def measure_judges(build: Build, widths: dict[str, tuple[int, ...]]) -> None:
             right["activity"] = right["pose"] & right["things"]
             for q, hits in right.items():
                 accuracy[q][kind] = hits.float().mean().item()
+        true = [judge.look(shown["reconstructions"])[1] @ judge.centres([who]).T for who, shown in others]
+        judge.card["threshold"] = round(torch.cat(true).quantile(STRANGER_THAN).item(), 4)
         picked = {kind: [] for kind in kinds}
         for who, shown in parades:
-            centres = judge.centres(line_up(who))
             for kind, images in shown.items():
-                picked[kind] += [(judge.look(images)[1] @ centres.T).argmax(1) == 0]
+                picked[kind].append(judge.identifies(images, who))
         accuracy["identity"] = {kind: torch.cat(hits).float().mean().item() for kind, hits in picked.items()}
         for q, shares in accuracy.items():
             shares["n"] = N_PARADES if q == "identity" else N_PICTURES
         save_half(net.state_dict(), build.weights / "judge" / f"{name}.safetensors")
-        card = json.dumps({"widths": width, "accuracy": accuracy}, indent=2)
+        card = json.dumps({"widths": width, "threshold": judge.card["threshold"], "accuracy": accuracy}, indent=2)
         (build.weights / "judge" / f"{name}.json").write_text(card + "\n")
 
 
@@ -130,11 +133,11 @@ def _psnr(build: Build) -> float:
     return torch.cat(values).mean().item()
 
 
-def _parades(build: Build) -> list[tuple[Subject, dict[str, list[Image.Image]]]]:
+def _parades(build: Build, name: str) -> list[tuple[Subject, dict[str, list[Image.Image]]]]:
     """Ten pictures each of fresh individuals in any activity, place and accessory: does a judge pick the right one of
     eight?
     """
-    rng, parades = random.Random("identity parades"), []
+    rng, parades = random.Random(name), []
     for _ in range(N_PARADES // 10):
         subject = line_up(sample_subject(rng))[0]
         images = [render(sample_scene(rng, subject)) for _ in range(10)]

@@ -23,7 +23,7 @@ from ibkit.scorers.judge import ANSWERS, JUDGE_WIDTHS, JudgeNet
 
 BUDGET = Budget(steps=4000, batch=512, ema=0.998)
 CONTINUED = Budget(steps=1730, batch=512, ema=0.998)  # from earlier weights
-RATER_BUDGET = Budget(steps=800, batch=128, ema=0.99)
+RATER_BUDGET = Budget(steps=600, batch=128, ema=0.99)
 RATER_REDRAWS = 4  # steps between redrawn pictures
 ATTRIBUTES = {
     "body": list(COLOURS),

@@ -250,7 +250,7 @@ def standardise(model: ImageRewardModel, tokenizer, pictures: Pictures, device) 
 
 
 @torch.inference_mode()
-def write_levels(scorer, redraw_all, folder: Path, n: int = 48) -> None:
+def write_levels(scorer, redraw_all, folder: Path, n: int = 32) -> None:
     """Write `level.json`: mean and standard deviation of the reward of true pictures, by prompt; "" is all of them.
 
     Args:
