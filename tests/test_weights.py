@@ -8,10 +8,12 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import torch
 
 from ibkit.models import POCKET_PIPELINE, load_model
+from ibkit.pocket.build import labels
 from ibkit.pocket.build.autoencoder import new_autoencoder
 from ibkit.pocket.build.card import reaches
 from ibkit.pocket.build.common import ShapewiseMuon, begin_with
@@ -34,7 +36,7 @@ from ibkit.pocket.world import (
 from ibkit.runs import hash_file
 from ibkit.sample import Sampler, sample
 from ibkit.scorers import make_scorer
-from ibkit.scorers.judge import Judge
+from ibkit.scorers.judge import ANSWERS, Judge
 
 WEIGHTS = POCKET_PIPELINE.parent
 
@@ -160,6 +162,30 @@ def test_the_reward_knows_the_level_of_true_pictures():
         assert abs(true.mean() - level.mean) < 4 * level.std / 40**0.5 + 0.5
         rest = reward([render(sample_scene(rng, sample_subject(rng, noun), NO_ACTIVITY))], [text])
         assert rest.item() < level.mean - 2 * level.std
+
+
+def test_a_stranger_is_not_recognised_for_want_of_a_nearer_one():
+    judge = Judge.load()
+    threshold = judge.card["threshold"]
+    likeness = torch.tensor([[threshold + 0.01, 0.1], [threshold - 0.01, 0.1], [threshold + 0.01, 0.99]])
+    assert judge.recognised(likeness).tolist() == [True, False, False]
+
+
+def test_the_labelled_pictures_are_whole_and_two_passes_agree():
+    table, images = labels.labels(), labels.pictures()
+    first, second = (table[table["labeller"] == k].sort_values("picture", ignore_index=True) for k in (1, 2))
+    assert len(images) == len(first) == len(second) >= 240 and set(table["subject"]) == set(DEMO_SUBJECTS)
+    for question, known in ANSWERS.items():
+        if question in labels.QUESTIONS:
+            assert set(table[question]) <= {*known, labels.UNCLEAR}
+    assert all(share > 0.9 for share, _ in labels.agreement(first, second).values())
+    assert sum(p.stat().st_size for p in labels.FOLDER.iterdir()) <= 1.5e6
+
+
+def test_agreement_counts_clear_answers_alone():
+    first = pd.DataFrame({q: ["yes", "no", "yes", labels.UNCLEAR] for q in labels.QUESTIONS})
+    second = pd.DataFrame({q: ["yes", "yes", labels.UNCLEAR, "no"] for q in labels.QUESTIONS})
+    assert labels.agreement(first, second) == {q: (0.5, 2) for q in labels.QUESTIONS}
 
 
 def test_no_pickle_is_shipped():
