@@ -186,7 +186,7 @@ class PromptAblation(Measured):
 
     class_nouns: list[str] = param(["cat"], "classes whose demonstration subjects are trained")
     prompts: list[str] = param([], "activities to train on; empty = the preset's")
-    dreambooth_steps: list[int] = param([950], "how long each model is personalized first", low=1, high=100_000)
+    dreambooth_steps: list[int] = param([800], "how long each model is personalized first", low=1, high=100_000)
     train_seeds: list[int] = param([0], "RL seeds of every arm", low=0, high=2**31 - 1)
     n_epochs: int = param(16, "RL epochs of an arm", low=1, high=100_000)
     images_per_epoch: int = param(

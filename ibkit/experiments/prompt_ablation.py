@@ -181,10 +181,11 @@ def personalize(
     seed: int,
     on_step: Callable[[dict[str, float]], None] | None = None,
 ) -> None:
-    """Train DreamBooth once, to the largest of `steps`, and keep the U-Net at each of them as an output of the run.
+    """Train DreamBooth to each of `steps` and keep its U-Net as an output of the run.
 
-    A training of fewer steps is the same training stopped earlier: its random streams are named by the step, and the
-    learning rate is constant. What the run has already is not trained again, and an interrupted training goes on.
+    A training of fewer steps is the same training ended earlier: its random streams are named by the step, and the
+    learning rate is constant. So the next one continues from the checkpoints of the last, and an interrupted one goes
+    on. What the run has already is not trained again.
 
     Args:
         priors: class images.
@@ -193,32 +194,17 @@ def personalize(
     Raises:
         ArtifactError: the training is past a step whose U-Net has been lost.
     """
-    files = {n: case.model_file(n) for n in steps}
-    if all(run.has(file) for file in files.values()):
-        return
-    model = base.copy()
     folder = run.folder / "personalize" / case.subject.class_noun.replace(" ", "-")
-
-    def after_step(row: dict[str, float]) -> None:
-        n = row["step"] + 1
-        if n in files and not run.has(files[n]):
-            run.write_tensors(files[n], model.unet.state_dict())
-        if on_step:
-            on_step(row)
-
-    dreambooth.train(
-        model,
-        case.photos,
-        case.subject.instance_prompt,
-        case.subject.class_prompt,
-        priors,
-        replace(config, n_steps=max(files)),
-        folder,
-        seed,
-        on_step=after_step,
-    )
-    if lost := [n for n, file in files.items() if not run.has(file)]:
-        raise ArtifactError(f"the model of step {lost[0]} is lost, and {folder} is past it: remove it, then resume.")
+    words = (case.subject.instance_prompt, case.subject.class_prompt)
+    for n in sorted(steps):
+        file = case.model_file(n)
+        if run.has(file):
+            continue
+        model, ended = base.copy(), replace(config, n_steps=n)
+        rows = dreambooth.train(model, case.photos, *words, priors, ended, folder, seed, on_step=on_step)
+        if len(rows) > n:
+            raise ArtifactError(f"the model of step {n} is lost, and {folder} is past it: remove it, then resume.")
+        run.write_tensors(file, model.unet.state_dict())
 
 
 def load_personalized(run: Run, base: TextToImage, case: Case, n_steps: int) -> TextToImage:
