@@ -51,7 +51,7 @@ def agreement(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, tuple[floa
     found = {}
     for question in QUESTIONS:
         clear = (first[question] != UNCLEAR) & (second[question] != UNCLEAR)
-        found[question] = ((first[question] == second[question])[clear].mean(), int(clear.sum()))
+        found[question] = (float((first[question] == second[question])[clear].mean()), int(clear.sum()))
     return found
 
 
