@@ -33,7 +33,7 @@ from ibkit.models import load_model
 from ibkit.runs import Run, read_run
 from ibkit.sample import Sampler, sample
 from ibkit.scorers import Scorer
-from ibkit.scorers.judge import Judge, JudgeNet
+from ibkit.scorers.judge import THINGS_TAKEN, Judge, JudgeNet
 from ibkit.stats import METRICS, as_compared, check_scores, pair_up
 from tests.tiny import tiny_model
 
@@ -74,7 +74,8 @@ def judge():
         torch.manual_seed(0)
         net = JudgeNet((8, 8, 8, 8))
     accuracy = {"renders": 0.991, "reconstructions": 0.975, "n": 400}
-    return Judge(net, {"accuracy": {q: accuracy for q in ("class", "activity", "place", "accessory", "identity")}})
+    questions = ("class", "activity", "pose", "things", "place", "accessory", "identity")
+    return Judge(net, {"accuracy": {q: accuracy for q in questions}})
 
 
 # --- which images --------------------------------------------------------------------------------------------------
@@ -223,8 +224,8 @@ def test_scores_are_columns_whatever_the_batch(scored_folder, rows, judge):
     table = score(rows, scored_folder, photos, SUBJECT, SCORERS, judge, batch_size=5, on_image=counted.append)
     assert counted[-1] == len(rows) and counted[0] == 5
     assert list(table.columns[len(rows.columns) :]) == [
-        "clip_t", "dino", "judge_text", "judge_class", "judge_activity", "judge_place", "judge_accessory",
-        "judge_identity",
+        "clip_t", "dino", "judge_text", "judge_class", "judge_activity", "judge_pose", "judge_things", "judge_place",
+        "judge_accessory", "judge_identity",
     ]  # fmt: skip
     expected = [np.asarray(Image.open(scored_folder / path)).mean() / 255 for path in rows["image"]]
     assert table["clip_t"].to_numpy() == pytest.approx(expected, abs=1e-6)
@@ -286,6 +287,7 @@ def test_photos_of_a_user_have_no_truth_to_judge_by(scored_folder, rows, judge):
 
 def test_a_prompt_is_shown_when_all_that_it_names_is(scored_folder, rows, judge, monkeypatch):
     right = {"class": [1, 1, 1, 1], "activity": [1, 1, 0, 0], "place": [1, 0, 1, 0]}
+    right |= {"pose": [1, 1, 1, 0], "things": [1, 1, 0, 1]}
     monkeypatch.setattr(Judge, "agrees", lambda self, images, question, expected: torch.tensor(right[question]))
     rows = rows.iloc[:4].assign(activity="playing soccer at the beach")
     table = score(rows, scored_folder, world_photos(SUBJECT.world, 2), SUBJECT, SCORERS, judge)
@@ -297,7 +299,7 @@ def test_a_prompt_is_shown_when_all_that_it_names_is(scored_folder, rows, judge,
 def test_every_number_has_its_evaluator(judge):
     words = evaluators(SCORERS, judge)
     assert words["clip_t"] == "mean brightness"
-    judged = {"text", "class", "activity", "place", "accessory", "identity"}
+    judged = {"text", "class", "activity", "pose", "things", "place", "accessory", "identity"}
     assert set(words) == {"clip_t", "dino", *(f"judge_{question}" for question in judged)}
     assert "99.1% of held-out renders and 97.5%" in words["judge_identity"] and "n = 400" in words["judge_identity"]
     assert set(evaluators(SCORERS)) == {"clip_t", "dino"}
@@ -308,7 +310,7 @@ def test_the_headline_metric_says_how_often_its_own_questions_err(judge):
     words = evaluators({}, judge)["judge_text"]
     assert "activity 99.1% / 97.5% (n = 400), place 87.6% / 76.5% (n = 123), accessory 99.1% / 97.5%" in words
     card = json.loads((scorers_base.POCKET_WEIGHTS / "card.json").read_text())
-    (number,) = [number for number in card["numbers"] if "judge, a character at rest" in number["name"]]
+    (number,) = [number for number in card["numbers"] if number["name"] == THINGS_TAKEN]
     assert f"takes {number['value']:.1%} for the activity (n = {number['n']})" in words
 
 
