@@ -153,7 +153,7 @@ def main() -> int:
     rows = read(arguments.out)
     named = rows[rows["identifier"]]
     columns = ["shown", "pose", "things", "same_subject", "subject_score"]
-    with pd.option_context("display.max_rows", None, "display.width", 120):
+    with pd.option_context("display.max_rows", None, "display.max_columns", None, "display.width", 160):
         print(named.groupby(["subject", "arm", "phrase"])[columns].mean().round(2))
         print(named.groupby(["subject", "arm", "rl_seed"])[columns].mean().round(2))
     return 0

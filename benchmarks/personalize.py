@@ -120,7 +120,7 @@ def main() -> int:
                 for noun in arguments.subjects:
                     train_and_look(noun, setting, seed, arguments.out, arguments.model, arguments.looks)
     rows = read(arguments.out)
-    with pd.option_context("display.max_rows", None, "display.width", 120):
+    with pd.option_context("display.max_rows", None, "display.max_columns", None, "display.width", 160):
         print(curve(rows, ["setting", "steps"]).round(2))
         print(curve(rows, ["setting", "steps", "subject"])[["shown", "same_subject"]].round(2).unstack())
     return 0
