@@ -57,7 +57,7 @@ POCKET = Preset(
         checkpoint_every=150,
     ),
     ddpo=DDPOConfig(
-        n_epochs=40,  # on five subjects the next 20 won 9 points of activity and cost 10 of identity
+        n_epochs=40,  # minutes; with the weights of November 2026 not yet compared with more
         images_per_epoch=48,  # 12 for each of 2 activities x 2 kinds of prompt
         batch=24,  # half of them a gradient step, as in the paper
         sampler=Sampler(10, 2.0, 1.0),
