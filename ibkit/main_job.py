@@ -19,7 +19,9 @@ import re
 import resource
 import signal
 import sys
+import tempfile
 import time
+import uuid
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
 from ast import literal_eval
 from collections.abc import Iterator
@@ -339,10 +341,19 @@ def _kernel_manager(peaks: list[float]) -> type:
 
     A kernel is killed, not asked: what counts is on disk by then, a busy one would not listen, and one that is waited
     for here, and not by Jupyter, tells its own peak. (RUSAGE_CHILDREN would tell that of the greatest so far.)
+    It is spoken to through Unix sockets where there are any: Jupyter draws TCP ports before the kernel binds them, and
+    one that another program took in between left a kernel that neither started nor ended.
     """
     from jupyter_client import AsyncKernelManager
 
     class Measured(AsyncKernelManager):
+        def __init__(self, **options):
+            if os.name == "posix":
+                # A socket's path is limited to some 100 characters, and Jupyter's own place is in the home folder.
+                place = Path(tempfile.gettempdir(), f"ibkit-{uuid.uuid4().hex[:16]}.json")
+                options |= {"transport": "ipc", "connection_file": str(place)}
+            super().__init__(**options)
+
         async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:
             pid = self.provisioner.process.pid
             await self.provisioner.kill()

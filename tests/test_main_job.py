@@ -475,3 +475,11 @@ def test_progress_takes_numbers_of_libraries(capsys):
 )  # fmt: skip
 def test_durations(seconds, words):
     assert duration(seconds) == words
+
+
+def test_kernels_of_two_jobs_cannot_take_each_others_ports(tmp_path):
+    """Jupyter draws TCP ports before the kernel binds them; one taken in between hung a job for five minutes."""
+    managers = [main_job._kernel_manager([])() for _ in range(2)]
+    places = [Path(m.connection_file) for m in managers]
+    assert {m.transport for m in managers} == {"ipc"} and places[0] != places[1]
+    assert all(len(f"{place.with_suffix('')}-ipc-5") < 100 for place in places)
