@@ -23,17 +23,16 @@ import torch
 from benchmarks.personalize import mosaic
 from ibkit.data.prompts import Prompt, training_prompts
 from ibkit.data.subject import PersonalizedSubject, demo_subject, world_photos
-from ibkit.models import TextToImage, load_model
-from ibkit.monitor import SubjectMonitor
-from ibkit.personalize import dreambooth
-from ibkit.personalize.class_images import class_images
+from ibkit.methods import ddpo, dreambooth
+from ibkit.methods.class_images import class_images
+from ibkit.methods.engine.objectives import RewardSpec
+from ibkit.model.sample import sample
+from ibkit.model.text_to_image import TextToImage, load_model
 from ibkit.pocket.world import CLASSES
 from ibkit.presets import POCKET
-from ibkit.rl import ddpo
-from ibkit.rl.objectives import RewardSpec
-from ibkit.sample import sample
 from ibkit.scorers import make_scorer
 from ibkit.scorers.judge import Judge
+from ibkit.train.monitor import SubjectMonitor
 
 IDENTIFIER = "sks"
 # arm -> (clip the text at its level, the subject's scorer, clip it, settings of DDPO that differ from the preset)

@@ -35,9 +35,9 @@ def train(folder: str) -> None:
     from transformers import CLIPTokenizer
 
     from ibkit.data.prompts import training_prompts
-    from ibkit.models import POCKET_PIPELINE
-    from ibkit.rl import ddpo
-    from ibkit.sample import Sampler
+    from ibkit.methods import ddpo
+    from ibkit.model.sample import Sampler
+    from ibkit.model.text_to_image import POCKET_PIPELINE
     from tests.tiny import tiny_model
 
     torch.set_num_threads(1)
@@ -61,7 +61,9 @@ def brightness(images, prompts):
 def server() -> multiprocessing.context.ForkServerContext:
     """A server process that has imported what a child needs; its children start at once and share nothing else."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch", "ibkit.rl.ddpo", "ibkit.models", "tests.tiny", "transformers", "peft"])
+    context.set_forkserver_preload(
+        ["torch", "ibkit.methods.ddpo", "ibkit.model.text_to_image", "tests.tiny", "transformers", "peft"]
+    )
     return context
 
 

@@ -16,7 +16,7 @@ import math
 
 import numpy as np
 
-from ibkit.rl.guard import REWARDS, SUBJECT, TEXT, Guard
+from ibkit.train.guard import REWARDS, SUBJECT, TEXT, Guard
 
 AUTOCORRELATIONS = (0.0, 0.3, 0.5, 0.7)
 SHAPES = {  # share of training done -> share of the fall

@@ -21,7 +21,7 @@ from statistics import NormalDist
 import numpy as np
 
 from ibkit.errors import ScoreError
-from ibkit.intervals import bootstrap_statistic, difference_interval, mean_interval
+from ibkit.evaluate.intervals import bootstrap_statistic, difference_interval, mean_interval
 
 PROMPT, SEED, IMAGE = 0.25, 0.12, 0.35
 N_RESAMPLES = 1000  # the kit takes 10 000

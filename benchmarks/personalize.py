@@ -24,12 +24,12 @@ import torch
 from PIL import Image
 
 from ibkit.data.subject import demo_subject, world_photos
-from ibkit.models import load_model
-from ibkit.personalize import dreambooth
-from ibkit.personalize.class_images import class_images
+from ibkit.methods import dreambooth
+from ibkit.methods.class_images import class_images
+from ibkit.model.sample import sample
+from ibkit.model.text_to_image import load_model
 from ibkit.pocket.world import CLASSES, activities_of
 from ibkit.presets import POCKET
-from ibkit.sample import sample
 from ibkit.scorers.judge import Judge
 
 LOOKS = (200, 300, 450, 600, 800)  # steps

@@ -29,15 +29,15 @@ import torch
 
 from ibkit.data.prompts import training_prompts
 from ibkit.device import describe_device, generator, keep_memory, pick_device
-from ibkit.models import TextToImage, load_model
+from ibkit.methods import ddpo
+from ibkit.methods.engine.advantages import PromptStats
+from ibkit.methods.engine.objectives import scorer_reward
+from ibkit.methods.engine.rollout import Trajectories, rollout
+from ibkit.model.ddim import log_prob, step_mean
+from ibkit.model.text_to_image import TextToImage, load_model
 from ibkit.presets import POCKET
-from ibkit.rl import ddpo
-from ibkit.rl.advantages import PromptStats
-from ibkit.rl.ddim import log_prob, step_mean
-from ibkit.rl.objectives import scorer_reward
-from ibkit.rl.processes import Processes
-from ibkit.rl.rollout import Trajectories, rollout
 from ibkit.scorers import make_scorer
+from ibkit.train.processes import Processes
 
 MICRO_BATCHES = (2, 8)  # of the plain loop: a memory-bound user's, and the paper's batch
 FLOOR_BATCHES = (32, 64, 96)  # rows of a U-Net pass
@@ -83,7 +83,7 @@ def timed(seconds: dict[str, float], name: str, work):
 
 
 def ours(epoch: Epoch) -> dict[str, float]:
-    """An epoch as `ibkit.rl.ddpo.train` does it; seconds by phase."""
+    """An epoch as `ibkit.methods.ddpo.train` does it; seconds by phase."""
     seconds: dict[str, float] = {}
     config, model = epoch.config, epoch.model
     trajectories = timed(

@@ -20,14 +20,14 @@ from dataclasses import replace
 
 import torch
 
-from ibkit.costs import SD15_TEXT, SD15_UNET
 from ibkit.device import describe_device, generator, pick_device
-from ibkit.models import TextToImage
+from ibkit.job.costs import SD15_TEXT, SD15_UNET
+from ibkit.methods import ddpo
+from ibkit.methods.engine.rollout import Trajectories, rollout
+from ibkit.model.sample import Sampler
+from ibkit.model.text_to_image import TextToImage
 from ibkit.presets import SD15
-from ibkit.rl import ddpo
-from ibkit.rl.processes import Processes
-from ibkit.rl.rollout import Trajectories, rollout
-from ibkit.sample import Sampler
+from ibkit.train.processes import Processes
 
 TINY_UNET = SD15_UNET | {"sample_size": 8, "block_out_channels": (32, 32, 64, 64)}
 TIMED_STEPS = 4  # denoising steps of a timed rollout

@@ -15,12 +15,12 @@ from ibkit import __version__
 from ibkit.errors import IbkitError
 
 COMMANDS = {  # name: (module, what it does)
-    "run": ("ibkit.main_job", "personalize, fine-tune by RL, evaluate, and write the report"),
-    "plan": ("ibkit.plan", "predict the time and memory that `ibkit run` will take on this machine"),
-    "claims": ("ibkit.claims", "read the papers' claims against a finished run"),
-    "tables": ("ibkit.tables", "the results of one or more runs as tables, in CSV, Markdown and LaTeX"),
+    "run": ("ibkit.job.run", "personalize, fine-tune by RL, evaluate, and write the report"),
+    "plan": ("ibkit.job.plan", "predict the time and memory that `ibkit run` will take on this machine"),
+    "claims": ("ibkit.evaluate.claims", "read the papers' claims against a finished run"),
+    "tables": ("ibkit.evaluate.tables", "the results of one or more runs as tables, in CSV, Markdown and LaTeX"),
     "data": ("ibkit.data.dreambench", "how to get a published set of subjects and prompts, and whether it is whole"),
-    "check": ("ibkit.check", "look at this machine: what can run here, and what to do about what cannot"),
+    "check": ("ibkit.job.check", "look at this machine: what can run here, and what to do about what cannot"),
 }
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE = 2, 130, 141
 

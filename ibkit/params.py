@@ -128,7 +128,7 @@ class RLFinetune(Measured):
     )
 
     def __post_init__(self):
-        from ibkit.rl.objectives import RewardSpec  # torch: who asks for no RL need not wait for it
+        from ibkit.methods.engine.objectives import RewardSpec  # torch: who asks for no RL need not wait for it
 
         for name in filter(None, (self.reward, self.subject_reward)):
             RewardSpec(name)

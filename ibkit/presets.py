@@ -10,10 +10,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ibkit.errors import ParameterError
-from ibkit.personalize.dreambooth import DreamBoothConfig
-from ibkit.rl.ddpo import DDPOConfig
-from ibkit.rl.guard import Guard
-from ibkit.sample import Sampler
+from ibkit.methods.ddpo import DDPOConfig
+from ibkit.methods.dreambooth import DreamBoothConfig
+from ibkit.model.sample import Sampler
+from ibkit.train.guard import Guard
 
 
 @dataclass(frozen=True)

@@ -17,12 +17,12 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image
 
 from ibkit import __version__
-from ibkit.claims import CONTRADICTED, EVIDENCE, NOT_TESTED, SUPPORTED, UNDECIDED, claims_from, summary
 from ibkit.errors import ArtifactError
+from ibkit.evaluate.claims import CONTRADICTED, EVIDENCE, NOT_TESTED, SUPPORTED, UNDECIDED, claims_from, summary
+from ibkit.evaluate.published import EVALUATORS, PAPER, PUBLISHED, TABLE_TITLES, PublishedNumber, published
+from ibkit.evaluate.stats import METRICS, as_compared, check_scores, in_method_order, method_label, summarise
 from ibkit.progress import duration
-from ibkit.published import EVALUATORS, PAPER, PUBLISHED, TABLE_TITLES, PublishedNumber, published
 from ibkit.runs import CompletedRun, read_run, write_atomically
-from ibkit.stats import METRICS, as_compared, check_scores, in_method_order, method_label, summarise
 
 # Rows of a figure's table that are shown; the rest stands in the CSV file beside the figure.
 MAX_ROWS = 60

@@ -5,11 +5,11 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 
-from ibkit import attention
-from ibkit.attention import AttentionRecord, auc, lift, mask_at, record_attention, token_positions
 from ibkit.device import generator
 from ibkit.errors import ModelError, ParameterError, ScoreError
-from ibkit.sample import Sampler, sample_latents
+from ibkit.model import attention
+from ibkit.model.attention import AttentionRecord, auc, lift, mask_at, record_attention, token_positions
+from ibkit.model.sample import Sampler, sample_latents
 
 PROMPT = "a sks monster toy playing soccer"
 SAMPLER = Sampler(3, 2.0)

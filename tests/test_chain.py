@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from ibkit import main_job
 from ibkit.data.subject import PersonalizedSubject, demo_subject, world_photos
+from ibkit.job import run as main_job
 from ibkit.runs import project_root, read_run
 from tests.tiny import tiny_model
 

@@ -8,13 +8,21 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ibkit import claims as claims_module
-from ibkit.claims import claims_as_text, claims_command, claims_from, claims_from_scores, evaluate_claims, main, summary
 from ibkit.errors import ArtifactError, ScoreError
-from ibkit.intervals import Interval
-from ibkit.published import PUBLISHED, published
+from ibkit.evaluate import claims as claims_module
+from ibkit.evaluate.claims import (
+    claims_as_text,
+    claims_command,
+    claims_from,
+    claims_from_scores,
+    evaluate_claims,
+    main,
+    summary,
+)
+from ibkit.evaluate.intervals import Interval
+from ibkit.evaluate.published import PUBLISHED, published
+from ibkit.evaluate.stats import check_scores
 from ibkit.runs import Run
-from ibkit.stats import check_scores
 
 PROMPTS = ("soccer", "bike", "tennis", "guitar", "cooking", "dancing", "surfing", "reading")
 UNSEEN = PROMPTS[4:]

@@ -15,9 +15,10 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from ibkit import __version__, check, cli
-from ibkit.check import Finding, Report
+from ibkit import __version__, cli
 from ibkit.errors import ArtifactError
+from ibkit.job import check
+from ibkit.job.check import Finding, Report
 
 ROOT = Path(cli.__file__).parent.parent
 HEAVY = ("torch", "numpy", "pandas", "matplotlib", "diffusers", "transformers", "papermill")
@@ -41,7 +42,9 @@ def heavy_modules_after(code: str) -> set[str]:
     return set(done.stdout.split("LOADED")[1].split())
 
 
-@pytest.mark.parametrize("module", ["ibkit", "ibkit.cli", "ibkit.params", "ibkit.runs", "ibkit.device", "ibkit.check"])
+@pytest.mark.parametrize(
+    "module", ["ibkit", "ibkit.cli", "ibkit.params", "ibkit.runs", "ibkit.device", "ibkit.job.check"]
+)
 def test_importing_is_light(module):
     assert heavy_modules_after(f"import {module}") == set()
 

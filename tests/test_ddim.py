@@ -5,7 +5,7 @@ import torch
 from torch.distributions import Normal
 
 from ibkit.errors import ParameterError
-from ibkit.rl.ddim import log_prob, make_schedule, predict_x0, step_mean, step_weight
+from ibkit.model.ddim import log_prob, make_schedule, predict_x0, step_mean, step_weight
 from tests.tiny import scheduler
 
 ALPHAS = scheduler().alphas_cumprod

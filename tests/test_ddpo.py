@@ -11,11 +11,8 @@ from PIL import Image
 from ibkit.data.prompts import training_prompts
 from ibkit.device import generator
 from ibkit.errors import ArtifactError, ParameterError, TrainingError
-from ibkit.presets import SD15
-from ibkit.rl import ddpo
-from ibkit.rl.advantages import PromptStats
-from ibkit.rl.ddim import step_mean
-from ibkit.rl.ddpo import (
+from ibkit.methods import ddpo
+from ibkit.methods.ddpo import (
     DDPOConfig,
     epoch_prompts,
     gaussian_kl,
@@ -23,11 +20,14 @@ from ibkit.rl.ddpo import (
     policy_loss,
     train,
 )
-from ibkit.rl.objectives import Objectives
-from ibkit.rl.processes import Processes
-from ibkit.rl.rollout import rollout
+from ibkit.methods.engine.advantages import PromptStats
+from ibkit.methods.engine.objectives import Objectives
+from ibkit.methods.engine.rollout import rollout
+from ibkit.model.ddim import step_mean
+from ibkit.model.sample import Sampler
+from ibkit.presets import SD15
 from ibkit.runs import Checkpoints
-from ibkit.sample import Sampler
+from ibkit.train.processes import Processes
 from tests.tiny import tiny_model
 
 PROMPTS = training_prompts(["playing soccer", "dancing"], "cat", "sks")

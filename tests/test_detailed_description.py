@@ -11,19 +11,19 @@ import pytest
 import torch
 from PIL import Image
 
-from ibkit.attention import AttentionRecord, auc, lift, mask_at, record_attention
 from ibkit.data.subject import PersonalizedSubject, world_photos
 from ibkit.device import generator
 from ibkit.errors import ParameterError
 from ibkit.experiments import attention_figures
 from ibkit.experiments import attention_overlap as overlap
 from ibkit.experiments import detailed_description as ablation
-from ibkit.personalize import dreambooth
-from ibkit.personalize.dreambooth import DreamBoothConfig
+from ibkit.methods import dreambooth
+from ibkit.methods.dreambooth import DreamBoothConfig
+from ibkit.model.attention import AttentionRecord, auc, lift, mask_at, record_attention
+from ibkit.model.sample import Sampler
 from ibkit.pocket.draw import render, subject_mask
 from ibkit.pocket.world import DEMO_SUBJECTS, RARE_SUBJECT
 from ibkit.runs import Run, project_root, read_run
-from ibkit.sample import Sampler
 from tests.tiny import tiny_model
 
 WHO = PersonalizedSubject("red toy", "monster toy", "sks", "triangular", "pocket", "", RARE_SUBJECT)

@@ -13,10 +13,10 @@ import torch
 from PIL import Image
 
 from ibkit.errors import TrainingError
-from ibkit.personalize import class_images as cache
-from ibkit.personalize.dreambooth import DreamBoothConfig, add_noise, prior_preservation_loss, train
+from ibkit.methods import class_images as cache
+from ibkit.methods.dreambooth import DreamBoothConfig, add_noise, prior_preservation_loss, train
+from ibkit.model.sample import Sampler
 from ibkit.runs import project_root
-from ibkit.sample import Sampler
 from tests.tiny import tiny_model
 
 CONFIG = DreamBoothConfig(n_steps=6, batch=2, learning_rate=1e-3, checkpoint_every=3)
@@ -198,11 +198,11 @@ FILL = """
 import sys
 from pathlib import Path
 import torch
-from ibkit.personalize.class_images import class_images
+from ibkit.methods.class_images import class_images
 from ibkit.pocket.build.tokenizer import save_tokenizer
 from ibkit.runs import hash_json
 from ibkit.runs import project_root
-from ibkit.sample import Sampler
+from ibkit.model.sample import Sampler
 from tests.tiny import tiny_model
 torch.set_num_threads(1)
 model = tiny_model(save_tokenizer(Path(sys.argv[1])))

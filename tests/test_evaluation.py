@@ -15,7 +15,7 @@ import ibkit.scorers.base as scorers_base
 from ibkit.data.subject import PersonalizedSubject, demo_subject, world_photos
 from ibkit.device import generator
 from ibkit.errors import ArtifactError, ModelError, ParameterError, ScoreError
-from ibkit.evaluation import (
+from ibkit.evaluate.score import (
     NO_RL_SEED,
     drift,
     evaluators,
@@ -29,12 +29,12 @@ from ibkit.evaluation import (
     real_photos,
     score,
 )
-from ibkit.models import load_model
+from ibkit.evaluate.stats import METRICS, as_compared, check_scores, pair_up
+from ibkit.model.sample import Sampler, sample
+from ibkit.model.text_to_image import load_model
 from ibkit.runs import Run, read_run
-from ibkit.sample import Sampler, sample
 from ibkit.scorers import Scorer
 from ibkit.scorers.judge import THINGS_TAKEN, Judge, JudgeNet
-from ibkit.stats import METRICS, as_compared, check_scores, pair_up
 from tests.tiny import tiny_model
 
 ACTIVITIES = ["playing soccer", "riding a bike"]

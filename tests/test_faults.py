@@ -12,7 +12,7 @@ import torch
 from benchmarks.faults import run_trials
 from ibkit import runs
 from ibkit.errors import ArtifactError
-from ibkit.rl.ddpo import train
+from ibkit.methods.ddpo import train
 from ibkit.runs import Checkpoints
 from tests.test_ddpo import CONFIG, PROMPTS, brightness
 from tests.tiny import only_checkpoint, tiny_model

@@ -16,13 +16,12 @@ from transformers import CLIPTokenizer
 
 from ibkit.data.prompts import training_prompts
 from ibkit.data.subject import demo_subject, world_photos
-from ibkit.models import POCKET_PIPELINE, load_model
-from ibkit.personalize import dreambooth
+from ibkit.methods import ddpo, dreambooth
+from ibkit.model.sample import Sampler
+from ibkit.model.text_to_image import POCKET_PIPELINE, load_model
 from ibkit.presets import POCKET
-from ibkit.rl import ddpo
-from ibkit.rl.guard import Guard
-from ibkit.rl.processes import start
-from ibkit.sample import Sampler
+from ibkit.train.guard import Guard
+from ibkit.train.processes import start
 from tests.tiny import tiny_model
 
 RECORD = Path(__file__).with_name("golden.json")

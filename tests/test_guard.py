@@ -11,9 +11,9 @@ import torch
 from benchmarks.guard import SHAPES, share_of_runs
 from ibkit.data.prompts import training_prompts
 from ibkit.errors import ArtifactError
-from ibkit.rl.ddpo import DDPOConfig, best_policy, train
-from ibkit.rl.guard import Guard, change, harmonic
-from ibkit.sample import Sampler
+from ibkit.methods.ddpo import DDPOConfig, best_policy, train
+from ibkit.model.sample import Sampler
+from ibkit.train.guard import Guard, change, harmonic
 from tests.tiny import tiny_model
 
 PROMPTS = training_prompts(["playing soccer", "dancing"], "cat", "sks")

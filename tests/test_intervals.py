@@ -8,7 +8,7 @@ from scipy import stats as textbook
 
 from benchmarks import intervals as benchmark
 from ibkit.errors import ScoreError
-from ibkit.intervals import (
+from ibkit.evaluate.intervals import (
     Interval,
     bootstrap_statistic,
     bootstrap_weighted,

@@ -11,9 +11,10 @@ from pathlib import Path
 import nbformat
 import pytest
 
-from ibkit import cli, main_job, runs
+from ibkit import cli, runs
 from ibkit.errors import ArtifactError, ParameterError
-from ibkit.main_job import JOB, Stage, StageFailed, execute, is_done, plan
+from ibkit.job import run as main_job
+from ibkit.job.run import JOB, Stage, StageFailed, execute, is_done, plan
 from ibkit.params import schema
 from ibkit.progress import Progress, duration
 from ibkit.runs import Run, read_run
@@ -185,7 +186,8 @@ def start_job(places: Path, *words: str) -> tuple[subprocess.Popen, list[str]]:
     code = f"""
 import sys
 from pathlib import Path
-from ibkit import cli, main_job
+from ibkit import cli
+from ibkit.job import run as main_job
 main_job.NOTEBOOKS, main_job.OUTPUTS = Path({str(places / "notebooks")!r}), Path({str(places / "outputs")!r})
 sys.exit(cli.main(["run", *{words!r}]))
 """

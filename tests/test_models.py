@@ -11,9 +11,9 @@ from safetensors.torch import load_file, save_file
 from ibkit.data.prompts import check_identifier, make_prompt, training_prompts
 from ibkit.device import generator
 from ibkit.errors import ModelError, ParameterError
-from ibkit.models import TextToImage, load_model, model_fingerprint, use_quick_attention
-from ibkit.rl.rollout import rollout
-from ibkit.sample import Sampler, sample, sample_latents
+from ibkit.methods.engine.rollout import rollout
+from ibkit.model.sample import Sampler, sample, sample_latents
+from ibkit.model.text_to_image import TextToImage, load_model, model_fingerprint, use_quick_attention
 from tests.tiny import tiny_model
 
 
@@ -131,7 +131,7 @@ def test_large_pictures_are_encoded_a_few_at_a_time(tiny, monkeypatch, px, batch
 
 
 def test_pictures_encoded_in_batches_are_those_encoded_alone(tiny, monkeypatch):
-    monkeypatch.setattr("ibkit.models.default_batch", lambda image_px: 2)
+    monkeypatch.setattr("ibkit.model.text_to_image.default_batch", lambda image_px: 2)
     drawn = torch.randint(256, (5, 16, 16, 3), dtype=torch.uint8, generator=generator(0))
     pictures = [Image.fromarray(p) for p in drawn.numpy()]
     alone = torch.cat([tiny.encode_images([picture]) for picture in pictures])
@@ -151,8 +151,8 @@ def test_pictures_are_drawn_as_many_at_a_time_as_suits_their_size(tiny, monkeypa
         return largest
 
     monkeypatch.setattr(tiny, "guided_noise", guided_noise)
-    monkeypatch.setattr("ibkit.sample.default_batch", size)
-    monkeypatch.setattr("ibkit.rl.rollout.default_batch", size)
+    monkeypatch.setattr("ibkit.model.sample.default_batch", size)
+    monkeypatch.setattr("ibkit.methods.engine.rollout.default_batch", size)
     prompts, sampler = ["a cat"] * 40, Sampler(2, 3.0, 1.0)
     sample_latents(tiny, prompts, list(range(40)), sampler)
     assert seen[::2] == seen[1::2] == batches  # two steps

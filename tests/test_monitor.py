@@ -8,9 +8,9 @@ from PIL import Image
 
 from ibkit.data.subject import PersonalizedSubject, choose_activities, demo_subject, world_photos
 from ibkit.errors import ArtifactError, ParameterError
-from ibkit.monitor import SubjectMonitor
 from ibkit.pocket.world import DEMO_SUBJECTS
 from ibkit.runs import Run, read_run
+from ibkit.train.monitor import SubjectMonitor
 
 CAT = PersonalizedSubject("orange cat", "cat", "sks", "", "pocket", "", DEMO_SUBJECTS["cat"])
 MINE = PersonalizedSubject("my cat", "cat", "sks", "", "sd15", "", None)

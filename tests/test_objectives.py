@@ -13,9 +13,9 @@ from torch.nn.functional import cosine_similarity
 from ibkit.data.prompts import training_prompts
 from ibkit.device import generator
 from ibkit.errors import ArtifactError, ModelError, ParameterError, TrainingError
-from ibkit.rl import ddpo
-from ibkit.rl.ddpo import DDPOConfig, train
-from ibkit.rl.objectives import (
+from ibkit.methods import ddpo
+from ibkit.methods.ddpo import DDPOConfig, train
+from ibkit.methods.engine.objectives import (
     Objective,
     Objectives,
     RewardSpec,
@@ -25,11 +25,11 @@ from ibkit.rl.objectives import (
     time_aware_weight,
     two_objectives,
 )
-from ibkit.rl.processes import Processes
-from ibkit.rl.rollout import rollout
-from ibkit.sample import Sampler
+from ibkit.methods.engine.rollout import rollout
+from ibkit.model.sample import Sampler
 from ibkit.scorers import Level, Scorer, make_scorer
 from ibkit.scorers.base import POCKET_WEIGHTS
+from ibkit.train.processes import Processes
 from tests.tiny import tiny_model
 
 PROMPTS = training_prompts(["playing soccer", "dancing"], "cat", "sks")

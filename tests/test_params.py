@@ -6,9 +6,9 @@ from dataclasses import replace
 import pytest
 
 from ibkit.errors import ParameterError
+from ibkit.methods.engine.objectives import COMBINATIONS
 from ibkit.params import SCHEMAS, collect, make, schema
 from ibkit.presets import POCKET, ZERO_IS_A_VALUE, override
-from ibkit.rl.objectives import COMBINATIONS
 
 
 def cell(notebook: str, **changes) -> dict:

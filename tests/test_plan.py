@@ -7,14 +7,14 @@ import pytest
 import torch
 from diffusers import UNet2DConditionModel
 
-from ibkit import costs, main_job
 from ibkit.cli import main
-from ibkit.costs import Costs, Passes, Work, count
 from ibkit.data.prompts import training_prompts
-from ibkit.personalize import dreambooth
-from ibkit.personalize.class_images import class_images
+from ibkit.job import costs
+from ibkit.job import run as main_job
+from ibkit.job.costs import Costs, Passes, Work, count
+from ibkit.methods import ddpo, dreambooth
+from ibkit.methods.class_images import class_images
 from ibkit.presets import POCKET, override
-from ibkit.rl import ddpo
 
 SMALL = [
     "01_personalize.n_steps=2", "01_personalize.batch_size=3", "01_personalize.n_class_images=4",

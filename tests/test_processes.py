@@ -11,12 +11,12 @@ from transformers import CLIPTokenizer
 
 from ibkit.data.prompts import training_prompts
 from ibkit.errors import IbkitError, ParameterError, ScoreError, TrainingError
-from ibkit.models import POCKET_PIPELINE
-from ibkit.rl import ddpo
-from ibkit.rl.processes import Processes, _joined, start
+from ibkit.methods import ddpo
+from ibkit.model.sample import Sampler
+from ibkit.model.text_to_image import POCKET_PIPELINE
 from ibkit.runs import Checkpoints
-from ibkit.sample import Sampler
-from ibkit.training import memory_advice
+from ibkit.train.kept import memory_advice
+from ibkit.train.processes import Processes, _joined, start
 from tests.tiny import tiny_model
 
 CPU = torch.device("cpu")

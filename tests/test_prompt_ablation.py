@@ -32,12 +32,12 @@ from ibkit.experiments.prompt_ablation import (
     train_arm,
     train_arms,
 )
-from ibkit.personalize import dreambooth
-from ibkit.personalize.dreambooth import DreamBoothConfig
+from ibkit.methods import dreambooth
+from ibkit.methods.ddpo import DDPOConfig, epoch_prompts
+from ibkit.methods.dreambooth import DreamBoothConfig
+from ibkit.model.sample import Sampler, sample
 from ibkit.presets import POCKET
-from ibkit.rl.ddpo import DDPOConfig, epoch_prompts
 from ibkit.runs import Run, read_run
-from ibkit.sample import Sampler, sample
 from tests.test_chain import papermill
 
 ACTIVITIES = ["playing soccer", "dancing"]

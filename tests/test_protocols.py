@@ -5,10 +5,10 @@ from functools import partial
 
 import pytest
 
-from ibkit import main_job
 from ibkit.data import protocols
 from ibkit.data.protocols import class_nouns, names, read_protocol
 from ibkit.errors import ParameterError
+from ibkit.job import run as main_job
 from ibkit.pocket.world import CLASSES, HELD_OUT, check_phrase
 from tests.test_dreambench import folder  # noqa: F401, a fixture
 from tests.test_photos import DREAMBENCH

@@ -8,11 +8,11 @@ import torch
 
 from ibkit.device import generator
 from ibkit.errors import TrainingError
-from ibkit.rl import ddpo
-from ibkit.rl.ddim import log_prob, make_schedule, step_mean
-from ibkit.rl.ddpo import policy_loss, train
-from ibkit.rl.ratio import approx_kl, gradient_cut, ratio_tolerance, rounding_tolerance
-from ibkit.rl.rollout import rollout
+from ibkit.methods import ddpo
+from ibkit.methods.ddpo import policy_loss, train
+from ibkit.methods.engine.ratio import approx_kl, gradient_cut, ratio_tolerance, rounding_tolerance
+from ibkit.methods.engine.rollout import rollout
+from ibkit.model.ddim import log_prob, make_schedule, step_mean
 from ibkit.runs import Checkpoints
 from tests.test_ddpo import CONFIG, PROMPTS, brightness
 from tests.tiny import scheduler

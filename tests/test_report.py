@@ -14,11 +14,11 @@ import pandas as pd
 import pytest
 from PIL import Image, ImageDraw
 
-from ibkit import figures
 from ibkit.errors import ArtifactError
+from ibkit.evaluate import figures
+from ibkit.evaluate.stats import as_compared, check_scores
 from ibkit.report import _results, build_report
 from ibkit.runs import Run
-from ibkit.stats import as_compared, check_scores
 
 PROMPTS = {"soccer": "a cat playing soccer", "bike": "a cat riding a bike", "forest": "a cat reading in the forest"}
 # Share of images with the right activity and with the right subject.

@@ -7,8 +7,10 @@ import torch
 
 from ibkit import cli
 from ibkit.errors import ParameterError
-from ibkit.rl import advantages, ddim, ddpo, rollout, selfcheck
-from ibkit.rl.selfcheck import run_checks
+from ibkit.methods import ddpo
+from ibkit.methods.engine import advantages, rollout, selfcheck
+from ibkit.methods.engine.selfcheck import run_checks
+from ibkit.model import ddim
 from tests.tiny import tiny_model
 
 log_prob, step_mean, policy_loss, pair_loss = ddim.log_prob, ddim.step_mean, ddpo.policy_loss, ddpo.pair_loss
@@ -58,7 +60,7 @@ def test_a_deviation_of_zero(tokenizer, monkeypatch):
         schedule.std[-1] = 0
         return schedule
 
-    monkeypatch.setattr("ibkit.sample.make_schedule", broken)
+    monkeypatch.setattr("ibkit.model.sample.make_schedule", broken)
     assert "steps whose deviation is not finite and > 0" in failed(tokenizer)
 
 
@@ -133,7 +135,7 @@ def test_an_error_fails_the_checks_that_meet_it_and_no_other(tokenizer, monkeypa
     def refuse(*arguments, **settings):
         raise ParameterError("denoising step 9 has standard deviation 0.")
 
-    monkeypatch.setattr("ibkit.sample.make_schedule", refuse)
+    monkeypatch.setattr("ibkit.model.sample.make_schedule", refuse)
     checks = run_checks(tiny_model(tokenizer))
     assert [check.name for check in checks if check.ok] == [
         "log-prob against torch.distributions.Normal, fp64",

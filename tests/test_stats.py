@@ -5,8 +5,8 @@ import pandas as pd
 import pytest
 
 from ibkit.errors import ScoreError
-from ibkit.intervals import wilson_interval
-from ibkit.stats import (
+from ibkit.evaluate.intervals import wilson_interval
+from ibkit.evaluate.stats import (
     METRICS,
     as_compared,
     bootstrap_difference,

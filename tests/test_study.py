@@ -14,24 +14,16 @@ import pandas as pd
 import pytest
 import torch
 
-from ibkit import evaluation
 from ibkit.data.subject import PersonalizedSubject, demo_subject, world_photos
 from ibkit.errors import ArtifactError, ParameterError, StudyError
-from ibkit.pocket.build.autoencoder import new_autoencoder, redraw
-from ibkit.pocket.build.common import Budget
-from ibkit.pocket.build.data import Pictures
-from ibkit.pocket.build.judge import jitter, train
-from ibkit.pocket.draw import render
-from ibkit.pocket.world import NO_ACTIVITY, sample_scene, sample_subject
-from ibkit.published import EVALUATORS
-from ibkit.runs import Run, project_root, read_run
-from ibkit.scorers.judge import RATERS, Judge
-from ibkit.stats import mean_interval
-from ibkit.study import votes as study
-from ibkit.study.page import RatingPage
-from ibkit.study.ratings import RatingSession, append_line, merge_ratings, ratings_file, read_ratings, tasks_of
-from ibkit.study.simulated import Sight, _prefer, load_raters, simulate
-from ibkit.study.votes import (
+from ibkit.evaluate import score as evaluation
+from ibkit.evaluate.published import EVALUATORS
+from ibkit.evaluate.stats import mean_interval
+from ibkit.evaluate.study import votes as study
+from ibkit.evaluate.study.page import RatingPage
+from ibkit.evaluate.study.ratings import RatingSession, append_line, merge_ratings, ratings_file, read_ratings, tasks_of
+from ibkit.evaluate.study.simulated import Sight, _prefer, load_raters, simulate
+from ibkit.evaluate.study.votes import (
     QUESTIONS,
     VOTE_COLUMNS,
     bradley_terry,
@@ -49,6 +41,14 @@ from ibkit.study.votes import (
     strengths,
     win_matrix,
 )
+from ibkit.pocket.build.autoencoder import new_autoencoder, redraw
+from ibkit.pocket.build.common import Budget
+from ibkit.pocket.build.data import Pictures
+from ibkit.pocket.build.judge import jitter, train
+from ibkit.pocket.draw import render
+from ibkit.pocket.world import NO_ACTIVITY, sample_scene, sample_subject
+from ibkit.runs import Run, project_root, read_run
+from ibkit.scorers.judge import RATERS, Judge
 
 ROOT = project_root()
 SUBJECT = PersonalizedSubject("orange cat", "cat", "sks", "", "pocket", "", demo_subject("cat"))
@@ -341,7 +341,7 @@ def widgets_below(widget):
 
 @pytest.fixture
 def fast_clicks(monkeypatch):
-    monkeypatch.setattr("ibkit.study.page.DOUBLE_CLICK_SECONDS", 0.0)
+    monkeypatch.setattr("ibkit.evaluate.study.page.DOUBLE_CLICK_SECONDS", 0.0)
 
 
 def test_the_page_asks_saves_undoes_and_ends(items, evaluated, tmp_path, fast_clicks):
@@ -376,7 +376,7 @@ def test_the_page_asks_saves_undoes_and_ends(items, evaluated, tmp_path, fast_cl
 
 def test_a_double_click_is_one_answer(items, evaluated, tmp_path, monkeypatch):
     now = [0.0]
-    monkeypatch.setattr("ibkit.study.page.time.monotonic", lambda: now[0])
+    monkeypatch.setattr("ibkit.evaluate.study.page.time.monotonic", lambda: now[0])
     session = RatingSession(items, "Ann", tmp_path)
     page = RatingPage(session, {"orange cat": evaluated.references})
     page.start.click()
@@ -410,7 +410,7 @@ def test_the_page_resumes_with_the_instruction_of_its_part(items, evaluated, tmp
 
 
 def test_statistics_load_no_widgets_and_no_torch():
-    code = "import sys, ibkit.study.votes, ibkit.study.ratings; print({'torch', 'ipywidgets'} & set(sys.modules))"
+    code = "import sys, ibkit.evaluate.study.ratings; print({'torch', 'ipywidgets'} & set(sys.modules))"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert result.stdout.strip() == "set()", result.stdout + result.stderr
 

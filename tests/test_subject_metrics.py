@@ -16,19 +16,19 @@ from safetensors.torch import load_file, save_file
 from ibkit.data.photos import PhotoWarning
 from ibkit.data.subject import PersonalizedSubject, world_photos
 from ibkit.errors import ModelError, ParameterError, ScoreError, TrainingError
-from ibkit.evaluation import make_scorers
+from ibkit.evaluate.score import make_scorers
 from ibkit.experiments import subject_analysis as analysis
 from ibkit.experiments import subject_changes, subject_head, subject_metrics
 from ibkit.experiments.subject_changes import CHANGES, controlled_pairs, fold_of
-from ibkit.models import load_model
-from ibkit.monitor import SubjectMonitor
+from ibkit.methods.engine.objectives import scorer_reward
+from ibkit.model.text_to_image import load_model
 from ibkit.pocket.build import subject as build
 from ibkit.pocket.draw import render, subject_mask
 from ibkit.pocket.world import CLASSES, DEMO_SUBJECTS, RARE_SUBJECT, SHAPES, Scene, doing, line_up, reference_scenes
-from ibkit.rl.objectives import scorer_reward
 from ibkit.runs import read_run
 from ibkit.scorers import make_scorer, subject
 from ibkit.scorers.base import POCKET_WEIGHTS
+from ibkit.train.monitor import SubjectMonitor
 from tests.test_chain import papermill
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -7,12 +7,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ibkit.claims import evaluate_claims, primary_metrics
 from ibkit.cli import main
 from ibkit.errors import ScoreError
-from ibkit.intervals import Interval
-from ibkit.stats import check_scores
-from ibkit.tables import (
+from ibkit.evaluate.claims import evaluate_claims, primary_metrics
+from ibkit.evaluate.intervals import Interval
+from ibkit.evaluate.stats import check_scores
+from ibkit.evaluate.tables import (
     all_tables,
     as_latex,
     as_markdown,

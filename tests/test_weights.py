@@ -12,7 +12,8 @@ import pandas as pd
 import pytest
 import torch
 
-from ibkit.models import POCKET_PIPELINE, load_model
+from ibkit.model.sample import Sampler, sample
+from ibkit.model.text_to_image import POCKET_PIPELINE, load_model
 from ibkit.pocket.build import labels
 from ibkit.pocket.build.autoencoder import new_autoencoder
 from ibkit.pocket.build.card import reaches
@@ -34,7 +35,6 @@ from ibkit.pocket.world import (
     vocabulary,
 )
 from ibkit.runs import hash_file
-from ibkit.sample import Sampler, sample
 from ibkit.scorers import make_scorer
 from ibkit.scorers.judge import ANSWERS, Judge
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ibkit.models import TextToImage, use_quick_attention
+from ibkit.model.text_to_image import TextToImage, use_quick_attention
 
 TEXT_WIDTH = 16
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from ibkit.errors import ParameterError
 
 if TYPE_CHECKING:
-    from ibkit.models import TextToImage
+    from ibkit.model.text_to_image import TextToImage
 
 
 SLOT = "{subject}"  # where the subject stands in a template

@@ -1,6 +1,6 @@
 """Figures of notebook 04: attention maps, how two trainings went, and what differs between their pictures.
 
-As in `ibkit.figures`: tidy data in, `(figure, data)` out, one row of data for each mark.
+As in `ibkit.evaluate.figures`: tidy data in, `(figure, data)` out, one row of data for each mark.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
-from ibkit.attention import AttentionRecord
-from ibkit.figures import FAINT, HOUSE_STYLE, INK, METHOD_COLOURS, NotebookFigure
-from ibkit.stats import METRICS, method_label
+from ibkit.evaluate.figures import FAINT, HOUSE_STYLE, INK, METHOD_COLOURS, NotebookFigure
+from ibkit.evaluate.stats import METRICS, method_label
+from ibkit.model.attention import AttentionRecord
 
 # Okabe and Ito's two colours that no method has: both arms are DreamBooth. Told apart by marker and dash too.
 ARM_STYLES = {

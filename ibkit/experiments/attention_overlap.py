@@ -13,16 +13,16 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from ibkit.attention import auc, lift, mask_at, record_attention, token_positions
 from ibkit.data.prompts import SLOT
 from ibkit.data.subject import PersonalizedSubject
 from ibkit.device import generator
-from ibkit.intervals import mean_interval
-from ibkit.models import TextToImage
-from ibkit.personalize.dreambooth import add_noise
+from ibkit.evaluate.intervals import mean_interval
+from ibkit.evaluate.stats import unit_groups, unit_matrix
+from ibkit.methods.dreambooth import add_noise
+from ibkit.model.attention import auc, lift, mask_at, record_attention, token_positions
+from ibkit.model.text_to_image import TextToImage
 from ibkit.pocket.draw import render, subject_mask
 from ibkit.pocket.world import NO_ACCESSORY, Scene, Subject, sample_scene
-from ibkit.stats import unit_groups, unit_matrix
 
 START_MARK = "start mark"
 

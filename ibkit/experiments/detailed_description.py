@@ -9,7 +9,7 @@ words alone:
 | without | "a [identifier] [class noun]" |
 
 Both then draw the same activities from the same noise. An arm is trained once for each training seed; pictures of two
-arms are compared within a seed, and the seeds are resampled like the prompts (`ibkit.intervals`).
+arms are compared within a seed, and the seeds are resampled like the prompts (`ibkit.evaluate.intervals`).
 
 Shapes: N pictures.
 """
@@ -30,25 +30,25 @@ from ibkit.data.photos import read_rgb
 from ibkit.data.prompts import article
 from ibkit.data.subject import PersonalizedSubject
 from ibkit.errors import ParameterError
-from ibkit.evaluation import image_seeds, prompt_ids
-from ibkit.experiments.attention_overlap import at_size, new_scenes
-from ibkit.intervals import Interval, wilson_interval
-from ibkit.models import TextToImage
-from ibkit.personalize import dreambooth
-from ibkit.personalize.dreambooth import DreamBoothConfig
-from ibkit.pocket.draw import render
-from ibkit.pocket.world import PATTERNS, RARE_SUBJECT, SHAPES, Subject
-from ibkit.runs import Run
-from ibkit.sample import Sampler, sample
-from ibkit.scorers.base import Scorer, batches
-from ibkit.scorers.judge import Judge
-from ibkit.stats import (
+from ibkit.evaluate.intervals import Interval, wilson_interval
+from ibkit.evaluate.score import image_seeds, prompt_ids
+from ibkit.evaluate.stats import (
     METRICS,
     UNIT,
     bootstrap_difference,
     summarise,
     unit_matrix,
 )
+from ibkit.experiments.attention_overlap import at_size, new_scenes
+from ibkit.methods import dreambooth
+from ibkit.methods.dreambooth import DreamBoothConfig
+from ibkit.model.sample import Sampler, sample
+from ibkit.model.text_to_image import TextToImage
+from ibkit.pocket.draw import render
+from ibkit.pocket.world import PATTERNS, RARE_SUBJECT, SHAPES, Subject
+from ibkit.runs import Run
+from ibkit.scorers.base import Scorer, batches
+from ibkit.scorers.judge import Judge
 
 # The columns of description.csv, without the measurements.
 KEYS = ("description", "train_seed", "subject", "prompt_id", "prompt", "text", "image", "image_seed")
@@ -205,7 +205,7 @@ def jobs(arms: Sequence[Arm], activities: Sequence[str], n_images: int, seed: in
         seed: the notebook's, from which the noise seeds are derived.
 
     Returns:
-        Table with `KEYS`, and activity, method, rl_seed (the training seed, by which `ibkit.stats` lines arms up).
+        Table with `KEYS`, and activity, method, rl_seed (the training seed, by which `evaluate.stats` lines arms up).
 
     Raises:
         ParameterError: no activity, or no image.
@@ -224,7 +224,7 @@ def jobs(arms: Sequence[Arm], activities: Sequence[str], n_images: int, seed: in
 
 
 def as_methods(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of description.csv with the columns `method` and `rl_seed`, by which `ibkit.stats` and figures compare."""
+    """Rows of description.csv with the columns `method` and `rl_seed`, by which stats and figures compare."""
     return table.assign(method=[method_name(d) for d in table["description"]], rl_seed=table["train_seed"])
 
 

@@ -35,17 +35,16 @@ from ibkit.data.prompts import Prompt, training_prompts
 from ibkit.data.subject import PersonalizedSubject, choose_activities, demo_subject, world_photos
 from ibkit.device import generator
 from ibkit.errors import ArtifactError, ScoreError
-from ibkit.evaluation import image_seeds
-from ibkit.figures import HOUSE_STYLE, INK, METHOD_COLOURS, NotebookFigure
-from ibkit.intervals import bootstrap_statistic
-from ibkit.models import TextToImage
-from ibkit.personalize import dreambooth
-from ibkit.personalize.dreambooth import DreamBoothConfig
+from ibkit.evaluate.figures import HOUSE_STYLE, INK, METHOD_COLOURS, NotebookFigure
+from ibkit.evaluate.intervals import bootstrap_statistic
+from ibkit.evaluate.score import image_seeds
+from ibkit.methods import ddpo, dreambooth
+from ibkit.methods.ddpo import DDPOConfig, Monitor, Reward
+from ibkit.methods.dreambooth import DreamBoothConfig
+from ibkit.model.sample import Sampler, sample
+from ibkit.model.text_to_image import TextToImage
 from ibkit.pocket.world import IDENTIFIERS
-from ibkit.rl import ddpo
-from ibkit.rl.ddpo import DDPOConfig, Monitor, Reward
 from ibkit.runs import Run
-from ibkit.sample import Sampler, sample
 from ibkit.scorers.judge import Judge
 
 # The columns of prompt_kinds.csv: what a row is about, how far the run had got, and what was measured there.

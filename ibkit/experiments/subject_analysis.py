@@ -17,9 +17,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ibkit.errors import ScoreError
+from ibkit.evaluate.figures import HOUSE_STYLE, INK, METHOD_COLOURS, NotebookFigure
+from ibkit.evaluate.intervals import Interval, bootstrap_statistic, bootstrap_weighted, mean_interval
 from ibkit.experiments.subject_changes import CHANGES, CONTRASTS, SAME_SUBJECT
-from ibkit.figures import HOUSE_STYLE, INK, METHOD_COLOURS, NotebookFigure
-from ibkit.intervals import Interval, bootstrap_statistic, bootstrap_weighted, mean_interval
 
 LABELS = {
     "dino": "DINO (class token)",

@@ -22,7 +22,7 @@ from PIL import Image, ImageOps
 from ibkit.data.photos import load_subject_photos
 from ibkit.data.subject import demo_subject, world_photos
 from ibkit.errors import ParameterError, ScoreError
-from ibkit.models import TextToImage
+from ibkit.model.text_to_image import TextToImage
 from ibkit.pocket.draw import render, subject_mask
 from ibkit.pocket.world import (
     ACTIVITIES,

@@ -48,7 +48,7 @@ def write_card(build: Build) -> None:
     """Measure everything, write `MODEL_CARD.md`, `card.json` (numbers, recipe, hashes) and the judge's own
     accuracy file.
     """
-    from ibkit.models import load_model
+    from ibkit.model.text_to_image import load_model
 
     measure_judges(build, {"judge": JUDGE_WIDTHS})
     judge = Judge.load(build.device, build.weights / "judge")
@@ -178,8 +178,8 @@ def _identity_in_another_pose(judge: Judge) -> float:
 
 def _prompt_following(model, judge) -> list[tuple[str, float, float, int]]:
     """The judge's agreement with the prompts of base-model samples, seen and held-out (class, activity) pairs apart."""
+    from ibkit.model.sample import sample
     from ibkit.presets import POCKET
-    from ibkit.sample import sample
 
     rng = random.Random("base samples")
     seen = [(c, a) for c in CLASSES for a in activities_of(c) if (c, a) not in HELD_OUT]

@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ibkit.runs import Checkpoints
-from ibkit.training import load_optimizer_tensors, optimizer_tensors, part
+from ibkit.train.kept import load_optimizer_tensors, optimizer_tensors, part
 
 SEED = 20_26
 

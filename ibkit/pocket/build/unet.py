@@ -20,7 +20,7 @@ from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNe
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
-from ibkit.models import use_quick_attention
+from ibkit.model.text_to_image import use_quick_attention
 from ibkit.pocket.build.common import Budget, begin_with, fit, hash_seed
 from ibkit.pocket.build.data import Pictures, base_caption, encode, token_table
 from ibkit.pocket.build.tokenizer import CONTEXT_TOKENS

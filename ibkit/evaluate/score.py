@@ -1,0 +1,430 @@
+"""The images of the evaluation: which ones, making them, scoring them (InstructBooth, section 3.3 and appendix C).
+
+The unit of every comparison is one prompt with one noise: all methods draw the same prompts from the same noise, so
+what differs between two pictures of a pair is the method. The table has one row an image; `jobs` lists the rows,
+`generate` makes the pictures, `score` adds a column for each metric.
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import torch
+from PIL import Image
+
+from ibkit.data.photos import read_rgb
+from ibkit.data.subject import PersonalizedSubject, choose_activities
+from ibkit.device import generator
+from ibkit.errors import ArtifactError, ModelError, ParameterError, ScoreError
+from ibkit.evaluate.claims import SUBJECT_METRICS, TEXT_METRICS
+from ibkit.evaluate.stats import METRICS
+from ibkit.model.sample import Sampler, sample
+from ibkit.model.text_to_image import TextToImage, load_model
+from ibkit.pocket.world import parts_in, said_in
+from ibkit.runs import CompletedRun, Run, identify, read_run, resolve
+from ibkit.scorers import SCORERS, Scorer, column_of, make_scorer
+from ibkit.scorers.base import batches
+from ibkit.scorers.dino import Dino
+from ibkit.scorers.judge import Judge, things_taken
+from ibkit.scorers.subject import PatchMatch, SubjectFidelity
+
+DEFAULT_SCORERS = ("clip_t", "image_reward", "clip_i", "dino", "subject")
+# What rl_seed is for a method without RL: no seed is negative, and statistics compare it with every RL seed.
+NO_RL_SEED = -1
+JUDGED = ("class", "activity", "pose", "things", "place", "accessory", "identity")
+SAID = ("activity", "place", "accessory")  # what `judge_text` joins
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The finished runs that are evaluated: who (`subject`), DreamBooth (`personalized`), and RL by its seed."""
+
+    subject: PersonalizedSubject
+    personalized: CompletedRun
+    rl: dict[int, CompletedRun]
+
+    @property
+    def references(self) -> list[Image.Image]:
+        """The subject's photos, as DreamBooth was trained on them."""
+        return [read_rgb(path) for path in sorted(self.personalized.path("photos").glob("*.png"))]
+
+    def activities(self, asked: Sequence[str], usual: Sequence[str]) -> list[str]:
+        """The activities asked for, else those that RL was trained on (`usual`: the preset's, where it took these).
+
+        Raises:
+            ParameterError: an activity that the subject's class does not have in the pocket world.
+        """
+        return choose_activities(self.subject, asked or self.trained(usual), usual)
+
+    def trained(self, usual: Sequence[str]) -> list[str]:
+        """The activities that RL was trained on; `usual` is what the preset trains on."""
+        prompts = [run.parameters["prompts"] for run in self.rl.values()]
+        chosen = [activity for given in prompts for activity in choose_activities(self.subject, given, usual)]
+        return list(dict.fromkeys(chosen))
+
+    def load_method(self, method: str, rl_seed: int, device: torch.device | str) -> TextToImage:
+        """The model of a method; the RL seed says which adapter is put on the personalized model."""
+        if method == "base":
+            return load_model(self.subject.base_model, self.subject.base_revision, device)
+        model = load_model(str(self.personalized.path("model")), device=device)
+        if method == "instructbooth":
+            model.load_lora(self.rl[rl_seed].path("lora"))
+        return model
+
+
+def read_inputs(run_dreambooth: str | Path, run_rl: Sequence[str | Path], model: str, revision: str = "") -> Inputs:
+    """Read the runs to evaluate and make sure that they belong together.
+
+    Args:
+        run_dreambooth: folder of a finished 01 run.
+        run_rl: folders of finished 02 runs, each of another seed.
+        model, revision: the base model that the user named; it must be the one that was personalized.
+
+    Raises:
+        ArtifactError: a run is not finished, or an RL run started from another personalized model.
+        ParameterError: two RL runs of one seed, or another base model.
+    """
+    personalized = read_run(resolve(run_dreambooth), "01_personalize")
+    subject = PersonalizedSubject.read(personalized)
+    if subject.base_model not in (model, str(resolve(model))) or (revision and revision != subject.base_revision):
+        raise ParameterError(
+            f"{personalized.folder} personalized the model {subject.base_model!r} (revision "
+            f"{subject.base_revision or 'not pinned'}), not {model!r}: give the same model and revision here."
+        )
+    identity, rl = identify(personalized)["sha256"], {}
+    for folder in run_rl:
+        run = read_run(resolve(folder), "02_rl_finetune")
+        if identity not in [source["sha256"] for source in run.manifest["inputs"].values()]:
+            raise ArtifactError(
+                f"The RL run in {run.folder} was not trained on the model in {personalized.folder}: "
+                "name the 01 run that it started from, or run 02_rl_finetune again."
+            )
+        seed = run.parameters["seed"]
+        if seed in rl:
+            raise ParameterError(
+                f"{rl[seed].folder} and {run.folder} are both RL runs of seed {seed}: name one of them."
+            )
+        rl[seed] = run
+    return Inputs(subject, personalized, rl)
+
+
+def image_seeds(seed: int, n_images: int) -> list[int]:
+    """Noise seeds of the evaluation, a stream of its own: no picture repeats the noise of a training picture."""
+    return [int(torch.randint(2**31, (), generator=generator(seed, "evaluation image", i))) for i in range(n_images)]
+
+
+def jobs(
+    subject: PersonalizedSubject,
+    activities: Sequence[str],
+    n_images: int,
+    rl_seeds: Sequence[int],
+    seed: int = 0,
+    trained: Sequence[str] = (),
+) -> pd.DataFrame:
+    """List the images of the evaluation, one row each, without scores.
+
+    The base model draws the class prompt ("a cat …"); every other method the prompt with the identifier ("a sks
+    cat …") and, for language drift, the class prompt too.
+
+    Args:
+        activities: such as "playing soccer"; one named twice counts once.
+        n_images: noise seeds for each prompt and method.
+        rl_seeds: of the RL runs; empty evaluates base and DreamBooth only.
+        seed: the notebook's, from which the noise seeds are derived.
+        trained: activities that RL was trained on; the others test what it learned beyond them (paper, figures 6-9).
+
+    Returns:
+        Table with method, rl_seed (-1 without RL), subject, class_noun, prompt_id, prompt (what the model reads),
+        text (what scorers read), activity, seen (whether RL was trained on it), identifier, image (path below the run
+        folder), image_seed. Batches are cut from its order.
+
+    Raises:
+        ParameterError: no activity, or no image.
+    """
+    if not activities or n_images < 1:
+        raise ParameterError("An evaluation needs at least one activity and one image: give prompts and n_images.")
+    models = [("base", NO_RL_SEED, (False,)), ("dreambooth", NO_RL_SEED, (True, False))]
+    models += [("instructbooth", rl_seed, (True, False)) for rl_seed in rl_seeds]
+    seeds, ids, rows = image_seeds(seed, n_images), prompt_ids(activities), []
+    for method, rl_seed, kinds in models:
+        folder = method if rl_seed == NO_RL_SEED else f"{method}-seed{rl_seed}"
+        for identifier in kinds:
+            for activity, prompt_id in ids.items():
+                prompt, name = subject.prompt(activity, identifier), "identifier" if identifier else "class"
+                rows += [
+                    {
+                        "method": method,
+                        "rl_seed": rl_seed,
+                        "subject": subject.name,
+                        "class_noun": subject.class_noun,
+                        "prompt_id": prompt_id,
+                        "prompt": prompt.text,
+                        "text": prompt.clean,
+                        "activity": activity,
+                        "seen": activity in trained,
+                        "identifier": identifier,
+                        "image": f"images/{folder}/{prompt_id}-{name}-{i:03d}.png",
+                        "image_seed": image_seed,
+                    }
+                    for i, image_seed in enumerate(seeds)
+                ]
+    return pd.DataFrame(rows)
+
+
+def prompt_ids(activities: Sequence[str]) -> dict[str, str]:
+    """Activity -> a name for tables and files, such as "playing-soccer"; different activities get different names."""
+    ids: dict[str, str] = {}
+    for activity in dict.fromkeys(activities):
+        name = stem = re.sub(r"\W+", "-", activity.lower()).strip("-")[:60] or "prompt"
+        n = 1
+        while name in ids.values():
+            n += 1
+            name = f"{stem}-{n}"
+        ids[activity] = name
+    return ids
+
+
+def generate(
+    run: Run,
+    rows: pd.DataFrame,
+    load_method: Callable[[str, int], TextToImage],
+    sampler: Sampler,
+    batch_size: int,
+    on_image: Callable[[int], None] | None = None,
+) -> None:
+    """Make the pictures of `rows` that the run does not have yet, each an output of the run.
+
+    A picture's noise depends on its image_seed alone. Batches are always cut in the same places and a batch with a
+    missing picture is computed whole, so that a resumed run gives the same bytes even where arithmetic depends on the
+    batch size.
+
+    Args:
+        rows: from `jobs`.
+        load_method: (method, rl_seed) -> model; called once for each that has pictures to make.
+        batch_size: pictures made at a time.
+        on_image: called with the number of pictures that are there, of len(rows); first with those there already.
+    """
+    n_done = sum(run.has(path) for path in rows["image"])
+    if on_image:
+        on_image(n_done)
+    for (method, rl_seed), group in rows.groupby(["method", "rl_seed"], sort=False):
+        model = None  # the model before is let go of before the next one is loaded
+        for part in batches(group, batch_size):
+            missing = {path for path in part["image"] if not run.has(path)}
+            if not missing:
+                continue
+            model = model or load_method(method, rl_seed)
+            pictures = sample(model, list(part["prompt"]), list(part["image_seed"]), sampler, batch_size)
+            for path, picture in zip(part["image"], pictures, strict=True):
+                if path in missing:
+                    buffer = io.BytesIO()
+                    picture.save(buffer, format="PNG")
+                    run.write_bytes(path, buffer.getvalue())
+            n_done += len(missing)
+            if on_image:
+                on_image(n_done)
+
+
+def make_scorers(
+    names: Sequence[str], weights: str | Path, device: torch.device | str, judged: bool
+) -> tuple[dict[str, Scorer], dict[str, str]]:
+    """Make the scorers of the evaluation; one whose weights cannot be had leaves a gap, not an end.
+
+    Args:
+        names: as in `ibkit.scorers.SCORERS`; empty = CLIP-T, ImageReward, CLIP-I, DINO and the subject scorer.
+        weights: the preset's `scorers`, see `ibkit.scorers.make_scorer`.
+        judged: whether the judge scores too; without it, both text and subject fidelity need a scorer.
+
+    Returns:
+        The scorers by column (`column_of`), and for each that could not be made the sentence that says why and what
+        to do.
+
+    Raises:
+        ParameterError: an unknown name (the nearest one is named), or an axis that nothing was asked to measure.
+        ModelError: no scorer is left, or none that measures one of the axes.
+    """
+    for name in names:
+        if name not in SCORERS:
+            near = difflib.get_close_matches(name, SCORERS, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"it is one of {', '.join(SCORERS)}."
+            raise ParameterError(f"There is no scorer {name!r}; {hint}")
+    names = list(dict.fromkeys(names or DEFAULT_SCORERS))
+    axes = () if judged else ("text", "subject")
+    for kind in axes:
+        if not any(METRICS[column_of(name)].kind == kind for name in names):
+            raise ParameterError(f"None of the scorers {', '.join(names)} measures {kind} fidelity: add one that does.")
+    scorers, gaps = {}, {}
+    for name in names:
+        try:
+            made = make_scorer(name, weights, device)
+            # The subject head knows the pocket world's individuals; photos are compared without one.
+            scorers[column_of(name)] = (
+                PatchMatch(made.dino) if isinstance(made, SubjectFidelity) and not judged else made
+            )
+        except ModelError as error:
+            gaps[column_of(name)] = str(error)
+    for kind in axes:
+        if not any(METRICS[name].kind == kind for name in scorers):
+            raise ModelError(f"Nothing is left that measures {kind} fidelity. {' '.join(gaps.values())}")
+    if not scorers:
+        raise ModelError(f"No scorer is left. {' '.join(gaps.values())}")
+    return scorers, gaps
+
+
+def score(
+    rows: pd.DataFrame,
+    folder: str | Path,
+    references: Sequence[Image.Image],
+    subject: PersonalizedSubject,
+    scorers: Mapping[str, Scorer],
+    judge: Judge | None = None,
+    batch_size: int = 64,
+    on_image: Callable[[int], None] | None = None,
+) -> pd.DataFrame:
+    """Add a column for each scorer and, where the truth is known, the judge's answers.
+
+    Args:
+        rows: from `jobs`, their pictures made.
+        folder: what the column `image` is relative to.
+        references: the subject's photos.
+        scorers: column -> scorer, from `make_scorers`.
+        judge: answers only for a subject of the pocket world (`subject.world`).
+        batch_size: pictures held at once.
+        on_image: called with the number of pictures scored.
+
+    Returns:
+        A copy of `rows` with scores; judge_* are 1, 0, or missing where the prompt does not say what to expect.
+
+    Raises:
+        ScoreError: rows of another subject than the references', or a scorer refuses its input.
+    """
+    if others := set(rows["subject"]) - {subject.name}:
+        raise ScoreError(f"The references show {subject.name}, but there are pictures of {', '.join(sorted(others))}.")
+    parts = []
+    for part in batches(rows, batch_size):
+        images = [read_rgb(Path(folder) / path) for path in part["image"]]
+        columns = {
+            name: scorer(images, list(part["text"]), references).double().numpy() for name, scorer in scorers.items()
+        }
+        if judge is not None and subject.world is not None:
+            columns |= _judge(judge, images, subject, list(part["activity"]))
+        parts.append(part.assign(**columns))
+        if on_image:
+            on_image(sum(map(len, parts)))
+    return pd.concat(parts)
+
+
+def drift(scores: pd.DataFrame, folder: str | Path, dino: Dino, batch_size: int = 64) -> pd.Series:
+    """Language drift, picture by picture: 1 − cosine of DINO's embeddings of a class prompt's picture and of the base
+    model's picture from the same noise. 0 where personalization left the class noun as it was.
+
+    Args:
+        scores: rows from `jobs`.
+        folder: what the column `image` is relative to.
+
+    Returns:
+        One number for each row of a personalized model without the identifier, NaN for the others.
+    """
+    key = ["prompt_id", "image_seed"]
+    base = scores[(scores["method"] == "base") & ~scores["identifier"]].set_index(key)["image"]
+    asked = scores[(scores["method"] != "base") & ~scores["identifier"]]
+    paths = list(dict.fromkeys([*base, *asked["image"]]))
+    embedded = {}
+    for part in batches(paths, batch_size):
+        pictures = [read_rgb(Path(folder) / path) for path in part]
+        with torch.inference_mode():
+            embedded |= dict(zip(part, dino.embed(pictures).double().cpu(), strict=True))
+    values = [
+        1 - float(embedded[row.image] @ embedded[base[row.prompt_id, row.image_seed]]) for row in asked.itertuples()
+    ]
+    return pd.Series(values, index=asked.index, dtype=float).reindex(scores.index)
+
+
+def real_photos(
+    photos: Sequence[Image.Image], subject: PersonalizedSubject, scorers: Mapping[str, Scorer]
+) -> pd.DataFrame:
+    """Rows of the method "real": each photo of the subject scored against the others, the ceiling of a subject metric.
+
+    Of the R cosines of a photo with all photos, whose mean is m, the one with itself is 1; the others' mean is
+    (R·m − 1)/(R − 1).
+
+    Returns:
+        Rows as in a score table with the columns of the metrics that read references alone; none for a single photo.
+    """
+    n = len(photos)
+    columns = {
+        name: (n * scorer(photos, references=photos).double().numpy() - 1) / (n - 1)
+        for name, scorer in scorers.items()
+        if n > 1 and scorer.needs == {"references"}
+    }
+    keys = {
+        "method": "real",
+        "rl_seed": NO_RL_SEED,
+        "subject": subject.name,
+        "class_noun": subject.class_noun,
+        "prompt_id": "photo",
+        "identifier": True,
+    }
+    return pd.DataFrame([keys | {"image_seed": i} | {k: v[i] for k, v in columns.items()} for i in range(n) if columns])
+
+
+def _judge(judge: Judge, images: list[Image.Image], subject: PersonalizedSubject, activities: list[str]) -> dict:
+    """The judge's answers, 1 right and 0 wrong: judge_text is right where all that the phrase names is shown."""
+    expected = [
+        {"class": subject.world.class_noun, "activity": said_in(phrase)["activity"], **parts_in(phrase)}
+        for phrase in activities
+    ]
+    columns = {f"judge_{question}": np.full(len(images), np.nan) for question in ("text", *JUDGED)}
+    for question in JUDGED[:-1]:
+        known = [i for i, answers in enumerate(expected) if answers.get(question)]
+        if known:
+            right = judge.agrees([images[i] for i in known], question, [expected[i][question] for i in known])
+            columns[f"judge_{question}"][known] = right.numpy()
+    said = np.stack([columns[f"judge_{question}"] for question in SAID])
+    named = ~np.isnan(said).all(axis=0)
+    columns["judge_text"][named] = np.nanmin(said[:, named], axis=0)
+    columns["judge_identity"][:] = judge.identifies(images, subject.world).numpy()
+    return columns
+
+
+def evaluators(scorers: Mapping[str, Scorer], judge: Judge | None = None) -> dict[str, str]:
+    """Column -> what measured it, in words, to be printed beside its numbers; for the judge, its own accuracy."""
+    words = {name: scorer.evaluator for name, scorer in scorers.items()}
+    for question in JUDGED if judge is not None else ():
+        accuracy = judge.card["accuracy"][question]
+        words[f"judge_{question}"] = (
+            f"pocket judge (simulated rater), itself right on {accuracy['renders']:.1%} of held-out renders and "
+            f"{accuracy['reconstructions']:.1%} of their reconstructions (n = {accuracy['n']})"
+        )
+    if judge is not None:
+        right = ((question, judge.card["accuracy"][question]) for question in SAID)
+        each = ", ".join(f"{q} {a['renders']:.1%} / {a['reconstructions']:.1%} (n = {a['n']})" for q, a in right)
+        taken, n = things_taken()
+        words["judge_text"] = (
+            "pocket judge (simulated rater): all that the prompt names, by the judge's answers to three questions, "
+            f"itself right on held-out renders / their reconstructions: {each}; of subjects at rest among an "
+            f"activity's things it takes {taken:.1%} for the activity (n = {n})"
+        )
+    return words
+
+
+def main_metrics(scores: pd.DataFrame) -> tuple[str, str]:
+    """The columns that stand for text and subject fidelity, chosen as the claims do: the judge's, else a scorer's.
+
+    Raises:
+        ScoreError: nothing was measured on one of the axes.
+    """
+    chosen = []
+    for kind, metrics in (("text", TEXT_METRICS), ("subject", SUBJECT_METRICS)):
+        there = [name for name in metrics if name in scores.columns and scores[name].notna().any()]
+        if not there:
+            raise ScoreError(f"The scores have none of {', '.join(metrics)}: nothing measures {kind} fidelity.")
+        chosen.append(there[0])
+    return chosen[0], chosen[1]

@@ -1,0 +1,220 @@
+"""Figures of the human study, in the house style of `ibkit.evaluate.figures`: tidy data in, `(figure, data)` out."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import PercentFormatter
+from PIL import Image
+
+from ibkit.data.photos import read_rgb
+from ibkit.evaluate.figures import FAINT, HOUSE_STYLE, INK, METHOD_COLOURS, METHOD_MARKERS, NotebookFigure
+from ibkit.evaluate.published import published
+from ibkit.evaluate.stats import in_method_order, method_label
+from ibkit.evaluate.study.ratings import Task
+from ibkit.evaluate.study.votes import QUESTIONS
+
+FIDELITY = {"text": "Text fidelity", "subject": "Subject fidelity"}
+COUNTERPART = {"text": "people_text", "subject": "people_subject"}  # what published.py calls table 1's columns
+PREFERRED_TWICE = 2 / 3  # "at least twice as much as baselines" (InstructBooth, section 3.3)
+
+
+def questionnaire(
+    tasks: Sequence[Task], references: Mapping[str, Sequence[Image.Image]], title: str = ""
+) -> tuple[Figure, pd.DataFrame]:
+    """Show what a rater sees: a row for each task, with its question, the reference photos and the pictures.
+
+    Args:
+        tasks: from `ratings.tasks_of`, such as the first one of each question.
+        references: subject -> its photos; three at most are drawn.
+        title: above the figure.
+
+    Returns:
+        The figure, and one row a task: question, item, shown, text.
+    """
+    with matplotlib.rc_context(HOUSE_STYLE):
+        figure = NotebookFigure(figsize=(8.4, 1.75 * len(tasks) + 0.4), layout="constrained")
+        for task, row in zip(tasks, np.atleast_1d(figure.subfigures(len(tasks), 1)), strict=True):
+            asked = QUESTIONS[task.question]
+            axes = row.subplots(1, 6, width_ratios=[2.6, 0.8, 0.8, 0.8, 1.3, 1.3])
+            for axis in axes:
+                axis.set_axis_off()
+            words = [textwrap.fill(asked.ask, 30)]
+            if task.question != "subject":
+                words.append(textwrap.fill(f"“{task.text}”", 30))
+            axes[0].text(0, 0.5, "\n\n".join(words), va="center", fontsize=9, transform=axes[0].transAxes)
+            photos = references[task.subject] if task.question != "text" else []
+            for axis, photo in zip(axes[1:4], photos[:3], strict=False):
+                axis.imshow(photo, interpolation="nearest")
+            if len(photos):
+                axes[2].set_title("reference photos", loc="center", fontsize=8)
+            labels = asked.labels if len(task.images) == 2 else (f"{asked.labels[0]} or {asked.labels[1]}?",)
+            for axis, path, label in zip(axes[4:], task.images, labels, strict=False):
+                axis.imshow(read_rgb(path), interpolation="nearest")
+                axis.set_title(label, loc="center", fontsize=8)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    rows = [(task.question, task.item, task.shown, task.text) for task in tasks]
+    return figure, pd.DataFrame(rows, columns=["question", "item", "shown", "text"])
+
+
+def fidelity_bars(shares: pd.DataFrame, who: str, title: str = "") -> tuple[Figure, pd.DataFrame]:
+    """Draw table 1: shares of "yes" by the majority, with 95 % intervals, beside the paper's.
+
+    Args:
+        shares: from `study.shares`.
+        who: the raters in words, such as "seven simulated raters".
+        title: above the figure.
+
+    Returns:
+        The figure, and `shares` with a column `paper` (missing where the paper has no such number).
+    """
+    data = shares.assign(
+        paper=[
+            next((number.value for number in published(row.method, COUNTERPART[row.question])), np.nan)
+            for row in shares.itertuples()
+        ]
+    )
+    methods = in_method_order(data["method"])
+    with matplotlib.rc_context(HOUSE_STYLE):
+        figure = NotebookFigure(figsize=(8.4, 3.6), layout="constrained")
+        for axis, (question, name) in zip(figure.subplots(1, 2, sharey=True), FIDELITY.items(), strict=True):
+            part = data[data["question"] == question].set_index("method").reindex(methods)
+            x = np.arange(len(methods))
+            axis.bar(x, part["value"], 0.6, color=[METHOD_COLOURS.get(m, INK) for m in methods])
+            whiskers = np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(0)
+            axis.errorbar(x, part["value"], yerr=whiskers, fmt="none", color=INK, capsize=3, elinewidth=1.2)
+            axis.plot(x, part["paper"], "D", color="white", markeredgecolor=INK, markersize=7)
+            axis.set_xticks(x, [textwrap.fill(method_label(m), 14) for m in methods])
+            axis.grid(False, axis="x")
+            axis.set(title=name, ylim=(0, 1.06))
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        figure.axes[0].set_ylabel("share of pictures, majority says yes")
+        marks = [
+            Line2D([], [], marker="s", ls="", color=FAINT, markeredgecolor=INK, markersize=9, label=f"ours: {who}"),
+            Line2D(
+                [], [], marker="D", ls="", color="white", markeredgecolor=INK, label="paper, table 1: people, SD 1.5"
+            ),
+        ]
+        figure.legend(handles=marks, loc="outside lower center", ncols=2)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return figure, data
+
+
+def preference_bars(preferences: pd.DataFrame, who: str, title: str = "") -> tuple[Figure, pd.DataFrame]:
+    """Draw figure 4: for every pair of methods, how often the majority prefers the one and the other.
+
+    The newer method of a pair (in the kit's order) stands on the left, so that InstructBooth leads wherever it takes
+    part. The whisker is the 95 % interval of the left method's share.
+
+    Args:
+        preferences: from `study.preferences`.
+        who: the raters in words.
+        title: above the figure.
+
+    Returns:
+        The figure, and `preferences`.
+    """
+    pairs = preferences[["method_a", "method_b"]].drop_duplicates()
+    order = in_method_order([*pairs["method_a"], *pairs["method_b"]])
+    pairs = sorted(pairs.itertuples(index=False), key=lambda p: (-order.index(p.method_b), -order.index(p.method_a)))
+    with matplotlib.rc_context(HOUSE_STYLE):
+        figure = NotebookFigure(figsize=(8.4, 0.75 * len(pairs) + 1.5), layout="constrained")
+        axis = figure.subplots()
+        for y, pair in enumerate(pairs):
+            part = preferences[(preferences["method_a"] == pair.method_a) & (preferences["method_b"] == pair.method_b)]
+            part = part.set_index("outcome")
+            left = 0.0
+            for outcome, colour in (
+                ("b", METHOD_COLOURS.get(pair.method_b, INK)),
+                ("tie", FAINT),
+                ("a", METHOD_COLOURS.get(pair.method_a, INK)),
+            ):
+                width = part.loc[outcome, "value"]
+                axis.barh(y, width, 0.56, left=left, color=colour)
+                if width >= 0.08:
+                    ink = INK if outcome == "tie" else "white"
+                    axis.text(left + width / 2, y, f"{width:.0%}", ha="center", va="center", color=ink, fontsize=9)
+                left += width
+            row = part.loc["b"]
+            whisker = [[max(row["value"] - row["low"], 0)], [max(row["high"] - row["value"], 0)]]
+            axis.errorbar(row["value"], y + 0.36, xerr=whisker, fmt="none", color=INK, capsize=3, elinewidth=1.2)
+        axis.axvline(PREFERRED_TWICE, color=INK, ls=":", lw=1.2)
+        axis.set_yticks(range(len(pairs)), [method_label(pair.method_b) for pair in pairs])
+        right = axis.secondary_yaxis("right")
+        right.set_yticks(range(len(pairs)), [method_label(pair.method_a) for pair in pairs])
+        right.spines["right"].set_visible(False)
+        axis.tick_params(length=0)
+        right.tick_params(length=0)
+        axis.grid(False)
+        axis.set(xlim=(0, 1), ylim=(len(pairs) - 0.45, -0.5), xlabel=f"share of pairs; dotted: two to one ({who})")
+        axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return figure, preferences
+
+
+def agreement_bars(decided: pd.DataFrame, title: str = "") -> tuple[Figure, pd.DataFrame]:
+    """Draw how united the raters were: of the items of each question, how many got how many votes for the majority.
+
+    Args:
+        decided: from `study.majority`.
+        title: above the figure.
+
+    Returns:
+        The figure, and one row a bar: question, agreeing (raters on the larger side), n (raters), items, share.
+    """
+    agreeing = np.maximum(decided["n_first"], decided["n_raters"] - decided["n_first"])
+    data = decided.assign(agreeing=agreeing, n=decided["n_raters"]).groupby(["question", "agreeing", "n"]).size()
+    data = data.rename("items").reset_index()
+    data["share"] = data["items"] / data.groupby("question")["items"].transform("sum")
+    with matplotlib.rc_context(HOUSE_STYLE):
+        figure = NotebookFigure(figsize=(8.4, 2.8), layout="constrained")
+        axes = figure.subplots(1, len(QUESTIONS), sharey=True)
+        for axis, question in zip(axes, QUESTIONS, strict=True):
+            part = data[data["question"] == question].sort_values(["n", "agreeing"])
+            labels = [f"{row.agreeing} : {row.n - row.agreeing}" for row in part.itertuples()]
+            axis.bar(labels, part["share"], 0.7, color=METHOD_COLOURS["base"])
+            axis.set(title=question.capitalize(), xlabel="votes")
+            axis.grid(False, axis="x")
+            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
+        axes[0].set_ylabel("share of items")
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return figure, data
+
+
+def strength_dots(strengths: pd.DataFrame, who: str, title: str = "") -> tuple[Figure, pd.DataFrame]:
+    """Draw Bradley–Terry strengths with 95 % intervals.
+
+    Args:
+        strengths: from `study.strengths`.
+        who: the raters in words.
+        title: above the figure.
+
+    Returns:
+        The figure, and `strengths`.
+    """
+    rows = strengths.set_index("method").loc[in_method_order(strengths["method"])]
+    with matplotlib.rc_context(HOUSE_STYLE):
+        figure = NotebookFigure(figsize=(6.4, 0.5 * len(rows) + 1.3), layout="constrained")
+        axis = figure.subplots()
+        for y, (method, row) in enumerate(rows.iterrows()):
+            whisker = [[max(row["value"] - row["low"], 0)], [max(row["high"] - row["value"], 0)]]
+            axis.errorbar(
+                row["value"], y, xerr=whisker, fmt=METHOD_MARKERS.get(method, "o"),
+                color=METHOD_COLOURS.get(method, INK), markersize=9, capsize=3, elinewidth=1.4,
+            )  # fmt: skip
+        axis.axvline(1 / len(rows), color=INK, ls=":", lw=1.2)
+        axis.set_yticks(range(len(rows)), [method_label(method) for method in rows.index])
+        axis.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5), xlabel=f"strength; dotted: all alike ({who})")
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    return figure, strengths

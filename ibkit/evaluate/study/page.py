@@ -1,0 +1,122 @@
+"""The rating page: the widgets over a `ratings.RatingSession`, for JupyterLab.
+
+It holds buttons, pictures and texts only (no Output widget, no code in the browser). The keyboard works as everywhere:
+Tab and Shift+Tab move between the buttons, Enter or the space bar presses the one in focus. A button that was pressed
+gives up the focus and no other one gets it: no answer is nearer than the other, and a second Enter answers nothing.
+The second half of a double click is left out, since it would answer an item that nobody has seen.
+"""
+
+from __future__ import annotations
+
+import html
+import io
+import time
+from collections.abc import Mapping, Sequence
+
+import ipywidgets as widgets
+from PIL import Image
+
+from ibkit.data.photos import read_rgb
+from ibkit.errors import StudyError
+from ibkit.evaluate.study.ratings import RatingSession
+from ibkit.evaluate.study.votes import QUESTIONS
+
+DOUBLE_CLICK_SECONDS = 0.3  # an answer that comes sooner was meant for the item before
+PICTURE_PX = 256  # width of a picture on the page; small ones are enlarged by whole pixels
+
+
+class RatingPage:
+    """Instruction, picture or pair with the reference photos, two answers, undo, progress.
+
+    Args:
+        session: whose answers it writes down.
+        references: subject -> its photos.
+
+    Attributes:
+        box: the widget to display.
+        start, first, second, undo: its buttons.
+    """
+
+    def __init__(self, session: RatingSession, references: Mapping[str, Sequence[Image.Image]]):
+        self.session, self.references = session, references
+        self._instructed = ""  # the question whose instruction was read
+        self.headline, self.message = widgets.HTML(), widgets.HTML()
+        self.photos, self.pictures = widgets.HBox(), widgets.HBox()
+        self.progress = widgets.IntProgress(max=len(session.tasks), layout=widgets.Layout(width="320px"))
+        self.count = widgets.Label()
+        self.start, self.first, self.second = widgets.Button(description="Start"), widgets.Button(), widgets.Button()
+        self.undo = widgets.Button(description="Undo", tooltip="Take the last answer back", icon="undo")
+        for button in (self.start, self.first, self.second, self.undo):
+            button.on_click(lambda pressed: pressed.blur())
+        self.start.on_click(lambda _: self._begin())
+        self.first.on_click(lambda _: self._answer(0))
+        self.second.on_click(lambda _: self._answer(1))
+        self.undo.on_click(lambda _: self._do(session.undo))
+        self.answers = widgets.HBox([self.first, self.second, self.undo])
+        foot = widgets.HBox([self.progress, self.count])
+        self.box = widgets.VBox(
+            [self.headline, self.photos, self.pictures, self.start, self.answers, foot, self.message]
+        )
+        self._show()
+
+    def _begin(self) -> None:
+        self._instructed = self.session.current.question
+        self.session.restart_clock()
+        self._show()
+
+    def _answer(self, choice: int) -> None:
+        if time.monotonic() - self._shown_at >= DOUBLE_CLICK_SECONDS:
+            self._do(lambda: self.session.answer(choice))
+
+    def _do(self, act) -> None:
+        """An error inside a click would go unseen to a log: it is shown, and nothing else changes."""
+        try:
+            act()
+        except StudyError as error:
+            self.message.value = f"<b>{html.escape(str(error))}</b>"
+        else:
+            self.message.value = ""
+            self._show()
+
+    def _show(self) -> None:
+        task, n = self.session.current, len(self.session.tasks)
+        self.progress.value, self.count.value = self.session.n_done, f"{self.session.n_done} of {n}"
+        self.undo.disabled = self.session.n_done == 0
+        if task is None:
+            self.headline.value = f"<h3>Done. Thank you, {html.escape(self.session.rater)}.</h3>"
+        elif task.question == self._instructed:
+            text = f"<p>“{html.escape(task.text)}”</p>" if task.question != "subject" else ""
+            self.headline.value = f"<h3>{html.escape(QUESTIONS[task.question].ask)}</h3>{text}"
+        else:
+            part = list(QUESTIONS).index(task.question) + 1
+            asked = QUESTIONS[task.question]
+            self.headline.value = (
+                f"<h3>Part {part} of {len(QUESTIONS)}: {html.escape(asked.ask)}</h3><p>{html.escape(asked.guide)}</p>"
+                "<p>Answer every item, by your first impression; a guess is an answer too. Each click is saved at "
+                "once: you can stop at any moment and go on later. Keyboard: Tab to a button, Enter to press it.</p>"
+            )
+        asking = task is not None and task.question == self._instructed
+        _visible(self.start, task is not None and not asking)
+        _visible(self.first, asking)
+        _visible(self.second, asking)
+        photos = []
+        if asking and task.question != "text":
+            photos = [_image(photo, PICTURE_PX // 2) for photo in self.references[task.subject]]
+        self.photos.children = [widgets.Label("Reference photos:"), *photos] if photos else []
+        self.pictures.children = [_image(read_rgb(path), PICTURE_PX) for path in task.images] if asking else []
+        if asking:
+            self.first.description, self.second.description = QUESTIONS[task.question].labels
+        self._shown_at = time.monotonic()
+
+
+def _visible(widget: widgets.DOMWidget, yes: bool) -> None:
+    widget.layout.display = None if yes else "none"
+
+
+def _image(picture: Image.Image, width_px: int) -> widgets.Image:
+    scale = width_px // picture.width
+    if scale > 1:
+        picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")  # written anew: no file name and no metadata that tells the method
+    return widgets.Image(value=buffer.getvalue(), format="png", width=width_px)

@@ -1,0 +1,1 @@
+"""The main job: its stages, what it will cost, and the command line."""

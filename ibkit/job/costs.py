@@ -1,0 +1,267 @@
+"""What `ibkit run` will cost on this machine, before it starts; `ibkit plan` prints it.
+
+The U-Net's passes of every stage are counted from the same parameters that the run would have; a few of each kind are
+timed here. A model that is too large to try is scaled from the pocket model by its floating-point operations, and its
+memory by the bytes that its graph keeps. Shapes: a row is one latent in a pass; guidance makes two of a picture.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, fields
+from statistics import median
+
+import psutil
+import torch
+
+from ibkit.device import generator
+from ibkit.job import run as main_job
+from ibkit.model.text_to_image import load_model
+from ibkit.presets import POCKET, override, preset_of
+
+REPEATS = 4
+PICTURES = 8  # decoded and scored to time one
+FIXED_PICTURES = 32  # samples and checks of a notebook beside its work
+SD15_UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}  # the rest are diffusers' defaults
+SD15_TEXT = (77, 768)
+# fp32 bytes beside the U-Net at Stable Diffusion's scale: text encoder 123 M weights, autoencoder 84 M, and the
+# scorers of the RL stage (ImageReward 0.45 G, CLIP 0.15 G, DINO 0.02 G), from their published sizes
+SD15_BESIDE_BYTES = 4 * (123e6 + 84e6 + 450e6 + 150e6 + 22e6)
+# On a CPU a backward pass needs about as much again as the graph: gradients in flight, and pieces that glibc keeps.
+GRADIENTS_IN_FLIGHT = 2.0
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a stage does: rows of U-Net passes without gradient, with that of an adapter, with that of all weights;
+    pictures decoded and scored; and rows in its largest pass that keeps a graph.
+    """
+
+    name: str
+    forward: int = 0
+    tuned: int = 0
+    trained: int = 0
+    pictures: int = 0
+    graph_rows: int = 0
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds a row of each kind, a picture, and a notebook's start; bytes that stay and bytes of a graph's row.
+
+    Attributes:
+        how: where the numbers come from, in words.
+        flop: floating-point operations of a row forward.
+    """
+
+    forward: float
+    tuned: float
+    trained: float
+    picture: float
+    start: float
+    resident: float
+    weights: float
+    tuned_row_bytes: float
+    trained_row_bytes: float
+    flop: float
+    how: str
+
+    def seconds(self, work: Work) -> float:
+        """Predicted duration of a stage."""
+        rows = work.forward * self.forward + work.tuned * self.tuned + work.trained * self.trained
+        return self.start + rows + work.pictures * self.picture
+
+    def peak_bytes(self, work: Work) -> float:
+        """Predicted peak memory of a stage; training all weights keeps a second model, gradients and two moments."""
+        row = self.trained_row_bytes if work.trained else self.tuned_row_bytes
+        return self.resident + work.graph_rows * row + (4 * self.weights if work.trained else 0)
+
+
+def count(stage: main_job.Stage) -> Work:
+    """The work of a stage of the main job, from its parameters and the model's preset."""
+    given = stage.parameters
+    preset = preset_of(given["model"])
+    picture_rows = preset.sampler.rows
+    fixed = FIXED_PICTURES * picture_rows
+    if stage.notebook.stem == "01_personalize":
+        config = override(preset.dreambooth, **_of(given, preset.dreambooth), batch=given["batch_size"])
+        drawn = config.n_class_images if given["prior_weight"] else 0
+        batch = config.batch * (2 if given["prior_weight"] else 1)
+        measured = 2 * 2 * 16 if preset.world else 2 * 2 * 4
+        forward = drawn * preset.class_sampler.rows + measured * picture_rows + fixed
+        return Work(stage.name, forward, 0, config.n_steps * batch, FIXED_PICTURES + measured, batch)
+    if stage.notebook.stem == "02_rl_finetune":
+        sampler = override(preset.ddpo.sampler, n_steps=given["n_inference_steps"], guidance=given["guidance"])
+        config = override(preset.ddpo, **_of(given, preset.ddpo), sampler=sampler)
+        every = given["sample_every"] or preset.sample_every
+        prompts = (2 if given["use_class_prompts"] else 1) * len(given["prompts"] or preset.activities)
+        grids = (1 + math.ceil(config.n_epochs / every)) * 4 * prompts  # before RL, every so often, at the end
+        trained_steps = config.n_trained_steps(sampler.n_steps)
+        pairs = config.n_epochs * config.images_per_epoch * max(1, round(config.subsample * trained_steps))
+        pictures = config.n_epochs * config.images_per_epoch
+        kl_rows = pairs * sampler.rows_per_step if config.kl_weight else 0  # the personalized policy's passes
+        forward = (pictures + grids) * sampler.rows + kl_rows + fixed
+        graph = sampler.rows_per_step * min(config.micro_batch, pairs)
+        return Work(stage.name, forward, pairs * sampler.rows_per_step, 0, pictures + grids, graph)
+    methods = 1 + 2 + 2 * len(given["run_rl"])  # base; DreamBooth and each RL seed with and without the identifier
+    pictures = methods * (given["n_images"] or preset.n_images) * len(given["prompts"] or preset.activities)
+    return Work(stage.name, pictures * picture_rows + fixed, 0, 0, 2 * pictures)
+
+
+def _of(given: dict, config) -> dict:
+    """The parameters of a notebook that are settings of the same name."""
+    return {field.name: given[field.name] for field in fields(config) if field.name in given}
+
+
+# ---------------------------------------------------------------------------------------------------- costs
+
+
+def costs(model: str, device: torch.device) -> Costs:
+    """What a model's passes cost here.
+
+    They are timed on the pocket model, and on a GPU on Stable Diffusion's shape with random weights. On a CPU that one
+    is scaled from the pocket model by operations. Any other folder counts as Stable Diffusion v1.5.
+    """
+    if model == "pocket":
+        return _pocket(device)
+    if device.type == "cuda":
+        return _large(device, None)
+    return _large(torch.device("meta"), _pocket(device))
+
+
+def _pocket(device: torch.device) -> Costs:
+    import ipykernel.kernelapp  # noqa: F401, with the next two what every notebook's process holds, too
+    import ipywidgets  # noqa: F401
+    import seaborn  # noqa: F401
+
+    from ibkit.scorers import make_scorer
+    from ibkit.scorers.judge import Judge
+
+    model = load_model("pocket", device=device)
+    scorers = [make_scorer(name, POCKET.scorers, device) for name in ("image_reward", "dino", "clip_t")]
+    judge = Judge.load(device)
+    text = model.encode_text(["a cat"])[0]
+    passes = Passes(model.copy().unet, model.latent_shape, text, device)
+    start = time.time() - psutil.Process().create_time()  # this process did what every notebook does first
+    resident = psutil.Process().memory_info().rss
+
+    def pictures() -> None:
+        images = model.decode(torch.zeros(PICTURES, *model.latent_shape, device=device))
+        for scorer in scorers:
+            scorer(images, texts=["a cat"] * PICTURES, references=images[:1])
+        judge.agrees(images, "activity", ["dancing"] * PICTURES)
+
+    rows = 2 * POCKET.ddpo.micro_batch
+    forward, trained = passes.seconds(rows, "none"), passes.seconds(2 * POCKET.dreambooth.batch, "all")
+    in_flight = GRADIENTS_IN_FLIGHT if device.type == "cpu" else 1.0
+    trained_row_bytes = in_flight * passes.graph_bytes("all")
+    model.add_lora(POCKET.ddpo.lora_rank, generator(0, "plan"))
+    adapted = Passes(model.unet, model.latent_shape, text, device)
+    return Costs(
+        forward=forward,
+        tuned=adapted.seconds(rows, "adapter"),
+        trained=trained,
+        picture=_timed(pictures, device) / PICTURES,
+        start=start,
+        resident=resident,
+        weights=passes.weight_bytes,
+        tuned_row_bytes=in_flight * adapted.graph_bytes("adapter"),
+        trained_row_bytes=trained_row_bytes,
+        flop=passes.flop(),
+        how="passes timed on the pocket model",
+    )
+
+
+def _large(device: torch.device, pocket: Costs | None) -> Costs:
+    """Stable Diffusion v1.5's U-Net with random weights: timed on a GPU, or scaled from the pocket model's costs."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device(device):
+        unet = UNet2DConditionModel(**SD15_UNET)
+        text = torch.zeros(SD15_TEXT)
+    unet.eval().requires_grad_(False)
+    passes = Passes(unet, (4, 64, 64), text, device)
+    beside = SD15_BESIDE_BYTES
+    if pocket is None:
+        forward, trained = passes.seconds(2, "none"), passes.seconds(2, "all")
+        tuned = (forward + trained) / 2  # without the gradients of the weights, half of the backward pass
+        how, start, resident = "passes timed at Stable Diffusion's shape", 60.0, beside + passes.weight_bytes
+    else:
+        scale = passes.flop() / pocket.flop
+        forward, tuned, trained = pocket.forward * scale, pocket.tuned * scale, pocket.trained * scale
+        how = f"scaled from the pocket model by operations, {scale:.0f} times as many a row"
+        start, resident = pocket.start, beside + passes.weight_bytes
+    row_bytes = passes.graph_bytes("all") * (1.0 if device.type == "cuda" else GRADIENTS_IN_FLIGHT)
+    return Costs(
+        forward, tuned, trained, forward, start, resident, passes.weight_bytes, row_bytes, row_bytes, passes.flop(), how
+    )
+
+
+class Passes:
+    """Passes of a U-Net on latents of a shape (C, H, W), with hidden states of a text (L, D)."""
+
+    def __init__(self, unet: torch.nn.Module, latent_shape: tuple, text: torch.Tensor, device: torch.device):
+        self.unet, self.latent_shape, self.text, self.device = unet, latent_shape, text, device
+        self.weight_bytes = sum(p.nbytes for p in unet.parameters())
+
+    def once(self, rows: int, gradient: str) -> None:
+        """One pass with the gradient of "none", of the "adapter", or of "all" weights; in bf16 on a GPU."""
+        x = torch.zeros((rows, *self.latent_shape), device=self.device)
+        t = torch.full((rows,), 500, device=self.device)
+        text = self.text.to(self.device).expand(rows, -1, -1)
+        if gradient == "all":
+            self.unet.requires_grad_(True)
+        with (
+            torch.set_grad_enabled(gradient != "none"),
+            torch.autocast("cuda", torch.bfloat16) if self.device.type == "cuda" else nullcontext(),
+        ):
+            loss = self.unet(x, t, encoder_hidden_states=text).sample.float().square().mean()
+        if gradient != "none":
+            loss.backward()
+        self.unet.zero_grad(set_to_none=True)
+
+    def seconds(self, rows: int, gradient: str) -> float:
+        """Seconds a row of a pass of `rows`."""
+        return _timed(lambda: self.once(rows, gradient), self.device) / rows
+
+    def flop(self) -> float:
+        """Floating-point operations of a row forward; a multiplication and an addition are two."""
+        from torch.utils.flop_counter import FlopCounterMode
+
+        with FlopCounterMode(display=False) as counter:
+            self.once(1, "none")
+        return counter.get_total_flops()
+
+    def graph_bytes(self, gradient: str) -> float:
+        """Bytes a row that the graph of a pass keeps for its backward pass.
+
+        From its growth with the rows, so that weights, and the bf16 copies that a GPU makes of them, do not count.
+        """
+        return (self._kept_bytes(4, gradient) - self._kept_bytes(2, gradient)) / 2
+
+    def _kept_bytes(self, rows: int, gradient: str) -> int:
+        kept: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            kept[storage._cdata] = storage.nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            self.once(rows, gradient)
+        return sum(kept.values())
+
+
+def _timed(work: Callable[[], None], device: torch.device) -> float:
+    """Median seconds of a few calls after one that warms up."""
+    seconds = []
+    for _ in range(1 + REPEATS):
+        started = time.perf_counter()
+        work()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - started)
+    return median(seconds[1:])

@@ -1,0 +1,279 @@
+"""What RL optimises: the text reward alone, as InstructBooth does, or text and subject together.
+
+| here | Customized-GRPO (arXiv 2510.18263) |
+|---|---|
+| `time_aware_weight` | w(u), time-aware: text early in denoising, subject late |
+| `synergy_term` | S, for pictures that are good, or bad, in both |
+| `two_objectives` | A(u) = w(u) A_txt + (1 - w(u)) A_sub + S |
+
+A reward has a level, the score of true pictures: beyond it a policy only finds what the scorer mistakes for better. An
+objective may be clipped there (ReFL's relu(2 - r), Xu et al. 2023), and the history says how many pictures passed it.
+
+Differs from paper: advantages are normalised over a prompt's recent pictures (`PromptStats`), not over a group with
+common start noise, and only prompts with the identifier have a subject. w belongs to the true denoising step; the
+paper's code looks it up at a shuffled one.
+
+Shapes: B images of an epoch, T denoising steps.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from PIL import Image
+
+from ibkit.data.prompts import Prompt
+from ibkit.errors import IbkitError, ParameterError, TrainingError
+from ibkit.methods.engine.advantages import PromptStats
+from ibkit.scorers.base import SCORERS, Level, Scorer, make_scorer
+
+if TYPE_CHECKING:
+    from ibkit.methods.ddpo import DDPOConfig
+
+# (images, prompts) -> scores (B,); any scorer makes one, see `scorer_reward`
+Reward = Callable[[list[Image.Image], list[Prompt]], torch.Tensor]
+COMBINATIONS = ("synergy", "sum", "harmonic")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A reward that knows its level; called as the reward is.
+
+    Attributes:
+        reward: scores pictures.
+        level: the scores of true pictures for a prompt, None where nobody knows.
+        clip: whether scores above the level's mean count as the mean.
+    """
+
+    reward: Reward
+    level: Callable[[Prompt], Level | None] = lambda prompt: None
+    clip: bool = False
+
+    def __call__(self, images: list[Image.Image], prompts: list[Prompt]) -> torch.Tensor:
+        return self.reward(images, prompts)
+
+    def levels(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """The level of each prompt (B,), NaN where it is not known.
+
+        Raises:
+            ParameterError: it is to be clipped at and is not known.
+        """
+        found = [self.level(prompt) for prompt in prompts]
+        if self.clip and None in found:
+            raise ParameterError(
+                f"the reward is to be clipped at its level and knows none for {prompts[found.index(None)].clean!r}: "
+                "give its weights a level.json (or two photos of the subject at least), or do without the clip."
+            )
+        return torch.tensor([level.mean if level else torch.nan for level in found])
+
+
+@dataclass(frozen=True)
+class RewardSpec:
+    """An objective by name, so that it can be written down and sent to another process.
+
+    Attributes:
+        name: of a scorer, a key of `SCORERS`.
+        clip_at_level: see `Objective.clip`.
+
+    Raises:
+        ParameterError: no scorer has this name; the nearest is named.
+    """
+
+    name: str
+    clip_at_level: bool = False
+
+    def __post_init__(self):
+        if self.name not in SCORERS:
+            near = difflib.get_close_matches(self.name, SCORERS, n=1, cutoff=0.5)
+            hint = f"did you mean {near[0]!r}?" if near else f"it is one of {', '.join(sorted(SCORERS))}"
+            raise ParameterError(f"There is no reward {self.name!r}; {hint}.")
+
+    def load(
+        self, weights: str, device: torch.device | str = "cpu", references: Sequence[Image.Image] = ()
+    ) -> Objective:
+        """Make its scorer, see `make_scorer`, and with it the objective, see `scorer_reward`."""
+        return scorer_reward(make_scorer(self.name, weights, device), references, self.clip_at_level)
+
+
+def scorer_reward(scorer: Scorer, references: Sequence[Image.Image] = (), clip_at_level: bool = False) -> Objective:
+    """Use a scorer as a reward; it reads the prompt without the identifier, and sees the subject's photos.
+
+    Its level for a text is the scorer's own. That of a scorer which compares with the photos alone is how much they
+    are like each other.
+
+    Args:
+        references: photos of the subject, for a scorer that compares with them.
+    """
+    photos = list(references)
+    level = lambda prompt: scorer.level(prompt.clean)  # noqa: E731
+    if scorer.needs == {"references"}:
+        among_themselves = reference_level(scorer, photos)
+        level = lambda prompt: among_themselves  # noqa: E731
+    return Objective(lambda images, prompts: scorer(images, [p.clean for p in prompts], photos), level, clip_at_level)
+
+
+def reference_level(scorer: Scorer, references: Sequence[Image.Image]) -> Level | None:
+    """Scores of real photos of the subject, each against the others; None with fewer than two."""
+    if len(references) < 2:
+        return None
+    others = [[*references[:i], *references[i + 1 :]] for i in range(len(references))]
+    scores = torch.cat([scorer([photo], None, rest) for photo, rest in zip(references, others, strict=True)]).double()
+    return Level(scores.mean().item(), scores.std().item())
+
+
+def time_aware_weight(done: torch.Tensor) -> torch.Tensor:
+    """w(u) of Customized-GRPO: .7 at first, where denoising lays out the scene, .3 later, .5 in the last eighth.
+
+    Args:
+        done: u, the share of denoising that was done before each step.
+    """
+    falling = 0.3 + 0.4 * (1 - torch.sigmoid(20 * (done - 0.4)))
+    return torch.where(done < 0.24, 0.7, torch.where(done < 0.88, falling, 0.5))
+
+
+def synergy_term(text: torch.Tensor, subject: torch.Tensor, strength: float) -> torch.Tensor:
+    """S = γ tanh(A_txt A_sub), with the sign turned where neither is positive: bad in both is no success."""
+    sign = torch.where((text > 0) | (subject > 0), 1.0, -1.0)
+    return strength * sign * torch.tanh(text * subject)
+
+
+def two_objectives(
+    text: torch.Tensor, subject: torch.Tensor, weight: torch.Tensor, synergy_strength: float
+) -> torch.Tensor:
+    """A = w A_txt + (1 - w) A_sub + S for each image and step.
+
+    Args:
+        text, subject: advantages (B,), each normalised per prompt.
+        weight: w of each denoising step (T,).
+        synergy_strength: γ; 0 leaves S out.
+
+    Returns:
+        (B, T).
+    """
+    blended = weight * text[:, None] + (1 - weight) * subject[:, None]
+    return blended + synergy_term(text, subject, synergy_strength)[:, None]
+
+
+class Objectives:
+    """One or two objectives of a training, and their statistics.
+
+    Subject fidelity counts where the prompt has the identifier. For "a cat playing soccer" any cat is right, and the
+    text alone is rewarded.
+
+    Args:
+        text, subject: functions or `Objective`s; no subject for the paper's own arm.
+        config: how they are combined, see `DDPOConfig`.
+    """
+
+    def __init__(self, text: Reward, subject: Reward | None, config: DDPOConfig):
+        if config.combine not in COMBINATIONS:
+            raise ParameterError(f"combine is {config.combine!r}: it must be one of {', '.join(COMBINATIONS)}.")
+        given = {"text": text} | ({"subject": subject} if subject else {})
+        self.given = {name: o if isinstance(o, Objective) else Objective(o) for name, o in given.items()}
+        self.config = config
+        apart = self.given if config.combine == "synergy" else ["text"]  # else one reward made of both
+        self.stats = {name: PromptStats(config.stats_buffer, config.stats_min_count) for name in apart}
+
+    @property
+    def facts(self) -> dict[str, bool]:
+        """Which there are, and whether they are clipped: what a training must be continued with."""
+        return {name: objective.clip for name, objective in self.given.items()}
+
+    def score(self, images: list[Image.Image], prompts: list[Prompt]) -> torch.Tensor:
+        """Scores (objectives, B) fp32 on the CPU, text first; a reward function that fails says so."""
+        return torch.stack([_scored(objective, images, prompts) for objective in self.given.values()])
+
+    def advantages(self, prompts: Sequence[Prompt], scores: torch.Tensor, n_steps: int) -> torch.Tensor:
+        """Add an epoch's scores (objectives, B) to the statistics and return its advantages (B, n_steps), clamped.
+
+        A column belongs to a denoising step, whichever order an update draws the steps in.
+        """
+        clipped = self._clipped(prompts, scores)
+        named = torch.tensor([p.identifier for p in prompts])
+        if "subject" not in clipped or self.config.combine != "synergy":
+            reward = self._one_reward(clipped, named) if "subject" in clipped else clipped["text"]
+            advantages = self.stats["text"].advantages(prompts, reward)[:, None].expand(-1, n_steps)
+        else:
+            advantages = self.stats["text"].advantages(prompts, clipped["text"])[:, None].repeat(1, n_steps)
+            if named.any():
+                asked = [p for p in prompts if p.identifier]
+                subject = self.stats["subject"].advantages(asked, clipped["subject"][named])
+                weight = self._weights(n_steps)
+                advantages[named] = two_objectives(advantages[named, 0], subject, weight, self.config.synergy)
+        return advantages.clamp(-self.config.advantage_clip, self.config.advantage_clip)
+
+    def _clipped(self, prompts: Sequence[Prompt], scores: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Each objective's scores (B,) as they are optimised."""
+        return {
+            name: torch.minimum(row, objective.levels(prompts)) if objective.clip else row
+            for (name, objective), row in zip(self.given.items(), scores, strict=True)
+        }
+
+    def _weights(self, n_steps: int) -> torch.Tensor:
+        if not self.config.time_aware:
+            return torch.full((n_steps,), self.config.text_weight)
+        return time_aware_weight(torch.arange(n_steps) / n_steps)
+
+    def _one_reward(self, scores: dict[str, torch.Tensor], named: torch.Tensor) -> torch.Tensor:
+        """Text and subject as one number (B,): their weighted sum, or RPO's λ-harmonic mean (arXiv 2407.12164).
+
+        The harmonic mean needs numbers in (0, 1]: (cosine + 1) / 2 for the subject, as RPO has it, and σ(r) for the
+        text, which is how often a Bradley-Terry reward prefers the picture to one of reward 0.
+        """
+        text, subject, w = scores["text"], scores["subject"], self.config.text_weight
+        if self.config.combine == "sum":
+            return torch.where(named, w * text + (1 - w) * subject, w * text)
+        text, subject = torch.sigmoid(text).clamp(min=1e-6), ((subject + 1) / 2).clamp(min=1e-6)
+        return torch.where(named, 1 / (w / text + (1 - w) / subject), text)
+
+    def row(self, prompts: Sequence[Prompt], scores: torch.Tensor) -> dict[str, float]:
+        """Columns of the history: means of the scores as they are, never clipped; shares above the level; zero_spread.
+
+        zero_spread is the share of the epoch's prompts whose pictures are all rewarded alike, by every objective and
+        after the clip: beside each other they teach nothing. A prompt with one picture does not count.
+        """
+        named = torch.tensor([p.identifier for p in prompts])
+        row = {"reward": scores[0].mean().item()}
+        for name, kind in (("reward_identifier", named), ("reward_class", ~named)):
+            row |= {name: scores[0][kind].mean().item()} if kind.any() else {}
+        counted = {"above_level": torch.ones_like(named), "above_level_subject": named}
+        for (column, counts), objective, of in zip(counted.items(), self.given.values(), scores, strict=False):
+            levels = objective.levels(prompts)
+            known = counts & ~levels.isnan()
+            row |= {column: (of > levels)[known].float().mean().item()} if known.any() else {}
+        if "subject" in self.given and named.any():
+            row["reward_subject"] = scores[1][named].mean().item()
+        rewards = torch.stack(list(self._clipped(prompts, scores).values()), 1)
+        rewards[~named, 1:] = 0.0  # these have no subject
+        texts = [p.text for p in prompts]
+        groups = [[i for i, text in enumerate(texts) if text == own] for own in dict.fromkeys(texts)]
+        alike = [bool((rewards[group] == rewards[group[0]]).all()) for group in groups if len(group) > 1]
+        return row | ({"zero_spread": sum(alike) / len(alike)} if alike else {})
+
+    def state(self) -> dict[str, dict]:
+        return {name: stats.state() for name, stats in self.stats.items()}
+
+    def load(self, state: dict[str, dict]) -> None:
+        for name, stats in self.stats.items():
+            stats.load(state[name])
+
+
+def _scored(reward: Reward, images: list[Image.Image], prompts: list[Prompt]) -> torch.Tensor:
+    try:
+        rewards = torch.as_tensor(reward(images, prompts)).float().cpu()
+    except (IbkitError, torch.OutOfMemoryError, MemoryError):
+        raise
+    except Exception as error:  # of any kind, since anybody's function may be the reward
+        raise TrainingError(
+            f"the reward function failed with {type(error).__name__}: {error}; mend it and resume."
+        ) from error
+    if rewards.shape != (len(images),):
+        raise TrainingError(
+            f"the reward function returned shape {tuple(rewards.shape)} for {len(images)} images: "
+            "it must give each one number."
+        )
+    return rewards

@@ -1,0 +1,97 @@
+"""Sampling pictures from a model, so that the same seed gives every method the same noise.
+
+Differs from paper: InstructBooth gives 50 steps and guidance 7.5, but no kind of sampler and no η; here it is DDIM
+with η = 1, the policy that RL trains. Diffusers' `train_dreambooth.py` draws class pictures with the pipeline instead:
+- its sampler is the scheduler in the model's folder (PNDM for SD 1.5), and its η, where it has one, is 0;
+- it draws a batch's noise from the device's global generator; here each picture has a generator of its own, on the CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+
+from ibkit.device import generator
+from ibkit.model.ddim import Schedule, make_schedule, step_mean
+from ibkit.model.text_to_image import TextToImage, default_batch
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How pictures are made: `n_steps` denoising steps, guidance scale w, DDIM's η (0 deterministic, 1 as RL
+    samples).
+    """
+
+    n_steps: int
+    guidance: float
+    eta: float = 1.0
+
+    def schedule(self, model: TextToImage) -> Schedule:
+        offset = model.scheduler.config.steps_offset
+        return make_schedule(model.alphas_cumprod, self.n_steps, self.eta, offset, model.device)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the U-Net's passes that a picture takes; guidance makes two of a step."""
+        return self.n_steps * self.rows_per_step
+
+    @property
+    def rows_per_step(self) -> int:
+        return 1 if self.guidance == 1 else 2
+
+    def __str__(self) -> str:
+        return f"DDIM, {self.n_steps} steps, guidance {self.guidance:g}, eta {self.eta:g}"
+
+
+@torch.no_grad()
+def sample_latents(
+    model: TextToImage,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampler: Sampler,
+    batch_size: int = 0,
+    on_batch: Callable[[int], None] | None = None,
+) -> torch.Tensor:
+    """Latents (B, C, H, W) of one picture for each prompt.
+
+    Args:
+        seeds: one a picture; the noise depends on the seed alone, not on prompt, batch or model.
+        batch_size: pictures in a forward pass (twice as many rows with guidance); 0 = what suits their size.
+        on_batch: called with the number of pictures done, for progress.
+    """
+    schedule = sampler.schedule(model)
+    text = model.encode_text(list(prompts))
+    batch_size = batch_size or default_batch(model.image_px)
+    parts = []
+    for first in range(0, len(prompts), batch_size):
+        generators = [generator(seed, "sample") for seed in seeds[first : first + batch_size]]
+
+        def noise(generators=generators) -> torch.Tensor:
+            return torch.stack([torch.randn(model.latent_shape, generator=g) for g in generators]).to(model.device)
+
+        x = noise()
+        for i in range(len(schedule)):
+            t = schedule.timesteps[i].expand(len(x))
+            eps_hat = model.guided_noise(x, t, text[first : first + batch_size], sampler.guidance)
+            x = step_mean(x, eps_hat, schedule.alpha_bar[i], schedule.alpha_bar_prev[i], schedule.std[i])
+            if schedule.std[i] > 0:
+                x = x + schedule.std[i] * noise()
+        parts.append(x)
+        if on_batch:
+            on_batch(min(first + batch_size, len(prompts)))
+    return torch.cat(parts)
+
+
+def sample(
+    model: TextToImage,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    sampler: Sampler,
+    batch_size: int = 0,
+    on_batch: Callable[[int], None] | None = None,
+) -> list[Image.Image]:
+    """Pictures, one for each prompt and seed; see `sample_latents`."""
+    return model.decode(sample_latents(model, prompts, seeds, sampler, batch_size, on_batch))

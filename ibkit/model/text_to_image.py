@@ -1,0 +1,359 @@
+"""A text-to-image model as the methods see it: predict noise, encode text and pictures, decode latents; and its LoRA
+adapter.
+
+One class serves the pocket model and Stable Diffusion: both are folders in diffusers format.
+
+Shapes: B batch, L text tokens, D text width, C/H/W latent channels, height, width.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors import SafetensorError
+
+from ibkit.errors import ModelError, ParameterError
+
+POCKET_PIPELINE = Path(__file__).parents[1] / "pocket" / "weights" / "pipeline"
+HUB_NAMES = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
+OTHER_PARTS_OF_CLIP = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")  # read by no method
+LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass
+class TextToImage:
+    """A diffusion model with everything that sampling and training need.
+
+    Attributes:
+        name: "pocket", "sd15" or the folder, for messages and manifests.
+        autocast: dtype of the U-Net's forward pass on a GPU (bf16); None computes in fp32. Weights and latents are
+            fp32 either way.
+    """
+
+    name: str
+    unet: torch.nn.Module
+    vae: torch.nn.Module
+    text_encoder: torch.nn.Module
+    tokenizer: object
+    scheduler: object
+    device: torch.device
+    autocast: torch.dtype | None = None
+    _embeddings: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
+
+    @property
+    def alphas_cumprod(self) -> torch.Tensor:
+        """ᾱ_t, (1000,) fp64 on the CPU."""
+        return self.scheduler.alphas_cumprod.double()
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int]:
+        size = self.unet.config.sample_size
+        return (self.unet.config.in_channels, size, size)
+
+    @property
+    def image_px(self) -> int:
+        return self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
+
+    def token_ids(self, prompt: str) -> list[int]:
+        """Token ids of a prompt without the start and end marks."""
+        return self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+    def check_prompt(self, prompt: str) -> str:
+        """Refuse a prompt that the text encoder would cut off silently.
+
+        Raises:
+            ParameterError: empty, or more tokens than fit.
+        """
+        if not prompt.strip():
+            raise ParameterError("a prompt is empty: write what the picture should show.")
+        room, n = self.tokenizer.model_max_length - 2, len(self.token_ids(prompt))
+        if n > room:
+            raise ParameterError(
+                f"the prompt {prompt!r} has {n} tokens and {self.name} reads {room}: shorten it by {n - room}."
+            )
+        return prompt
+
+    @torch.no_grad()
+    def encode_text(self, prompts: Sequence[str]) -> torch.Tensor:
+        """Text encoder's hidden states (B, L, D), fp32; each distinct prompt is encoded once."""
+        for prompt in dict.fromkeys(p for p in prompts if p not in self._embeddings):
+            if prompt:
+                self.check_prompt(prompt)
+            ids = self.tokenizer(
+                prompt, padding="max_length", max_length=self.tokenizer.model_max_length, return_tensors="pt"
+            )["input_ids"]
+            self._embeddings[prompt] = self.text_encoder(ids.to(self.device)).last_hidden_state[0].float()
+        return torch.stack([self._embeddings[p] for p in prompts])
+
+    def predict_noise(self, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        """ε̂ (B, C, H, W) fp32 from noisy latents (B, C, H, W), timesteps (B,) and hidden states (B, L, D)."""
+        with torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext():
+            eps_hat = self.unet(x_t, t, encoder_hidden_states=text).sample
+        return eps_hat.float()
+
+    def guided_noise(self, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor, guidance: float) -> torch.Tensor:
+        """Classifier-free guidance, both halves in one forward pass (Ho & Salimans 2022, eq. 6)."""
+        if guidance == 1.0:
+            return self.predict_noise(x_t, t, text)
+        empty = self.encode_text([""]).expand(len(x_t), -1, -1)
+        without, with_text = self.predict_noise(
+            torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([empty, text])
+        ).chunk(2)
+        return without + guidance * (with_text - without)
+
+    @torch.no_grad()
+    def encode_images(self, images: Sequence[Image.Image], generator: torch.Generator | None = None) -> torch.Tensor:
+        """Scaled latents (B, C, H, W) of pictures: a sample of the posterior, or its mean without a generator; as many
+        at a time as `default_batch` says.
+        """
+        pixels = torch.stack([torch.from_numpy(np.array(i.convert("RGB"))).permute(2, 0, 1) for i in images])
+        posteriors = [
+            self.vae.encode(part.to(self.device).float() / 127.5 - 1).latent_dist for part in self._batches(pixels)
+        ]
+        z = torch.cat([posterior.mean for posterior in posteriors])
+        if generator is not None:  # drawn at once: the noise does not depend on the batches
+            std = torch.cat([posterior.std for posterior in posteriors])
+            z = z + std * torch.randn(z.shape, generator=generator).to(z)
+        return z * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        """Pictures of scaled latents (B, C, H, W); as many at a time as `default_batch` says."""
+        images = []
+        for part in self._batches(latents):
+            pixels = self.vae.decode(part.to(self.device) / self.vae.config.scaling_factor).sample
+            pixels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            images += [Image.fromarray(p) for p in pixels]
+        return images
+
+    def _batches(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Pictures or latents (B, ...), as many at a time as the autoencoder's memory takes."""
+        return rows.split(default_batch(self.image_px))
+
+    def save_pipeline(self, folder: str | Path) -> None:
+        """Write the model as a diffusers pipeline folder that `StableDiffusionPipeline.from_pretrained` loads."""
+        from diffusers import StableDiffusionPipeline
+
+        StableDiffusionPipeline(
+            vae=self.vae,
+            text_encoder=self.text_encoder,
+            tokenizer=self.tokenizer,
+            unet=self.unet,
+            scheduler=self.scheduler,
+            safety_checker=None,
+            feature_extractor=None,
+            requires_safety_checker=False,
+        ).save_pretrained(folder)
+
+    # --- LoRA --------------------------------------------------------------------------------------------------
+
+    def add_lora(self, rank: int, generator: torch.Generator) -> list[torch.nn.Parameter]:
+        """Freeze the model and put a LoRA adapter (Hu et al. 2021) on the U-Net's attention projections; returns the
+        trainable parameters, fp32.
+
+        The adapter starts as the identity: A is drawn from `generator`, B is zero.
+        """
+        from peft import LoraConfig
+
+        self.unet.requires_grad_(False)
+        self.unet.add_adapter(
+            LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS), init_lora_weights="gaussian")
+        )
+        trainable = []
+        for name, parameter in self.unet.named_parameters():
+            if parameter.requires_grad:
+                if "lora_A" in name:
+                    parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / rank)
+                trainable.append(parameter)
+        return trainable
+
+    @contextmanager
+    def without_lora(self) -> Iterator[None]:
+        """Inside, the model is what it was before `add_lora`; the adapter is trainable again afterwards."""
+        self.unet.disable_adapters()
+        try:
+            yield
+        finally:
+            self.unet.enable_adapters()
+
+    def lora_state(self) -> dict[str, torch.Tensor]:
+        """The adapter's weights by name, on the CPU."""
+        return {n: p.detach().cpu().clone() for n, p in self.unet.named_parameters() if "lora_" in n}
+
+    def load_lora_state(self, state: dict[str, torch.Tensor]) -> None:
+        parameters = {n: p for n, p in self.unet.named_parameters() if "lora_" in n}
+        if parameters.keys() != state.keys():
+            raise ModelError(
+                f"the adapter has {len(state)} weights and the model {len(parameters)}, "
+                f"or other names: it belongs to another model or rank."
+            )
+        with torch.no_grad():
+            for name, parameter in parameters.items():
+                if parameter.shape != state[name].shape:
+                    raise ModelError(
+                        f"the adapter's {name} is {tuple(state[name].shape)} and the "
+                        f"model's {tuple(parameter.shape)}: another rank or model."
+                    )
+                parameter.copy_(state[name])
+
+    def save_lora(self, folder: str | Path) -> None:
+        """Write the adapter in diffusers' LoRA format (`pytorch_lora_weights.safetensors`), for `load_lora_weights`."""
+        from diffusers import StableDiffusionPipeline
+        from diffusers.utils import convert_state_dict_to_diffusers
+        from peft.utils import get_peft_model_state_dict
+
+        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
+        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
+
+    def load_lora(self, folder: str | Path) -> None:
+        """Load an adapter saved by `save_lora`, as diffusers does."""
+        from diffusers import StableDiffusionPipeline
+
+        state, alphas = StableDiffusionPipeline.lora_state_dict(str(folder))
+        StableDiffusionPipeline.load_lora_into_unet(state, network_alphas=alphas, unet=self.unet)
+        self.unet.to(self.device).requires_grad_(False)
+
+    def copy(self) -> TextToImage:
+        """A model with a U-Net of its own; frozen parts are shared."""
+        return TextToImage(
+            self.name,
+            copy.deepcopy(self.unet),
+            self.vae,
+            self.text_encoder,
+            self.tokenizer,
+            self.scheduler,
+            self.device,
+            self.autocast,
+        )
+
+
+def model_fingerprint(model: TextToImage) -> str:
+    """SHA-256 of the weights that decide a picture, as hex: the same on every device, with any number of threads."""
+    digest = hashlib.sha256()
+    for name in ("unet", "vae", "text_encoder"):
+        for key, weight in getattr(model, name).state_dict().items():
+            digest.update(f"{name}.{key} {weight.dtype} {tuple(weight.shape)}\n".encode())
+            digest.update(weight.cpu().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def default_batch(image_px: int) -> int:
+    """Pictures drawn, encoded or decoded at a time by default: what suits a laptop at 64 px, 12 GiB of GPU at 512."""
+    return 32 if image_px <= 128 else 4
+
+
+def load_model(model: str = "pocket", revision: str = "", device: torch.device | str = "cpu") -> TextToImage:
+    """Load a text-to-image model for sampling and training, all weights fp32.
+
+    Args:
+        model: "pocket", "sd15" (from the hub), or a local folder in diffusers format.
+        revision: of the hub's repository; empty = its main branch.
+
+    Raises:
+        ModelError: no such folder, a damaged one, weights that do not fit their config or are not finite, or the hub
+            cannot be reached and nothing is cached.
+    """
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import AutoTokenizer, CLIPTextModel
+
+    device = torch.device(device)
+    if model == "pocket":
+        source, local = str(POCKET_PIPELINE), True
+    elif model in HUB_NAMES:
+        source, local = HUB_NAMES[model], False
+    else:
+        source, local = str(Path(model).expanduser()), True
+    if local and not (Path(source) / "model_index.json").is_file():
+        raise ModelError(
+            f"model {model!r}: {source} is not a folder in diffusers format (it "
+            f"has no model_index.json); give 'pocket', 'sd15' or such a folder."
+        )
+    fp32 = torch.float32
+    options = {"revision": revision or None} if not local else {}
+    try:
+        unet = load_weights(UNet2DConditionModel, source, "unet", torch_dtype=fp32, **options)
+        vae = load_weights(AutoencoderKL, source, "vae", torch_dtype=fp32, **options)
+        text_encoder = load_weights(CLIPTextModel, source, "text_encoder", dtype=fp32, **options)
+        tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer", **options)
+        scheduler = DDIMScheduler.from_pretrained(source, subfolder="scheduler", clip_sample=False, **options)
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        if local:
+            raise ModelError(f"model {model!r}: a part of {source} cannot be read: {first}") from error
+        raise ModelError(
+            f"model {model!r}: {source} is neither in the hub's cache nor can it be downloaded now "
+            f"({first}); go online once, or give a local diffusers-format folder as the model."
+        ) from error
+    if len(tokenizer) != text_encoder.config.vocab_size:
+        raise ModelError(
+            f"model {model!r}: the tokenizer has {len(tokenizer)} tokens and the text "
+            f"encoder {text_encoder.config.vocab_size}: its files are incomplete."
+        )
+    if scheduler.config.prediction_type != "epsilon":
+        raise ModelError(
+            f"model {model!r} predicts {scheduler.config.prediction_type}; ibkit's "
+            f"methods are written for noise prediction (epsilon), as in SD 1.x."
+        )
+    for part in (unet, vae, text_encoder):
+        part.to(device).eval().requires_grad_(False)
+    use_quick_attention(unet, device)
+    autocast = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    return TextToImage(model, unet, vae, text_encoder, tokenizer, scheduler, device, autocast)
+
+
+def load_weights(architecture: type, source: str, part: str, **options) -> torch.nn.Module:
+    """A part of a diffusers folder, every weight of which comes from its file; `from_pretrained` only logs what does
+    not fit and leaves the weights concerned random.
+
+    Raises:
+        ModelError: weights are missing, left over, of another shape or not finite, or the file is damaged.
+    """
+    where = f"the {part} in {source}"
+    try:
+        module, report = architecture.from_pretrained(
+            source, subfolder=part, output_loading_info=True, ignore_mismatched_sizes=True, **options
+        )
+    except SafetensorError as error:
+        raise ModelError(f"{where}: its weights file is damaged ({error}): restore it.") from error
+    missing = sorted(report["missing_keys"])
+    left_over = sorted(key for key in report["unexpected_keys"] if not key.startswith(OTHER_PARTS_OF_CLIP))
+    reshaped = sorted(key for key, *_ in report["mismatched_keys"])
+    wrapped = next((key for key in left_over if missing and key.endswith(f".{missing[0]}")), "")
+    prefix = wrapped.removesuffix(missing[0]) if wrapped else ""
+    if prefix and {prefix + key for key in missing} <= set(left_over):
+        raise ModelError(
+            f"{where}: the names of {len(missing)} weights begin with {prefix!r}, the first {wrapped}: they were saved "
+            "inside a wrapper; save the model inside it, or remove that prefix from the names."
+        )
+    found = {"missing": missing, "not of this model": left_over, "of another shape than its config says": reshaped}
+    if not (missing or reshaped):  # else some weights hold no values
+        found["not finite"] = [key for key, weight in module.state_dict().items() if not is_finite(weight)]
+    if wrong := [f"{len(keys)} {what} (first {keys[0]})" for what, keys in found.items() if keys]:
+        raise ModelError(
+            f"{where} has weights that cannot be used: {', '.join(wrong)}; restore or download its files "
+            "again, or save it again with save_pretrained."
+        )
+    return module
+
+
+def is_finite(weight: torch.Tensor) -> bool:
+    """Whether all values are finite; a finite sum says so five times faster."""
+    return bool(weight.sum().isfinite()) or bool(weight.isfinite().all())
+
+
+def use_quick_attention(unet: torch.nn.Module, device: torch.device) -> None:
+    """Plain attention for small latents on a CPU, where PyTorch's fused kernel is slow backwards: for the pocket U-Net
+    a third of a training step. Large latents keep the fused kernel, whose memory does not grow with their square.
+    """
+    if device.type == "cpu" and unet.config.sample_size <= 16:
+        from diffusers.models.attention_processor import AttnProcessor
+
+        unet.set_attn_processor(AttnProcessor())

@@ -1,0 +1,1 @@
+"""What every training shares: what is kept, processes, the guard, the monitor."""

@@ -1,0 +1,73 @@
+"""Watching what the reward does not see: subject fidelity, and in the pocket world the judge's answers.
+
+Its numbers are drawn beside the reward while a model trains; they are never part of the objective. A reward that rises
+while they fall is being hacked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from PIL import Image
+
+from ibkit.data.prompts import Prompt
+from ibkit.data.subject import PersonalizedSubject
+from ibkit.pocket.world import said_in
+from ibkit.scorers.base import Scorer
+from ibkit.scorers.judge import Judge
+
+
+class SubjectMonitor:
+    """(images, prompts) -> numbers of an epoch; see `ibkit.methods.ddpo.train`.
+
+    Args:
+        subject: whose pictures they should be.
+        references: its photos.
+        scorer: similarity to the references, such as DINO.
+        judge: asked as well where the truth is known; None for a user's photos.
+        text_scorer: a text scorer that is not the reward, such as CLIP-T; None to do without.
+
+    A call returns `monitor` and `text_monitor`, the two scorers' means over the pictures made with the identifier (the
+    text scorer reads the prompt without it), and with a judge
+    `judge_activity` and `judge_identity`, shares of those pictures, and `judge_activity_class`, of the others. A kind
+    of prompt that has no picture has no number, and only prompts that name an activity count in its shares.
+    """
+
+    def __init__(
+        self,
+        subject: PersonalizedSubject,
+        references: Sequence[Image.Image],
+        scorer: Scorer,
+        judge: Judge | None = None,
+        text_scorer: Scorer | None = None,
+    ):
+        self.subject, self.references, self.scorer = subject, list(references), scorer
+        self.text_scorer = text_scorer
+        self.judge = judge if subject.world else None
+
+    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> dict[str, float]:
+        named = [i for i, p in enumerate(prompts) if p.identifier]
+        others = [i for i, p in enumerate(prompts) if not p.identifier]
+        numbers = {}
+        if named:
+            pictures = [images[i] for i in named]
+            numbers["monitor"] = self.scorer(pictures, references=self.references).mean().item()
+            if self.text_scorer:
+                clean = [prompts[i].clean for i in named]
+                numbers["text_monitor"] = self.text_scorer(pictures, texts=clean).mean().item()
+            if self.judge:
+                numbers |= self._activity_shown("judge_activity", pictures, [prompts[i].activity for i in named])
+                numbers["judge_identity"] = self.judge.identifies(pictures, self.subject.world).mean().item()
+        if others and self.judge:
+            asked = [prompts[i].activity for i in others]
+            numbers |= self._activity_shown("judge_activity_class", [images[i] for i in others], asked)
+        return numbers
+
+    def _activity_shown(self, name: str, images: Sequence[Image.Image], phrases: Sequence[str]) -> dict[str, float]:
+        """The share of pictures that show the activity they were asked for, of those whose prompt names one."""
+        said = [said_in(phrase)["activity"] for phrase in phrases]
+        named = [i for i, activity in enumerate(said) if activity]
+        if not named:
+            return {}
+        answers = self.judge.agrees([images[i] for i in named], "activity", [said[i] for i in named])
+        return {name: answers.mean().item()}
