@@ -64,9 +64,9 @@ class Epoch:
 
     def warm_up(self, micro_batch: int) -> None:
         """Touch what every pass but the first finds ready: an epoch is one of many."""
-        text = self.model.encode_text([p.text for p in self.prompts])[:micro_batch]
-        x = torch.zeros((len(text), *self.model.latent_shape), device=self.device)
-        self.model.predict_noise(x, torch.full((len(text),), 500, device=self.device), text).sum().backward()
+        prompts = [p.text for p in self.prompts[:micro_batch]]
+        x = torch.zeros((len(prompts), *self.model.latent_shape), device=self.device)
+        self.model.predict_noise(x, torch.full((len(prompts),), 500, device=self.device), prompts).sum().backward()
         self.optimizer.zero_grad(set_to_none=True)
 
     def advantages(self, rewards: torch.Tensor) -> torch.Tensor:
@@ -125,9 +125,9 @@ def plain(epoch: Epoch, micro_batch: int) -> dict[str, float]:
     config, model, schedule = epoch.config, epoch.model, epoch.schedule
     guidance = config.sampler.guidance
 
-    def encode(members) -> torch.Tensor:
+    def texts(members) -> list[str]:
         model._embeddings.clear()  # the engine keeps a text's embedding, the plain loop does not
-        return model.encode_text([epoch.prompts[i].text for i in members])
+        return [epoch.prompts[i].text for i in members]
 
     def sample_some(members):
         def noise() -> torch.Tensor:
@@ -139,7 +139,7 @@ def plain(epoch: Epoch, micro_batch: int) -> dict[str, float]:
         with torch.no_grad():
             for i in range(len(schedule)):
                 t = schedule.timesteps[i].expand(len(x))
-                eps_hat = model.guided_noise(x, t, encode(members), guidance)
+                eps_hat = model.guided_noise(x, t, texts(members), guidance)
                 mean = step_mean(x, eps_hat, schedule.alpha_bar[i], schedule.alpha_bar_prev[i], schedule.std[i])
                 x = mean + schedule.std[i] * noise()
                 log_probs.append(log_prob(x, mean, schedule.std[i]))
@@ -149,7 +149,7 @@ def plain(epoch: Epoch, micro_batch: int) -> dict[str, float]:
     def roll() -> Trajectories:
         groups = torch.arange(len(epoch.prompts)).split(micro_batch)
         parts = [sample_some(g.tolist()) for g in groups]
-        return Trajectories(torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1), torch.empty(0))
+        return Trajectories(torch.cat([p[0] for p in parts], 1), torch.cat([p[1] for p in parts], 1), [])
 
     def score() -> torch.Tensor:
         one_by_one = [
@@ -169,7 +169,7 @@ def plain(epoch: Epoch, micro_batch: int) -> dict[str, float]:
                 for step in range(n_steps):
                     x_t, x_prev = trajectories.latents[step, some], trajectories.latents[step + 1, some]
                     t = schedule.timesteps[step].expand(len(some))
-                    eps_hat = model.guided_noise(x_t, t, encode(some.tolist()), guidance)
+                    eps_hat = model.guided_noise(x_t, t, texts(some.tolist()), guidance)
                     std = schedule.std[step]
                     mean = step_mean(x_t, eps_hat, schedule.alpha_bar[step], schedule.alpha_bar_prev[step], std)
                     new = log_prob(x_prev, mean, std)
@@ -197,12 +197,11 @@ def floor(model: TextToImage, config: ddpo.DDPOConfig) -> dict[str, float]:
         for rows in FLOOR_BATCHES:
             x = torch.randn((rows, *model.latent_shape), generator=generator(0, "floor")).to(model.device)
             t = torch.full((rows,), 500, device=model.device)
-            text = model.encode_text(["a cat"]).expand(rows, -1, -1)
             seconds = []
             for _ in range(FLOOR_PASSES):
                 started = time.perf_counter()
                 with torch.set_grad_enabled(grad):
-                    out = bare.predict_noise(x, t, text)
+                    out = bare.predict_noise(x, t, ["a cat"] * rows)
                     if grad:
                         out.square().mean().backward()
                 if torch.cuda.is_available():

@@ -105,7 +105,7 @@ def operations(model: TextToImage) -> tuple[float, float]:
     counted = []
     for gradient in (False, True):
         with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(gradient):
-            out = model.predict_noise(x, t, model.encode_text([PROMPT]))
+            out = model.predict_noise(x, t, [PROMPT])
             if gradient:
                 out.sum().backward()
         counted.append(counter.get_total_flops())

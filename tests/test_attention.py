@@ -117,7 +117,7 @@ def test_layers_are_in_the_order_in_which_they_run(tiny):
         if name.endswith("attn2"):
             module.register_forward_hook(lambda *_, name=name: ran.append(name))
     with record_attention(tiny, PROMPT, ["sks"]) as record:
-        tiny.predict_noise(torch.zeros(1, 4, 8, 8), torch.tensor([1]), tiny.encode_text([PROMPT]))
+        tiny.predict_noise(torch.zeros(1, 4, 8, 8), torch.tensor([1]), [PROMPT])
     assert list(record.layers) == ran
     registered = [name for name, _ in tiny.unet.named_modules() if name.endswith("attn2")]
     assert registered != ran, "this model cannot tell the two orders apart"
@@ -135,8 +135,7 @@ def by_hand(model, x_t, t, prompt):
         for side in ("to_q", "to_k"):
             hook = lambda _, __, out, key=(name, side): seen.__setitem__(key, out)  # noqa: E731
             handles.append(getattr(module, side).register_forward_hook(hook))
-    text = model.encode_text([prompt] * len(x_t))
-    model.predict_noise(x_t, torch.full((len(x_t),), t), text)
+    model.predict_noise(x_t, torch.full((len(x_t),), t), [prompt] * len(x_t))
     for handle in handles:
         handle.remove()
     result = {}
@@ -155,7 +154,7 @@ def test_recorded_maps_are_the_probabilities_by_hand(tiny):
     x_t = torch.randn(2, 4, 8, 8, generator=generator(0, "x"))
     expected = by_hand(tiny, x_t, 7, PROMPT)
     with record_attention(tiny, PROMPT, ["sks", "monster toy"]) as record, torch.no_grad():
-        tiny.predict_noise(x_t, torch.tensor([7, 7]), tiny.encode_text([PROMPT] * 2))
+        tiny.predict_noise(x_t, torch.tensor([7, 7]), [PROMPT] * 2)
     assert {t for _, _, t in record.maps} == {7}
     for (name, r, _), maps in record.maps.items():
         mean_over_heads = expected[name].mean(1)
@@ -166,9 +165,9 @@ def test_recorded_maps_are_the_probabilities_by_hand(tiny):
 
 def test_under_guidance_only_the_rows_with_the_prompt_are_recorded(tiny):
     with record_attention(tiny, PROMPT, ["sks"]) as guided:
-        eps_hat = tiny.guided_noise(torch.ones(2, 4, 8, 8), torch.tensor([9, 9]), tiny.encode_text([PROMPT] * 2), 3.0)
+        eps_hat = tiny.guided_noise(torch.ones(2, 4, 8, 8), torch.tensor([9, 9]), [PROMPT] * 2, 3.0)
     with record_attention(tiny, PROMPT, ["sks"]) as plain:
-        tiny.predict_noise(torch.ones(2, 4, 8, 8), torch.tensor([9, 9]), tiny.encode_text([PROMPT] * 2))
+        tiny.predict_noise(torch.ones(2, 4, 8, 8), torch.tensor([9, 9]), [PROMPT] * 2)
     assert eps_hat.shape == (2, 4, 8, 8)
     for key, maps in plain.maps.items():
         torch.testing.assert_close(guided.maps[key], maps)
@@ -186,7 +185,7 @@ def test_of_several_prompts_and_batches_the_pictures_of_one_are_recorded_in_orde
 
 def test_timesteps_of_one_pass_are_kept_apart(tiny):
     x_t = torch.randn(1, 4, 8, 8, generator=generator(0, "x")).expand(3, -1, -1, -1)
-    text = tiny.encode_text([PROMPT] * 3)
+    text = [PROMPT] * 3
     with record_attention(tiny, PROMPT, ["sks"]) as together:
         tiny.predict_noise(x_t, torch.tensor([5, 900, 5]), text)
     with record_attention(tiny, PROMPT, ["sks"]) as alone:

@@ -354,7 +354,7 @@ def test_the_kl_is_taken_from_the_policy_before_rl(tiny):
     x_t, t = trajectories.latents[step, image], schedule.timesteps[step]
 
     def mean():
-        eps = tiny.guided_noise(x_t, t, trajectories.text[image], 3.0)
+        eps = tiny.guided_noise(x_t, t, [trajectories.prompts[i] for i in image.tolist()], 3.0)
         return step_mean(x_t, eps, schedule.alpha_bar[step], schedule.alpha_bar_prev[step], schedule.std[step])
 
     with torch.no_grad():

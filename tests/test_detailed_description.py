@@ -82,7 +82,7 @@ def draws(calls):
     def look(model, arm):
         calls.append(arm)
         with torch.no_grad():
-            noisy = model.predict_noise(torch.ones(1, 4, 8, 8), torch.tensor([5]), model.encode_text(["a cat"]))
+            noisy = model.predict_noise(torch.ones(1, 4, 8, 8), torch.tensor([5]), ["a cat"])
         return {"dino": noisy.mean().item()}
 
     return look
@@ -322,7 +322,7 @@ def test_overlap_is_what_a_record_gives(tiny):
     noise = torch.randn(z0.shape[1:], generator=generator(3, "overlap", 1))
     z_t = dreambooth.add_noise(z0, noise[None], tiny.alphas_cumprod.float()[[900]])
     with record_attention(tiny, prompt, ["sks"]) as record, torch.no_grad():
-        tiny.predict_noise(z_t, torch.tensor([900]), tiny.encode_text([prompt]))
+        tiny.predict_noise(z_t, torch.tensor([900]), [prompt])
     maps, mask = record.statistics(900)[0, 0], mask_at(subject_mask(scenes[1]), 8)
     row = table[(table["scene"] == 1) & (table["t"] == 900) & (table["role"] == "identifier")].iloc[0]
     assert (row["lift"], row["auc"]) == (

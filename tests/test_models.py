@@ -3,6 +3,7 @@
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -28,7 +29,7 @@ def noise_of(model):
     return model.guided_noise(
         torch.randn(2, 4, 8, 8, generator=g),
         torch.tensor([1, 500]),
-        model.encode_text(["a cat", "a sks cat dancing"]),
+        ["a cat", "a sks cat dancing"],
         3.0,
     )
 
@@ -172,7 +173,7 @@ def test_the_policy_is_kept_in_fp32(tiny):
     trainable = tiny.add_lora(2, generator(0, "lora"))
     schedule = Sampler(4, 3.0, 1.0).schedule(tiny)
     made = rollout(tiny, ["a cat"] * 2, schedule, 3.0, [generator(0, i) for i in range(2)])
-    assert {v.dtype for v in (*trainable, made.latents, made.log_probs, made.text)} == {torch.float32}
+    assert {v.dtype for v in (*trainable, made.latents, made.log_probs)} == {torch.float32}
     assert not torch.equal(made.latents, made.latents.bfloat16().float())
 
 
@@ -352,3 +353,24 @@ def test_identifiers(tokenizer):
             check_identifier(model, poor, "cat")
     with pytest.warns(UserWarning, match=r"is 6 tokens \(ids \["):
         check_identifier(model, "qvjwxq", "cat")
+
+
+def test_a_text_that_is_trained_is_encoded_anew_and_has_a_gradient(tiny):
+    frozen = tiny.encode_text(["a cat"])
+    assert not frozen.requires_grad
+    embeddings = tiny.text_encoder.get_input_embeddings().weight.requires_grad_(True)
+    tiny.predict_noise(torch.zeros(1, 4, 8, 8), torch.tensor([5]), ["a cat"]).square().sum().backward()
+    read = embeddings.grad.abs().sum(1) > 0
+    assert set(tiny.token_ids("a cat")) <= set(read.nonzero().flatten().tolist())
+    with torch.no_grad():
+        embeddings.add_(1.0)
+    assert not torch.equal(tiny.encode_text(["a cat"]), frozen)
+
+
+def test_decoded_pixels_keep_their_gradient_and_are_the_pictures(tiny):
+    latents = torch.randn(2, *tiny.latent_shape, generator=generator(0, "pixels")).requires_grad_(True)
+    pixels = tiny.decode_pixels(latents)
+    pixels.sum().backward()
+    assert pixels.shape == (2, 3, 16, 16) and latents.grad.abs().sum() > 0
+    shown = torch.from_numpy(np.stack([np.asarray(image) for image in tiny.decode(latents)])).permute(0, 3, 1, 2)
+    assert torch.equal(shown, ((pixels.detach() + 1) * 127.5).round().byte())

@@ -8,7 +8,7 @@ import torch
 from ibkit import cli
 from ibkit.errors import ParameterError
 from ibkit.methods import ddpo
-from ibkit.methods.engine import advantages, rollout, selfcheck
+from ibkit.methods.engine import advantages, selfcheck
 from ibkit.methods.engine.selfcheck import run_checks
 from ibkit.model import ddim
 from tests.tiny import tiny_model
@@ -40,7 +40,7 @@ def test_a_log_prob_that_is_a_sum(tokenizer, monkeypatch):
 
 def test_latents_in_half_precision(tokenizer, monkeypatch):
     """Pitfall 2: rounding x_{t-1} shifts the log-probability by more than the clip range."""
-    monkeypatch.setattr(rollout, "log_prob", half)
+    monkeypatch.setattr("ibkit.model.sample.log_prob", half)
     names = failed(tokenizer)
     assert {"|ratio - 1| before the first update", "stored log-prob, scored again in the same batch shape"} <= names
 

@@ -81,7 +81,7 @@ def overlap(
         columns = {word: token_positions(model, prompt, word) for word in words} | {START_MARK: [0]}
         roles = words | {START_MARK: START_MARK}
         with record_attention(model, prompt, columns) as record:
-            model.predict_noise(add_noise(z0, noise, alpha_bar[t]), t, model.encode_text([prompt] * len(t)))
+            model.predict_noise(add_noise(z0, noise, alpha_bar[t]), t, [prompt] * len(t))
         mask = mask_at(subject_mask(scene), record.statistics_resolution)
         for step in timesteps:
             maps = record.statistics(step)[0]

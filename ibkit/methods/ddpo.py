@@ -315,7 +315,7 @@ def collect(
     trajectories = Trajectories(
         torch.cat(latents, 1).to(model.device),
         torch.cat(log_probs, 1).to(model.device),
-        model.encode_text([p.text for p in prompts]),
+        [p.text for p in prompts],
     )
     return trajectories, [image for part in images for image in part], torch.cat(scores, 1)
 
@@ -348,7 +348,7 @@ def update(
         pairs = torch.stack([members.repeat_interleave(n_drawn), steps.flatten()], 1)
         with _own_share(processes, config):
             for micro in processes.deal(pairs.split(processes.chunk(len(pairs), config.micro_batch))):
-                image, step = micro[:, 0].to(model.device), micro[:, 1].to(model.device)
+                image, step = micro.to(model.device).unbind(1)
                 advantage = advantages[image, step]
                 loss, ratio, kl = pair_loss(model, trajectories, image, step, advantage, schedule, config)
                 if not bool(torch.isfinite(loss).all()):
@@ -425,8 +425,10 @@ def pair_loss(
     x_t, x_prev = trajectories.latents[step, image], trajectories.latents[step + 1, image]
     std = schedule.std[step]
 
+    prompts = [trajectories.prompts[i] for i in image.tolist()]
+
     def policy_mean() -> torch.Tensor:
-        eps_hat = model.guided_noise(x_t, schedule.timesteps[step], trajectories.text[image], config.sampler.guidance)
+        eps_hat = model.guided_noise(x_t, schedule.timesteps[step], prompts, config.sampler.guidance)
         return step_mean(x_t, eps_hat, schedule.alpha_bar[step], schedule.alpha_bar_prev[step], std)
 
     mean = policy_mean()

@@ -113,7 +113,7 @@ def train(
     alphas = model.alphas_cumprod.float().to(model.device)
     latents = model.encode_images(photos)
     prior_latents = model.encode_images(class_pictures) if with_prior else None
-    text = model.encode_text([prompt, class_prompt] if with_prior else [prompt]).repeat_interleave(config.batch, 0)
+    prompts = [prompt] * config.batch + [class_prompt] * config.batch * with_prior
     model.unet.requires_grad_(True)
     parameters = list(model.unet.parameters())
     optimizer = torch.optim.AdamW(
@@ -143,7 +143,7 @@ def train(
         t = torch.randint(len(alphas), (len(z0),), generator=stream).to(model.device)
         noise = torch.randn(z0.shape, generator=stream).to(model.device)
         with memory_advice(f"lower batch_size (now {config.batch}) or use smaller pictures"):
-            eps_hat = model.predict_noise(add_noise(z0, noise, alphas[t]), t, text)
+            eps_hat = model.predict_noise(add_noise(z0, noise, alphas[t]), t, prompts)
             loss, instance, prior = prior_preservation_loss(eps_hat, noise, config.prior_weight)
             loss.backward()
         terms = torch.stack([loss, instance, prior]).tolist()  # waits for the GPU once

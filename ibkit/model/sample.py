@@ -8,14 +8,14 @@ with η = 1, the policy that RL trains. Diffusers' `train_dreambooth.py` draws c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from PIL import Image
 
 from ibkit.device import generator
-from ibkit.model.ddim import Schedule, make_schedule, step_mean
+from ibkit.model.ddim import Schedule, log_prob, make_schedule, step_mean
 from ibkit.model.text_to_image import TextToImage, default_batch
 
 
@@ -46,6 +46,56 @@ class Sampler:
         return f"DDIM, {self.n_steps} steps, guidance {self.guidance:g}, eta {self.eta:g}"
 
 
+@dataclass(frozen=True)
+class Step:
+    """One denoising step of B pictures, from x_t to x_prev; the last x_prev are the pictures' latents.
+
+    Attributes:
+        t: (B,); x_t, eps_hat, mean, x_prev: (B, C, H, W) fp32.
+        std: s, a scalar; log_prob: (B,), NaN for a step without noise, which has no density.
+    """
+
+    t: torch.Tensor
+    x_t: torch.Tensor
+    eps_hat: torch.Tensor
+    mean: torch.Tensor
+    std: torch.Tensor
+    x_prev: torch.Tensor
+
+    @property
+    def log_prob(self) -> torch.Tensor:
+        if self.std > 0:
+            return log_prob(self.x_prev, self.mean, self.std)
+        return torch.full((len(self.x_prev),), torch.nan, device=self.x_prev.device)
+
+
+def denoise(
+    model: TextToImage,
+    prompts: Sequence[str],
+    schedule: Schedule,
+    guidance: float,
+    generators: Sequence[torch.Generator],
+) -> Iterator[Step]:
+    """Walk from noise to latents, step by step; the one walk that sampling, RL, its self-check and notebooks use.
+
+    Args:
+        generators: one a picture, on the CPU; it draws the initial noise and each step's, so a picture depends on its
+            own stream alone, whatever batch it is in.
+    """
+
+    def noise() -> torch.Tensor:
+        return torch.stack([torch.randn(model.latent_shape, generator=g) for g in generators]).to(model.device)
+
+    x = noise()
+    for i in range(len(schedule)):
+        t, std = schedule.timesteps[i].expand(len(x)), schedule.std[i]
+        eps_hat = model.guided_noise(x, t, prompts, guidance)
+        mean = step_mean(x, eps_hat, schedule.alpha_bar[i], schedule.alpha_bar_prev[i], std)
+        x_prev = mean + std * noise() if std > 0 else mean
+        yield Step(t, x, eps_hat, mean, std, x_prev)
+        x = x_prev
+
+
 @torch.no_grad()
 def sample_latents(
     model: TextToImage,
@@ -63,23 +113,13 @@ def sample_latents(
         on_batch: called with the number of pictures done, for progress.
     """
     schedule = sampler.schedule(model)
-    text = model.encode_text(list(prompts))
     batch_size = batch_size or default_batch(model.image_px)
     parts = []
     for first in range(0, len(prompts), batch_size):
         generators = [generator(seed, "sample") for seed in seeds[first : first + batch_size]]
-
-        def noise(generators=generators) -> torch.Tensor:
-            return torch.stack([torch.randn(model.latent_shape, generator=g) for g in generators]).to(model.device)
-
-        x = noise()
-        for i in range(len(schedule)):
-            t = schedule.timesteps[i].expand(len(x))
-            eps_hat = model.guided_noise(x, t, text[first : first + batch_size], sampler.guidance)
-            x = step_mean(x, eps_hat, schedule.alpha_bar[i], schedule.alpha_bar_prev[i], schedule.std[i])
-            if schedule.std[i] > 0:
-                x = x + schedule.std[i] * noise()
-        parts.append(x)
+        for step in denoise(model, prompts[first : first + batch_size], schedule, sampler.guidance, generators):
+            x_prev = step.x_prev
+        parts.append(x_prev)
         if on_batch:
             on_batch(min(first + batch_size, len(prompts)))
     return torch.cat(parts)

@@ -81,32 +81,39 @@ class TextToImage:
             )
         return prompt
 
-    @torch.no_grad()
     def encode_text(self, prompts: Sequence[str]) -> torch.Tensor:
-        """Text encoder's hidden states (B, L, D), fp32; each distinct prompt is encoded once."""
-        for prompt in dict.fromkeys(p for p in prompts if p not in self._embeddings):
+        """Text encoder's hidden states (B, L, D), fp32; each distinct prompt is encoded once.
+
+        A frozen encoder's are kept and have no gradient; one that is being trained encodes anew, with gradient.
+        """
+        trained = any(parameter.requires_grad for parameter in self.text_encoder.parameters())
+        known = {} if trained else self._embeddings
+        for prompt in dict.fromkeys(p for p in prompts if p not in known):
             if prompt:
                 self.check_prompt(prompt)
             ids = self.tokenizer(
                 prompt, padding="max_length", max_length=self.tokenizer.model_max_length, return_tensors="pt"
             )["input_ids"]
-            self._embeddings[prompt] = self.text_encoder(ids.to(self.device)).last_hidden_state[0].float()
-        return torch.stack([self._embeddings[p] for p in prompts])
+            with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+                known[prompt] = self.text_encoder(ids.to(self.device)).last_hidden_state[0].float()
+        return torch.stack([known[p] for p in prompts])
 
-    def predict_noise(self, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-        """ε̂ (B, C, H, W) fp32 from noisy latents (B, C, H, W), timesteps (B,) and hidden states (B, L, D)."""
+    def predict_noise(self, x_t: torch.Tensor, t: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
+        """ε̂ (B, C, H, W) fp32 from noisy latents (B, C, H, W), timesteps (B,) and a prompt for each row.
+
+        Prompts come this far as words, so that a method may train what reads them.
+        """
+        text = self.encode_text(prompts)
         with torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext():
             eps_hat = self.unet(x_t, t, encoder_hidden_states=text).sample
         return eps_hat.float()
 
-    def guided_noise(self, x_t: torch.Tensor, t: torch.Tensor, text: torch.Tensor, guidance: float) -> torch.Tensor:
+    def guided_noise(self, x_t: torch.Tensor, t: torch.Tensor, prompts: Sequence[str], guidance: float) -> torch.Tensor:
         """Classifier-free guidance, both halves in one forward pass (Ho & Salimans 2022, eq. 6)."""
         if guidance == 1.0:
-            return self.predict_noise(x_t, t, text)
-        empty = self.encode_text([""]).expand(len(x_t), -1, -1)
-        without, with_text = self.predict_noise(
-            torch.cat([x_t, x_t]), torch.cat([t, t]), torch.cat([empty, text])
-        ).chunk(2)
+            return self.predict_noise(x_t, t, prompts)
+        both = [""] * len(prompts) + list(prompts)
+        without, with_text = self.predict_noise(torch.cat([x_t, x_t]), torch.cat([t, t]), both).chunk(2)
         return without + guidance * (with_text - without)
 
     @torch.no_grad()
@@ -124,13 +131,16 @@ class TextToImage:
             z = z + std * torch.randn(z.shape, generator=generator).to(z)
         return z * self.vae.config.scaling_factor
 
+    def decode_pixels(self, latents: torch.Tensor) -> torch.Tensor:
+        """Pixels (B, 3, height, width) in [-1, 1], fp32, of scaled latents (B, C, H, W), with their gradient."""
+        return self.vae.decode(latents.to(self.device) / self.vae.config.scaling_factor).sample.float().clamp(-1, 1)
+
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         """Pictures of scaled latents (B, C, H, W); as many at a time as `default_batch` says."""
         images = []
         for part in self._batches(latents):
-            pixels = self.vae.decode(part.to(self.device) / self.vae.config.scaling_factor).sample
-            pixels = ((pixels.float().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+            pixels = ((self.decode_pixels(part) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
             images += [Image.fromarray(p) for p in pixels]
         return images
 

@@ -94,7 +94,7 @@ def stored_log_probs_at_the_same_batch_shape(subject: Subject) -> float:
     with torch.no_grad():
         for i in range(len(schedule)):
             x_t, t = trajectories.latents[i], schedule.timesteps[i].expand(N_IMAGES)
-            eps_hat = subject.model.guided_noise(x_t, t, trajectories.text, subject.config.sampler.guidance)
+            eps_hat = subject.model.guided_noise(x_t, t, trajectories.prompts, subject.config.sampler.guidance)
             mean = step_mean(x_t, eps_hat, schedule.alpha_bar[i], schedule.alpha_bar_prev[i], schedule.std[i])
             again = log_prob(trajectories.latents[i + 1], mean, schedule.std[i])
             differences.append(again - trajectories.log_probs[i])
