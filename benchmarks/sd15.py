@@ -46,7 +46,8 @@ def random_model(device: torch.device, tiny: bool, variant: str) -> tuple[TextTo
         texts = {text: torch.randn(SD15_TEXT) for text in ("", PROMPT)}
     schedule = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
     autocast = torch.bfloat16 if device.type == "cuda" else None
-    model = TextToImage("random", unet, None, None, None, schedule, device, autocast, texts)
+    nothing = torch.nn.Identity()  # the text is given, and no picture is encoded or decoded
+    model = TextToImage("random", unet, nothing, nothing, None, schedule, device, autocast, _embeddings=texts)
     trainable = model.add_lora(SD15.ddpo.lora_rank, generator(0, "lora"))
     if variant == "checkpointing":
         unet.enable_gradient_checkpointing()
