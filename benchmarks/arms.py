@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import shutil
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -74,7 +73,7 @@ def personalized(who: PersonalizedSubject, folder: Path) -> Path:
     """The subject's DreamBooth model, trained on the first call."""
     path = folder / f"{who.name}-dreambooth"
     if not path.exists():
-        model, config = load_model("pocket"), POCKET.dreambooth
+        model, config = load_model("pocket"), POCKET.settings("dreambooth")
         cache = folder / "class-images"
         pictures = class_images(model, who.class_prompt, config.n_class_images, POCKET.class_sampler, cache, seed=0)
         work, photos = folder / f".{path.name}", world_photos(who.world)
@@ -98,7 +97,7 @@ def run_arm(noun: str, arm: str, seed: int, folder: Path, n_pictures: int, n_epo
         table.to_csv(before, index=False)
     model, photos = load_model(str(start)), world_photos(world)
     clip_text, scorer, clip_subject, settings = ARMS[arm]
-    config = replace(POCKET.ddpo, n_epochs=n_epochs or POCKET.ddpo.n_epochs, **settings)
+    config = POCKET.settings("ddpo", settings | ({"n_epochs": n_epochs} if n_epochs else {}))
     text = RewardSpec("image_reward", clip_text).load("pocket", "cpu", photos)
     subject = RewardSpec(scorer, clip_subject).load("pocket", "cpu", photos) if scorer else None
     watch = SubjectMonitor(who, photos, make_scorer(POCKET.monitor, "pocket"), judge, make_scorer("clip_t", "pocket"))

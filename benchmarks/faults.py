@@ -34,6 +34,7 @@ def train(folder: str) -> None:
     from safetensors.torch import save_file
     from transformers import CLIPTokenizer
 
+    from ibkit.adapt import state
     from ibkit.data.prompts import training_prompts
     from ibkit.methods import ddpo
     from ibkit.model.sample import Sampler
@@ -48,7 +49,7 @@ def train(folder: str) -> None:
     )  # fmt: skip
     prompts = training_prompts(["playing soccer", "dancing"], "cat", "sks")
     ddpo.train(model, prompts, brightness, config, Path(folder))
-    save_file(model.lora_state(), Path(folder) / f".{RESULT}")
+    save_file(state(model, "ddpo"), Path(folder) / f".{RESULT}")
     (Path(folder) / f".{RESULT}").rename(Path(folder) / RESULT)
 
 

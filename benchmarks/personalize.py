@@ -54,7 +54,7 @@ def train_and_look(noun: str, setting: str, seed: int, folder: Path, weights: st
     if table.exists():
         return
     world, judge, started, rows = demo_subject(noun), Judge.load(), time.monotonic(), []
-    config = replace(POCKET.dreambooth, checkpoint_every=BETWEEN_CHECKPOINTS, **SETTINGS[setting])
+    config = replace(POCKET.settings("dreambooth"), checkpoint_every=BETWEEN_CHECKPOINTS, **SETTINGS[setting])
     cache, work, photos = folder / "class-images", folder / f".{table.stem}", world_photos(world)
     phrases = ["", *activities_of(noun)[:N_PHRASES]]
     asked = [phrase for phrase in phrases for _ in range(N_PICTURES)]

@@ -27,6 +27,7 @@ from pathlib import Path
 
 import torch
 
+from ibkit.adapt import attach
 from ibkit.data.prompts import training_prompts
 from ibkit.device import describe_device, generator, keep_memory, pick_device
 from ibkit.methods import ddpo
@@ -37,8 +38,10 @@ from ibkit.model.ddim import log_prob, step_mean
 from ibkit.model.text_to_image import TextToImage, load_model
 from ibkit.presets import POCKET
 from ibkit.scorers import make_scorer
+from ibkit.train.kept import Average
 from ibkit.train.processes import Processes
 
+SETTINGS = POCKET.settings("ddpo")
 MICRO_BATCHES = (2, 8)  # of the plain loop: a memory-bound user's, and the paper's batch
 FLOOR_BATCHES = (32, 64, 96)  # rows of a U-Net pass
 FLOOR_PASSES = 4
@@ -49,8 +52,10 @@ class Epoch:
 
     def __init__(self, n_images: int, device: torch.device, model: TextToImage, reward, micro_batch: int, share: float):
         self.model, self.reward, self.device = model.copy(), reward, device
-        self.config = replace(POCKET.ddpo, images_per_epoch=n_images, batch=n_images // 2, subsample=share)
-        self.trainable = self.model.add_lora(self.config.lora_rank, generator(0, "lora"))
+        self.config = replace(SETTINGS, images_per_epoch=n_images, batch=n_images // 2, subsample=share)
+        self.trainable = list(
+            attach(self.model, "lora", "ddpo", {"rank": self.config.lora_rank}, generator(0, "lora")).values()
+        )
         with torch.no_grad():  # an adapter that does something, or its first gradients are exactly zero
             for i, p in enumerate(self.trainable):
                 p.add_(0.01 * torch.randn(p.shape, generator=generator(0, "adapter", i)).to(device))
@@ -99,14 +104,13 @@ def ours(epoch: Epoch) -> dict[str, float]:
         ),
     )
     rewards = timed(seconds, "reward", lambda: epoch.reward(model.decode(trajectories.latents[-1]), epoch.prompts))
-    average = [p.detach().clone() for p in epoch.trainable]
+    average = Average({}, 0.0)
     timed(
         seconds,
         "train",
         lambda: ddpo.update(
             model,
             epoch.optimizer,
-            epoch.trainable,
             average,
             trajectories,
             epoch.advantages(rewards)[:, None].expand(-1, len(epoch.schedule)),
@@ -192,7 +196,7 @@ def floor(model: TextToImage, config: ddpo.DDPOConfig) -> dict[str, float]:
     for name, grad in (("rollout", False), ("train", True)):
         bare = model.copy()
         if grad:
-            bare.add_lora(config.lora_rank, generator(0, "lora"))
+            attach(bare, "lora", "ddpo", {"rank": config.lora_rank}, generator(0, "lora"))
         of_rows = []
         for rows in FLOOR_BATCHES:
             x = torch.randn((rows, *model.latent_shape), generator=generator(0, "floor")).to(model.device)
@@ -222,8 +226,8 @@ def one_epoch(kind: str, n_images: int, device: torch.device, model: TextToImage
     "plain2" (the plain loop at micro-batch 2).
     """
     is_plain = kind.startswith("plain")
-    micro_batch = int(kind.removeprefix("plain")) if is_plain else POCKET.ddpo.micro_batch
-    epoch = Epoch(n_images, device, model, reward, micro_batch, POCKET.ddpo.subsample if kind == "fewer" else 1.0)
+    micro_batch = int(kind.removeprefix("plain")) if is_plain else SETTINGS.micro_batch
+    epoch = Epoch(n_images, device, model, reward, micro_batch, SETTINGS.subsample if kind == "fewer" else 1.0)
     seconds = plain(epoch, micro_batch) if is_plain else ours(epoch)
     seconds["epoch"] = sum(seconds.values())
     return seconds, [p.detach().cpu() for p in epoch.trainable]
@@ -262,7 +266,7 @@ def measure(n_images: int, repeats: int, device: torch.device) -> dict:
     runs: dict[str, list[dict]] = {kind: [] for kind in kinds}
     adapters = {}
     one_epoch("ours", 4, device, model, reward)  # warms up
-    config = replace(POCKET.ddpo, images_per_epoch=n_images)
+    config = replace(SETTINGS, images_per_epoch=n_images)
     floors = []
     for _ in range(repeats):
         for kind in kinds:  # alternating, so that a busy moment hits all
@@ -287,7 +291,7 @@ def measure(n_images: int, repeats: int, device: torch.device) -> dict:
 
 
 def show(result: dict) -> None:
-    print(f"{result['device']}, {result['images']} pictures an epoch, all {POCKET.ddpo.trained_share:.0%} of the steps")
+    print(f"{result['device']}, {result['images']} pictures an epoch, all {SETTINGS.trained_share:.0%} of the steps")
     print(f"{'seconds (median)':<18}{'rollout':>10}{'reward':>10}{'train':>10}{'epoch':>10}{'peak MiB':>10}")
     for kind, s in result["seconds"].items():
         numbers = "".join(f"{s[p]:>10.2f}" for p in ("rollout", "reward", "train", "epoch"))
@@ -302,7 +306,7 @@ def show(result: dict) -> None:
         )
     print(f"ours over the floor: {result['floor_ratio']:.2f}; {result['images_per_second']:.1f} pictures a second")
     print(
-        f"apart from equal results: on the preset's {POCKET.ddpo.subsample:.0%} of the steps, drawn anew each time, an "
+        f"apart from equal results: on the preset's {SETTINGS.subsample:.0%} of the steps, drawn anew each time, an "
         f"epoch is {result['subsample_epoch_ratio']:.2f}x as fast (same expected gradient, tests/test_ddpo.py)"
     )
 

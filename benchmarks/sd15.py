@@ -20,6 +20,7 @@ from dataclasses import replace
 
 import torch
 
+from ibkit.adapt import attach
 from ibkit.device import describe_device, generator, pick_device
 from ibkit.job.costs import SD15_TEXT, SD15_UNET
 from ibkit.methods import ddpo
@@ -27,9 +28,11 @@ from ibkit.methods.engine.rollout import Trajectories, rollout
 from ibkit.model.sample import Sampler
 from ibkit.model.text_to_image import TextToImage
 from ibkit.presets import SD15
+from ibkit.train.kept import Average
 from ibkit.train.processes import Processes
 
 TINY_UNET = SD15_UNET | {"sample_size": 8, "block_out_channels": (32, 32, 64, 64)}
+SETTINGS = SD15.settings("ddpo")
 TIMED_STEPS = 4  # denoising steps of a timed rollout
 REPEATS = 3
 VARIANTS = ("plain", "checkpointing", "compiled")
@@ -48,7 +51,7 @@ def random_model(device: torch.device, tiny: bool, variant: str) -> tuple[TextTo
     autocast = torch.bfloat16 if device.type == "cuda" else None
     nothing = torch.nn.Identity()  # the text is given, and no picture is encoded or decoded
     model = TextToImage("random", unet, nothing, nothing, None, schedule, device, autocast, _embeddings=texts)
-    trainable = model.add_lora(SD15.ddpo.lora_rank, generator(0, "lora"))
+    trainable = list(attach(model, "lora", "ddpo", {"rank": SETTINGS.lora_rank}, generator(0, "lora")).values())
     if variant == "checkpointing":
         unet.enable_gradient_checkpointing()
     if variant == "compiled":
@@ -58,8 +61,8 @@ def random_model(device: torch.device, tiny: bool, variant: str) -> tuple[TextTo
 
 def config_of(batch: int) -> ddpo.DDPOConfig:
     """The preset with `batch` pictures, one gradient step an epoch, and so few denoising steps as are timed."""
-    sampler = Sampler(TIMED_STEPS, SD15.ddpo.sampler.guidance, 1.0)
-    return replace(SD15.ddpo, images_per_epoch=batch, batch=batch, micro_batch=batch, sampler=sampler)
+    sampler = Sampler(TIMED_STEPS, SETTINGS.sampler.guidance, 1.0)
+    return replace(SETTINGS, images_per_epoch=batch, batch=batch, micro_batch=batch, sampler=sampler)
 
 
 def roll(model: TextToImage, config: ddpo.DDPOConfig) -> Trajectories:
@@ -70,10 +73,10 @@ def roll(model: TextToImage, config: ddpo.DDPOConfig) -> Trajectories:
 
 def learn(model: TextToImage, trainable: list, config: ddpo.DDPOConfig, trajectories: Trajectories) -> None:
     optimizer = torch.optim.AdamW(trainable, lr=0.0)  # timed again and again: each time before the first update
-    average = [p.detach().clone() for p in trainable]
+    average = Average({}, 0.0)
     schedule, stream = config.sampler.schedule(model), generator(0, "update")
     advantages = torch.linspace(-1, 1, config.images_per_epoch + 1)[1:, None].expand(-1, len(schedule))
-    ddpo.update(model, optimizer, trainable, average, trajectories, advantages, schedule, config, stream, Processes())
+    ddpo.update(model, optimizer, average, trajectories, advantages, schedule, config, stream, Processes())
 
 
 def seconds_and_gib(work: Callable[[], object], device: torch.device) -> tuple[float, float | None]:
@@ -143,7 +146,7 @@ def rates(phase: str, batch: int, seconds: float, ideal_row_seconds: float) -> d
     """Pictures a second at 50 steps, and the share of the ceiling; guidance makes two rows of a picture's step."""
     per_step = seconds / (batch * TIMED_STEPS)
     return {
-        f"{phase}_images_per_second": 1 / (per_step * SD15.ddpo.sampler.n_steps),
+        f"{phase}_images_per_second": 1 / (per_step * SETTINGS.sampler.n_steps),
         f"{phase}_share": 2 * ideal_row_seconds / per_step,
     }
 

@@ -16,7 +16,10 @@ from ibkit.errors import IbkitError
 
 COMMANDS = {  # name: (module, what it does)
     "run": ("ibkit.job.run", "personalize, fine-tune by RL, evaluate, and write the report"),
+    "stage": ("ibkit.job.stage", "execute one notebook into one folder, or go on with it"),
     "plan": ("ibkit.job.plan", "predict the time and memory that `ibkit run` will take on this machine"),
+    "methods": ("ibkit.job.methods", "the methods there are, and the settings of one with their sources"),
+    "export": ("ibkit.job.export", "write what a run made as a folder that diffusers loads"),
     "claims": ("ibkit.evaluate.claims", "read the papers' claims against a finished run"),
     "tables": ("ibkit.evaluate.tables", "the results of one or more runs as tables, in CSV, Markdown and LaTeX"),
     "data": ("ibkit.data.dreambench", "how to get a published set of subjects and prompts, and whether it is whole"),

@@ -1,52 +1,35 @@
 """Typed notebook parameters: what each notebook takes, what is allowed, and a refusal of everything else.
 
-A notebook's parameters cell holds flat literals, which papermill replaces. papermill only warns about a name that it
-does not know, and reads `1e-4` as text, so the cell after it calls `collect`. Types are plain (`int`, `float`, `str`,
-`bool`, `list` of texts or of whole numbers), because that is what papermill's reader of the cell understands. The
-values 0, 0.0, "" and [] stand for "the preset's own value" where the help says so, and -1 where 0 is a value of its
-own; the presets are looked up later, by the notebook.
+A notebook's parameters cell holds literals, which papermill replaces. papermill only warns about a name that it does
+not know, and reads `1e-4` as text, so the cell after it calls `collect`. Types are plain (`int`, `float`, `str`,
+`bool`, `list` of texts or of whole numbers, `dict`), because that is what papermill's reader of the cell understands.
+The settings of a method are one table, so that every method has the same parameters; the method's record checks them.
 """
 
 import ast
-import dataclasses
-import difflib
-import math
+import contextlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 from ibkit.errors import ParameterError
+from ibkit.fields import Field, checked, field, fields_of, fill, nearest
 
 LITERALS = (int, float, str, bool, list, dict, type(None))
 IPYTHON_NAMES = {"In", "Out", "exit", "quit"}
-
-
-def param(default: Any, help: str, *, low: float | None = None, high: float | None = None, choices: tuple = ()) -> Any:
-    """Declare one parameter of a notebook as a dataclass field.
-
-    Args:
-        default: its value in the notebook as shipped; its type is the parameter's type.
-        help: one line for people.
-        low: smallest number allowed, inclusive; a default below it, -1 for the preset's own, is allowed too.
-        high: largest number allowed, inclusive.
-        choices: the texts allowed; empty when any is.
-    """
-    metadata = {"help": help, "low": low, "high": high, "choices": choices}
-    if isinstance(default, list):
-        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
-    return dataclasses.field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Common:
     """What every notebook takes."""
 
-    model: str = param("pocket", "preset (pocket, sd15), or a local folder in diffusers format")
-    revision: str = param("", "revision of a model on the hub; empty = the preset's")
-    device: str = param("auto", "auto, cpu, cuda, cuda:1, mps")
-    seed: int = param(0, "every random stream of the notebook is derived from it", low=0, high=2**31 - 1)
-    run_out: str = param("", "folder of this notebook's run; empty = outputs/notebook-<its name>")
-    resume: bool = param(False, "go on with an interrupted run in that folder")
+    model: str = field("pocket", "preset (pocket, sd15), or a local folder in diffusers format")
+    revision: str = field("", "revision of a model on the hub; empty = the preset's")
+    device: str = field("auto", "auto, cpu, cuda, cuda:1, mps")
+    seed: int = field(0, "every random stream of the notebook is derived from it", low=0, high=2**31 - 1)
+    run_out: str = field("", "folder of this notebook's run; empty = outputs/notebook-<its name>")
+    resume: bool = field(False, "go on with an interrupted run in that folder")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,78 +41,61 @@ class StartHere(Common):
 class Measured(Common):
     """What every notebook takes that scores pictures."""
 
-    scorer_weights: str = param("", "weights of the scorers: pocket, official, or a local folder; empty = the preset's")
+    scorer_weights: str = field("", "weights of the scorers: pocket, official, or a local folder; empty = the preset's")
+
+
+def _check_settings(parameters: Any, method: str) -> None:
+    """Refuse a setting that a method does not have."""
+    from ibkit.presets import preset_of  # torch: who asks for no training need not wait for it
+
+    preset_of(parameters.model).settings(method, parameters.settings)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Personalize(Measured):
-    """01_personalize: DreamBooth on a few photos."""
+    """01_personalize: one subject from a few photos."""
 
-    subject: str = param("", "folder of photos; empty = the pocket world's demonstration subject")
-    class_noun: str = param("cat", "what the subject is, in a word or two")
-    identifier: str = param("sks", "the rare word that will name the subject")
-    description: str = param("", "detailed description of the subject, put before the class noun; empty = none")
-    n_steps: int = param(0, "training steps; 0 = the preset's", low=0, high=100_000)
-    learning_rate: float = param(0.0, "0 = the preset's", low=0.0, high=1.0)
-    batch_size: int = param(0, "subject images in a step; 0 = the preset's", low=0, high=1024)
-    prior_weight: float = param(
-        -1.0, "weight of the prior-preservation loss; 0 = without it, -1 = the preset's", low=0.0, high=100.0
-    )
-    n_class_images: int = param(0, "class images for prior preservation; 0 = the preset's", low=0, high=100_000)
+    subject: str = field("", "folder of photos; empty = the pocket world's demonstration subject")
+    class_noun: str = field("cat", "what the subject is, in a word or two")
+    identifier: str = field("sks", "the rare word that will name the subject")
+    description: str = field("", "detailed description of the subject, put before the class noun; empty = none")
+    method: str = field("dreambooth", "how to personalize; `ibkit methods` lists what there is")
+    settings: dict = field({}, "of the method, such as {'n_steps': 400}; the rest is the preset's")
+
+    def __post_init__(self):
+        from ibkit.methods.records import find_method
+
+        _check_settings(self, find_method(self.method, "personalize").name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RLFinetune(Measured):
-    """02_rl_finetune: DDPO on the personalized model."""
+    """02_rl_finetune: a personalized model learns from a reward."""
 
-    run_in: str = param("", "folder of a finished 01 run; empty = outputs/notebook-01_personalize")
-    prompts: list[str] = param([], 'activities such as "playing soccer"; empty = the preset\'s')
-    n_epochs: int = param(0, "0 = the preset's", low=0, high=100_000)
-    images_per_epoch: int = param(0, "0 = the preset's", low=0, high=100_000)
-    n_inference_steps: int = param(0, "denoising steps of an image; 0 = the preset's", low=0, high=1000)
-    guidance: float = param(0.0, "classifier-free guidance scale; 0 = the preset's", low=0.0, high=50.0)
-    clip_range: float = param(0.0, "PPO clip range of the probability ratio; 0 = the preset's", low=0.0, high=1.0)
-    learning_rate: float = param(0.0, "0 = the preset's", low=0.0, high=1.0)
-    lora_rank: int = param(0, "0 = the preset's", low=0, high=1024)
-    kl_weight: float = param(
-        -1.0,
-        "weight of the KL divergence from the personalized policy; 0 = without it, -1 = the preset's",
-        low=0.0,
-        high=1e6,
+    run_in: str = field("", "folder of a finished 01 run; empty = outputs/notebook-01_personalize")
+    prompts: list[str] = field([], 'activities such as "playing soccer"; empty = the preset\'s')
+    method: str = field("ddpo", "how to fine-tune; `ibkit methods` lists what there is")
+    settings: dict = field(
+        {}, "of the method, such as {'n_epochs': 20, 'sampler.n_steps': 10}; the rest is the preset's"
     )
-    ema_decay: float = param(
-        -1.0, "moving average of the adapter; 0 = the last policy, -1 = the preset's", low=0.0, high=0.9999
-    )
-    patience: int = param(
-        -1,
-        "epochs without a better text/subject frontier before RL stops; 0 = never, -1 = the preset's",
-        low=0,
-        high=100_000,
-    )
-    use_class_prompts: bool = param(True, "train on prompts without the identifier too")
-    reward: str = param("image_reward", "name of the scorer that is the reward")
-    clip_at_level: bool = param(False, "count scores above those of true pictures, the reward's level, as the level")
-    subject_reward: str = param("", "name of a scorer that is a second objective, such as dino; empty = the text alone")
-    clip_subject_at_level: bool = param(False, "the same for it; its level is how alike the photos are")
-    combine: str = param(
-        "synergy",
-        "text and subject into one advantage: synergy, or of one reward, sum or harmonic",
-        choices=("synergy", "sum", "harmonic"),
-    )
-    synergy: float = param(0.4, "weight of the synergy term; 0 = without it", low=0.0, high=100.0)
-    time_aware: bool = param(True, "weigh the text by the denoising step; False = by text_weight")
-    text_weight: float = param(0.5, "of the text, in the sum and the harmonic mean too", low=0.0, high=1.0)
-    sample_every: int = param(0, "epochs between sample grids; 0 = the preset's", low=0, high=100_000)
-    micro_batch: int = param(
-        0, "pictures in a forward pass, for memory and speed only; 0 = the preset's", low=0, high=100_000
-    )
-    processes: int = param(
+    guard: dict = field({}, "what to change of the guard, such as {'patience': 10}; the rest is the preset's")
+    use_class_prompts: bool = field(True, "train on prompts without the identifier too")
+    reward: str = field("image_reward", "name of the scorer that is the reward")
+    clip_at_level: bool = field(False, "count scores above those of true pictures, the reward's level, as the level")
+    subject_reward: str = field("", "name of a scorer that is a second objective, such as subject; empty = text alone")
+    clip_subject_at_level: bool = field(False, "the same for it; its level is how alike the photos are")
+    sample_every: int = field(0, "epochs between sample grids; 0 = the preset's", low=0, high=100_000)
+    processes: int = field(
         1, "that train together, each on a GPU of its own; on a CPU they share its cores", low=1, high=64
     )
 
     def __post_init__(self):
-        from ibkit.methods.engine.objectives import RewardSpec  # torch: who asks for no RL need not wait for it
+        from ibkit.methods.engine.objectives import RewardSpec
+        from ibkit.methods.records import find_method
+        from ibkit.presets import preset_of
 
+        _check_settings(self, find_method(self.method, "tune").name)
+        fill(preset_of(self.model).guard, self.guard, "The guard")
         for name in filter(None, (self.reward, self.subject_reward)):
             RewardSpec(name)
 
@@ -138,12 +104,12 @@ class RLFinetune(Measured):
 class Evaluate(Measured):
     """03_evaluate: base model, DreamBooth and InstructBooth on the same prompts and seeds."""
 
-    run_dreambooth: str = param("", "folder of a finished 01 run; empty = outputs/notebook-01_personalize")
-    run_rl: list[str] = param([], "folders of finished 02 runs, one a seed; empty = outputs/notebook-02_rl_finetune")
-    prompts: list[str] = param([], "activities to evaluate on; empty = those that RL trained on")
-    n_images: int = param(0, "images for each prompt and method; 0 = the preset's", low=0, high=100_000)
-    batch_size: int = param(0, "images made at a time; 0 = what suits the model's picture size", low=0, high=1024)
-    scorers: list[str] = param(
+    run_dreambooth: str = field("", "folder of a finished 01 run; empty = outputs/notebook-01_personalize")
+    run_rl: list[str] = field([], "folders of finished 02 runs, one a seed; empty = outputs/notebook-02_rl_finetune")
+    prompts: list[str] = field([], "activities to evaluate on; empty = those that RL trained on")
+    n_images: int = field(0, "images for each prompt and method; 0 = the preset's", low=0, high=100_000)
+    batch_size: int = field(0, "images made at a time; 0 = what suits the model's picture size", low=0, high=1024)
+    scorers: list[str] = field(
         [], "metrics such as clip_t, image_reward, clip_i, dino, subject, pick_score; empty = the first five"
     )
 
@@ -152,25 +118,27 @@ class Evaluate(Measured):
 class AttentionMaps(Measured):
     """04_attention_maps: what the words attend to, and what a detailed description does for a rare subject."""
 
-    subject: str = param("", "folder of photos; empty = the pocket world's rare subject")
-    class_noun: str = param("monster toy", "what the subject is, in a word or two")
-    identifier: str = param("sks", "the rare word that will name the subject")
-    description: str = param("triangular", "detailed description of the subject, left out in one of the two arms")
-    prompts: list[str] = param([], "activities to draw; empty = the preset's")
-    n_steps: int = param(0, "personalization steps of each arm; 0 = the preset's", low=0, high=100_000)
-    n_class_images: int = param(0, "class images for prior preservation; 0 = the preset's", low=0, high=100_000)
-    train_seeds: list[int] = param([0], "each trains both arms once", low=0, high=2**31 - 1)
-    n_images: int = param(0, "images for each prompt, arm and training seed; 0 = the preset's", low=0, high=100_000)
+    subject: str = field("", "folder of photos; empty = the pocket world's rare subject")
+    class_noun: str = field("monster toy", "what the subject is, in a word or two")
+    identifier: str = field("sks", "the rare word that will name the subject")
+    description: str = field("triangular", "detailed description of the subject, left out in one of the two arms")
+    prompts: list[str] = field([], "activities to draw; empty = the preset's")
+    settings: dict = field({}, "of DreamBooth in each arm, such as {'n_steps': 400}; the rest is the preset's")
+    train_seeds: list[int] = field([0], "each trains both arms once", low=0, high=2**31 - 1)
+    n_images: int = field(0, "images for each prompt, arm and training seed; 0 = the preset's", low=0, high=100_000)
+
+    def __post_init__(self):
+        _check_settings(self, "dreambooth")
 
 
 @dataclass(frozen=True, kw_only=True)
 class DinoMetric(Measured):
     """05_dino_metric: what subject metrics do when only the pose changes, or only the subject."""
 
-    subject: str = param("", "folder of photos; empty = the pocket world's subjects")
-    class_nouns: list[str] = param([], "classes of the pocket world to measure on; empty = all eight")
-    n_pairs: int = param(24, "pairs of pictures for each class and change", low=4, high=100_000)
-    n_individuals: int = param(400, "individuals that the quick heads are trained on", low=8, high=100_000)
+    subject: str = field("", "folder of photos; empty = the pocket world's subjects")
+    class_nouns: list[str] = field([], "classes of the pocket world to measure on; empty = all eight")
+    n_pairs: int = field(24, "pairs of pictures for each class and change", low=4, high=100_000)
+    n_individuals: int = field(400, "individuals that the quick heads are trained on", low=8, high=100_000)
 
     def __post_init__(self):
         if self.model != "pocket":
@@ -184,25 +152,28 @@ class DinoMetric(Measured):
 class PromptAblation(Measured):
     """06_prompt_ablation: RL with identifier prompts only against both kinds of prompts."""
 
-    class_nouns: list[str] = param(["cat"], "classes whose demonstration subjects are trained")
-    prompts: list[str] = param([], "activities to train on; empty = the preset's")
-    dreambooth_steps: list[int] = param([800], "how long each model is personalized first", low=1, high=100_000)
-    train_seeds: list[int] = param([0], "RL seeds of every arm", low=0, high=2**31 - 1)
-    n_epochs: int = param(16, "RL epochs of an arm", low=1, high=100_000)
-    images_per_epoch: int = param(
-        0, "of the arm with both kinds, half of each kind; 0 = the preset's", low=0, high=100_000
+    class_nouns: list[str] = field(["cat"], "classes whose demonstration subjects are trained")
+    prompts: list[str] = field([], "activities to train on; empty = the preset's")
+    dreambooth_steps: list[int] = field([800], "how long each model is personalized first", low=1, high=100_000)
+    train_seeds: list[int] = field([0], "RL seeds of every arm", low=0, high=2**31 - 1)
+    n_epochs: int = field(16, "RL epochs of an arm", low=1, high=100_000)
+    settings: dict = field(
+        {}, "of DDPO, such as {'images_per_epoch': 32}, half of them of each kind; the rest is the preset's"
     )
-    n_images: int = param(16, "pictures on fixed noise that each epoch's policy is measured on", low=1, high=100_000)
+    n_images: int = field(16, "pictures on fixed noise that each epoch's policy is measured on", low=1, high=100_000)
+
+    def __post_init__(self):
+        _check_settings(self, "ddpo")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HumanStudy(Common):
     """07_human_study: people compare the methods' pictures; in the pocket world simulated raters stand in."""
 
-    run_evaluate: list[str] = param([], "folders of finished 03 runs; empty = outputs/notebook-03_evaluate")
-    rater: str = param("", "who rates in this notebook, such as a nickname; empty = nobody does")
-    ratings: list[str] = param([], "files of ratings to merge, one or more a rater; empty = the simulated raters")
-    n_items: int = param(0, "pictures or pairs a question and method; 0 = all", low=0, high=100_000)
+    run_evaluate: list[str] = field([], "folders of finished 03 runs; empty = outputs/notebook-03_evaluate")
+    rater: str = field("", "who rates in this notebook, such as a nickname; empty = nobody does")
+    ratings: list[str] = field([], "files of ratings to merge, one or more a rater; empty = the simulated raters")
+    n_items: int = field(0, "pictures or pairs a question and method; 0 = all", low=0, high=100_000)
 
 
 SCHEMAS: dict[str, type[Common]] = {
@@ -217,67 +188,7 @@ SCHEMAS: dict[str, type[Common]] = {
 }
 
 
-@dataclass(frozen=True)
-class Parameter:
-    """One row of a schema: name, type, default, help for people, and what is allowed."""
-
-    name: str
-    type: type
-    default: Any
-    help: str
-    low: float | None
-    high: float | None
-    choices: tuple[str, ...]
-    items: type | None = None  # of a list
-
-    @property
-    def allowed(self) -> str:
-        """What is allowed, in words: 'a whole number from 0 to 1000'."""
-        if self.choices:
-            return "one of " + ", ".join(map(repr, self.choices))
-        noun = {
-            bool: "True or False",
-            int: "a whole number",
-            float: "a number",
-            str: "a text" if self.default == "" else "a text that is not empty",
-            list: ("a list of one or more " if self.default else "a list of ")
-            + ("whole numbers" if self.items is int else "texts that are not empty"),
-        }[self.type]
-        if self.low is not None and self.high is not None:
-            return f"{noun} from {self.low} to {self.high}" + (f", or {self.default}" if self._below() else "")
-        return noun
-
-    def _below(self) -> bool:
-        """Whether the default lies below what is allowed, and stands for the preset's own."""
-        return self.type in (int, float) and self.low is not None and self.default < self.low
-
-    def check(self, value: Any) -> Any:
-        """Return `value` in the parameter's own type; raise ValueError when it is not allowed."""
-        kind = type(value)
-        if self.type is float and kind in (int, float, str):
-            value = float(value)
-            if not math.isfinite(value):
-                raise ValueError(value)
-        elif kind is not self.type:
-            raise ValueError(value)
-        if self.type is list:
-            if not all(type(item) is self.items and (self.items is not str or item.strip()) for item in value):
-                raise ValueError(value)
-            value = list(value)
-        needed = bool(self.default) and self.type in (str, list)
-        if needed and not (value.strip() if self.type is str else value):
-            raise ValueError(value)
-        if self.choices and value not in self.choices:
-            raise ValueError(value)
-        for number in value if self.type is list else [value]:
-            if self._below() and number == self.default:
-                continue
-            if (self.low is not None and number < self.low) or (self.high is not None and number > self.high):
-                raise ValueError(value)
-        return value
-
-
-def schema(notebook: str) -> list[Parameter]:
+def schema(notebook: str) -> list[Field]:
     """List the parameters of a notebook, in the order of its parameters cell.
 
     Args:
@@ -287,13 +198,8 @@ def schema(notebook: str) -> list[Parameter]:
         ParameterError: no such notebook.
     """
     if notebook not in SCHEMAS:
-        raise ParameterError(f"There is no notebook {notebook!r}{_nearest(notebook, SCHEMAS)}.")
-    rows = []
-    for field in dataclasses.fields(SCHEMAS[notebook]):
-        default = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-        items = next(iter(get_args(field.type)), None)
-        rows.append(Parameter(name=field.name, type=type(default), default=default, items=items, **field.metadata))
-    return rows
+        raise ParameterError(f"There is no notebook {notebook!r}{nearest(notebook, SCHEMAS)}")
+    return fields_of(SCHEMAS[notebook])
 
 
 def make(notebook: str, values: Mapping[str, Any]) -> Any:
@@ -309,21 +215,13 @@ def make(notebook: str, values: Mapping[str, Any]) -> Any:
     Raises:
         ParameterError: an unknown name (the nearest one is named), or a value that is not allowed (what is, is named).
     """
-    rows = {row.name: row for row in schema(notebook)}
-    for name in values:
-        if name not in rows:
-            raise ParameterError(f"Notebook {notebook} has no parameter {name!r}{_nearest(name, rows)}.")
-    checked = {}
-    for name, value in values.items():
-        try:
-            checked[name] = rows[name].check(value)
-        except (ValueError, OverflowError):
-            hint = " (papermill: pass text with -r instead of -p)" if _wanted_text(rows[name], value) else ""
-            raise ParameterError(
-                f"Notebook {notebook}: parameter {name!r} must be {rows[name].allowed}, "
-                f"not {_show(value)} of type {type(value).__name__}{hint}."
-            ) from None
-    return SCHEMAS[notebook](**checked)
+    return SCHEMAS[notebook](**checked(schema(notebook), _read_tables(notebook, values), f"Notebook {notebook}"))
+
+
+def _read_tables(notebook: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The values, where a table that papermill's -p gave as text is read."""
+    tables = {row.name for row in schema(notebook) if row.type is dict}
+    return {name: literal(v) if name in tables and type(v) is str else v for name, v in values.items()}
 
 
 def collect(notebook: str, namespace: Mapping[str, Any]) -> Any:
@@ -361,6 +259,14 @@ def collect(notebook: str, namespace: Mapping[str, Any]) -> Any:
     return parameters
 
 
+def literal(text: str) -> Any:
+    """A value as Python or JSON would read it; text that neither reads stays text, and is refused where it must not."""
+    for read in (ast.literal_eval, json.loads):
+        with contextlib.suppress(ValueError, SyntaxError):
+            return read(text)
+    return text
+
+
 def _is_public(name: str) -> bool:
     return not name.startswith("_") and name not in IPYTHON_NAMES
 
@@ -377,17 +283,3 @@ def _cell_names(namespace: Mapping[str, Any], names: list[str]) -> set[str]:
         if len(assigned & set(names)) > len(names) / 2:
             return assigned
     return set()
-
-
-def _nearest(name: str, known: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"; did you mean {near[0]!r}?" if near else f"; it is one of {', '.join(known)}"
-
-
-def _wanted_text(row: Parameter, value: Any) -> bool:
-    return row.type is str and type(value) in (int, float, bool)
-
-
-def _show(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "..."

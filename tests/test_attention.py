@@ -5,6 +5,7 @@ import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
 from PIL import Image
 
+from ibkit.adapt import attach
 from ibkit.device import generator
 from ibkit.errors import ModelError, ParameterError, ScoreError
 from ibkit.model import attention
@@ -64,7 +65,7 @@ def test_the_columns_are_those_of_the_padded_prompt_that_the_model_reads(tiny):
 
 
 def with_lora(model):
-    model.add_lora(2, generator(0, "test"))
+    attach(model, "lora", "ddpo", {"rank": 2}, generator(0, "test"))
     with torch.no_grad():  # B starts at zero: an adapter that does nothing would prove nothing
         for name, p in model.unet.named_parameters():
             if "lora_B" in name:

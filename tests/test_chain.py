@@ -8,18 +8,22 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+import torch
 
+from ibkit.adapt import Adapted
 from ibkit.data.subject import PersonalizedSubject, demo_subject, world_photos
+from ibkit.device import generator
 from ibkit.job import run as main_job
+from ibkit.model.text_to_image import load_model, use_quick_attention
 from ibkit.runs import project_root, read_run
 from tests.tiny import tiny_model
 
 ROOT = project_root()
-SMALL = [
-    "01_personalize.n_steps=3", "01_personalize.batch_size=2", "01_personalize.n_class_images=2",
-    "02_rl_finetune.n_epochs=2", "02_rl_finetune.images_per_epoch=4", "02_rl_finetune.n_inference_steps=3",
-    "03_evaluate.n_images=2",
+SETTINGS = [
+    "dreambooth.n_steps=3", "dreambooth.batch=2", "dreambooth.n_class_images=2",
+    "ddpo.n_epochs=2", "ddpo.images_per_epoch=4", "ddpo.sampler.n_steps=3",
 ]  # fmt: skip
+SMALL = [word for value in SETTINGS for word in ("--set", value)] + ["-p", "03_evaluate.n_images=2"]
 
 
 def ibkit(*words, cwd=ROOT, **variables):
@@ -46,8 +50,7 @@ def outputs(tmp_path_factory):
 
 def run_the_pocket(outputs):
     """The main job with two RL seeds on the pocket model."""
-    words = [word for value in SMALL for word in ("-p", value)]
-    return ibkit("run", "--name", outputs.name, "--device", "cpu", "--rl-seeds", 0, 1, *words)
+    return ibkit("run", "--name", outputs.name, "--device", "cpu", "--tune-seeds", 0, 1, *SMALL)
 
 
 def run_photos(outputs, tokenizer, folder):
@@ -59,8 +62,7 @@ def run_photos(outputs, tokenizer, folder):
     for i, photo in enumerate(world_photos(demo_subject("dog"), 3)):
         photo.resize((300, 200)).save(folder / "my dog" / f"{i}.jpg")
     chain = ["--model", folder / "model", "--subject", folder / "my dog", "--class-noun", "dog", "--device", "cpu"]
-    for word in SMALL:
-        chain += ["-p", word]
+    chain += SMALL
     name = outputs.name
     offline = ibkit("run", "--name", f"{name}-offline", *chain, HF_HUB_OFFLINE=1, HF_HOME=folder / "cache")
     return offline, ibkit("run", "--name", f"{name}-photos", "--scorer-weights", "pocket", *chain)
@@ -110,7 +112,7 @@ def test_a_finished_job_has_nothing_left_to_do(done, outputs):
 
 
 def test_the_policy_starts_as_the_personalized_model(done, outputs):
-    history = read_run(outputs / "02_rl_finetune-seed0").table("history.csv")
+    history = read_run(outputs / "02_rl_finetune-tune0").table("history.csv")
     assert history["ratio_first"].iloc[0] < 1e-6
     assert {"reward_identifier", "reward_class", "monitor", "judge_activity", "judge_identity"} <= set(history)
 
@@ -118,16 +120,25 @@ def test_the_policy_starts_as_the_personalized_model(done, outputs):
 def test_the_adapter_loads_into_diffusers_own_pipeline(done, outputs):
     from diffusers import StableDiffusionPipeline
 
-    pipeline = StableDiffusionPipeline.from_pretrained(read_run(outputs / "01_personalize").path("model"))
-    pipeline.load_lora_weights(str(read_run(outputs / "02_rl_finetune-seed0").path("lora")))
-    assert any("lora" in name for name, _ in pipeline.unet.named_parameters())
+    result = ibkit("export", outputs / "02_rl_finetune-tune0", outputs / "exported")
+    assert result.returncode == 0, result.stderr[-3000:]
+    pipeline = StableDiffusionPipeline.from_pretrained(outputs / "exported")
+    pipeline.load_lora_weights(str(outputs / "exported" / "ddpo"), adapter_name="ddpo")
+    theirs = load_model("pocket")
+    theirs.unet = pipeline.unet
+    use_quick_attention(theirs.unet, theirs.device)
+    ours = Adapted.read(read_run(outputs / "02_rl_finetune-tune0")).build()
+    x, t = torch.randn(1, *ours.latent_shape, generator=generator(0)), torch.tensor([500])
+    torch.testing.assert_close(*(m.predict_noise(x, t, ["a sks cat dancing"]) for m in (ours, theirs)))
+    again = ibkit("export", outputs / "02_rl_finetune-tune0", outputs / "exported")
+    assert again.returncode == 2 and "is there already: name another folder" in again.stderr
 
 
 def test_one_notebook_alone_and_its_refusals(done, outputs):
     run_in = ["-r", "run_in", outputs / "01_personalize", "-r", "run_out", outputs / "alone"]
-    small = ["-p", "n_epochs", 1, "-p", "images_per_epoch", 4, "-p", "n_inference_steps", 3]
+    small = ["-y", "settings: {n_epochs: 1, images_per_epoch: 4, sampler.n_steps: 3}"]
     refused = {
-        ("-p", "n_epoch", "1"): "did you mean 'n_epochs'",
+        ("-y", "settings: {n_epoch: 1}"): "did you mean 'n_epochs'",
         ("-y", "prompts: [flying to the moon on a broom]"): "knows no cat 'flying to the moon on a broom'",
     }
 
@@ -143,7 +154,7 @@ def test_one_notebook_alone_and_its_refusals(done, outputs):
     assert result.returncode == 0, result.stderr[-3000:]
     alone = read_run(outputs / "alone").table("history.csv")
     assert len(alone) == 1
-    by_one = read_run(outputs / "02_rl_finetune-seed0").table("history.csv")
+    by_one = read_run(outputs / "02_rl_finetune-tune0").table("history.csv")
     assert alone["reward"][0] == pytest.approx(by_one["reward"][0], abs=1e-3)
     # the same folder again, without resume
     result = papermill("02_rl_finetune", outputs / "alone.ipynb", *run_in, *small)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from ibkit.adapt import attach, state
 from ibkit.data.prompts import training_prompts
 from ibkit.device import generator
 from ibkit.errors import ArtifactError, ParameterError, TrainingError
@@ -27,6 +28,7 @@ from ibkit.model.ddim import step_mean
 from ibkit.model.sample import Sampler
 from ibkit.presets import SD15
 from ibkit.runs import Checkpoints
+from ibkit.train.kept import Average
 from ibkit.train.processes import Processes
 from tests.tiny import tiny_model
 
@@ -111,7 +113,7 @@ def test_equal_rewards_give_zero_and_a_prompt_seen_once_uses_those_of_its_kind()
 
 def test_where_a_prompt_is_rare_its_kind_serves_and_not_the_other(tokenizer):
     """The sd15 preset: 16 pictures on 3 x 2 prompts. With the identifier all earn less; none of them is bad for it."""
-    config = SD15.ddpo
+    config = SD15.settings("ddpo")
     prompts = training_prompts(SD15.activities, "cat", "sks")
     stats = Objectives(brightness, None, config)
     for epoch in range(8):
@@ -167,7 +169,7 @@ def rolled(model, n=4, guidance=3.0):
 
 
 def with_adapter(model):
-    trainable = model.add_lora(4, generator(0, "lora"))
+    trainable = list(attach(model, "lora", "ddpo", {"rank": 4}, generator(0, "lora")).values())
     with torch.no_grad():
         for p in trainable:
             p.add_(0.05 * torch.randn(p.shape, generator=generator(1, str(p.shape))))
@@ -214,10 +216,8 @@ def test_accumulated_gradients_equal_those_of_the_whole_batch(tokenizer):
         optimizer = torch.optim.SGD(trainable, lr=1.0)
         before = [p.detach().clone() for p in trainable]
         config = dataclasses.replace(CONFIG, micro_batch=micro_batch, batch=4, max_grad_norm=1e9)
-        average = [p.detach().clone() for p in trainable]
-        ddpo.update(
-            model, optimizer, trainable, average, trajectories, advantages, schedule, config, generator(0), Processes()
-        )
+        average = Average({}, 0.0)
+        ddpo.update(model, optimizer, average, trajectories, advantages, schedule, config, generator(0), Processes())
         gradients.append([b - p.detach() for b, p in zip(before, trainable, strict=True)])
     for a, b in zip(*gradients, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
@@ -237,7 +237,7 @@ def test_the_papers_arm_is_this_loop_bit_for_bit(tokenizer, tmp_path, changes):
     trained, model = tiny_model(tokenizer), tiny_model(tokenizer)
     rows = train(trained, PROMPTS, brightness, config, tmp_path, seed)
 
-    parameters = model.add_lora(config.lora_rank, generator(seed, "lora"))
+    parameters = list(attach(model, "lora", "ddpo", {"rank": config.lora_rank}, generator(seed, "lora")).values())
     optimizer = torch.optim.AdamW(
         parameters, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )
@@ -262,7 +262,7 @@ def test_the_papers_arm_is_this_loop_bit_for_bit(tokenizer, tmp_path, changes):
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             average = [a.lerp(p.detach(), 1 - config.ema_decay) for a, p in zip(average, parameters, strict=True)]
-    for (name, value), by_hand in zip(trained.lora_state().items(), average, strict=True):
+    for (name, value), by_hand in zip(state(trained, "ddpo").items(), average, strict=True):
         assert torch.equal(value, by_hand), name
 
 
@@ -391,23 +391,23 @@ def test_the_result_is_the_moving_average_of_the_adapter(tokenizer, tmp_path):
     config = dataclasses.replace(CONFIG, n_epochs=3, batch=8, ema_decay=decay)
     model = tiny_model(tokenizer)
     start = tiny_model(tokenizer)
-    start.add_lora(config.lora_rank, generator(0, "lora"))
-    expected, policies = start.lora_state(), []
+    attach(start, "lora", "ddpo", {"rank": config.lora_rank}, generator(0, "lora"))
+    expected, policies = state(start, "ddpo"), []
 
     def on_epoch(row, model):
-        policies.append(model.lora_state())
+        policies.append(state(model, "ddpo"))
         for name, value in policies[-1].items():
             expected[name] = decay * expected[name] + (1 - decay) * value
 
     train(model, PROMPTS, brightness, config, tmp_path / "whole", on_epoch=on_epoch)
-    result = model.lora_state()
+    result = state(model, "ddpo")
     for name, value in result.items():
         torch.testing.assert_close(value, expected[name])
     assert any(not torch.equal(value, policies[-1][name]) for name, value in result.items())
     resumed = tiny_model(tokenizer)
     train(tiny_model(tokenizer), PROMPTS, brightness, dataclasses.replace(config, n_epochs=2), tmp_path / "cut")
     train(resumed, PROMPTS, brightness, config, tmp_path / "cut")
-    assert all(torch.equal(value, result[name]) for name, value in resumed.lora_state().items())
+    assert all(torch.equal(value, result[name]) for name, value in state(resumed, "ddpo").items())
 
 
 def test_a_gradient_step_draws_some_of_the_steps_anew_for_each_image(tiny, tmp_path, monkeypatch):
@@ -461,8 +461,8 @@ def test_a_resumed_training_ends_bit_identical(tokenizer, tmp_path):
     whole = train(straight, PROMPTS, brightness, config, tmp_path / "a")
     train(stopped, PROMPTS, brightness, dataclasses.replace(config, n_epochs=2), tmp_path / "b")
     parts = train(resumed, PROMPTS, brightness, config, tmp_path / "b")
-    for name, weight in straight.lora_state().items():
-        assert torch.equal(weight, resumed.lora_state()[name]), name
+    for name, weight in state(straight, "ddpo").items():
+        assert torch.equal(weight, state(resumed, "ddpo")[name]), name
     assert [row["reward"] for row in whole] == [row["reward"] for row in parts]
 
 

@@ -394,7 +394,7 @@ def test_figures_of_the_comparison_hold_their_data():
 # --- the notebook
 
 ROOT = project_root()
-SMALL = ["-p", "n_steps", "2", "-p", "n_images", "2", "-p", "n_class_images", "2", "-y", "prompts: [dancing]"]
+SMALL = ["-y", "settings: {n_steps: 2, n_class_images: 2}", "-p", "n_images", "2", "-y", "prompts: [dancing]"]
 SMALL += ["-r", "scorer_weights", "pocket", "-r", "device", "cpu"]
 
 

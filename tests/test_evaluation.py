@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 
 import ibkit.scorers.base as scorers_base
+from ibkit.adapt import Adapted, attach
 from ibkit.data.subject import PersonalizedSubject, demo_subject, world_photos
 from ibkit.device import generator
 from ibkit.errors import ArtifactError, ModelError, ParameterError, ScoreError
@@ -347,33 +348,37 @@ def test_without_the_judge_both_axes_need_a_scorer():
 @pytest.fixture
 def runs(tmp_path, tiny):
     """A finished 01 run of a tiny model, and a function that makes an RL run on it."""
+    tiny.save_pipeline(tmp_path / "model")
     first = Run.open(tmp_path / "01", "01_personalize", {"seed": 0})
-    tiny.save_pipeline(first.path("model"))
-    first.note_output("model")
+    base = load_model(str(tmp_path / "model"))
+    start = Adapted.of(base)
+    attach(base, "unet", "dreambooth", {}, generator(0))
+    personalized = start.then(first, "dreambooth.safetensors", base, "dreambooth", "dreambooth", 0)
+    personalized.write(first)
     for i, photo in enumerate(world_photos(SUBJECT.world, 3)):
         photo.save(first.path(f"photos/{i:03d}.png"))
     first.note_output("photos")
-    replace(SUBJECT, base_model=str(first.folder / "model")).save(first)
+    replace(SUBJECT, base_model=str(tmp_path / "model")).save(first)
     first.finish()
 
     def rl_run(name, seed, trained_on=first.folder, prompts=()):
         run = Run.open(
             tmp_path / name, "02_rl_finetune", {"seed": seed, "prompts": prompts}, inputs={"run_in": trained_on}
         )
-        model = load_model(str(first.folder / "model"))
-        for p in model.add_lora(2, generator(seed)):
+        model = personalized.build()
+        for p in attach(model, "lora", "ddpo", {"rank": 2}, generator(seed)).values():
             p.data.normal_(0, 0.3, generator=generator(seed, "trained"))
-        model.save_lora(run.path("lora"))
-        run.note_output("lora")
+        personalized.then(run, "ddpo.safetensors", model, "ddpo", "ddpo", seed).write(run)
         run.finish()
         return run.folder
 
-    return first.folder, rl_run
+    return tmp_path, rl_run
 
 
 def test_runs_that_belong_together_are_read(runs):
     folder, rl_run = runs
-    inputs = read_inputs(folder, [rl_run("02-a", 3), rl_run("02-b", 4, prompts=["dancing"])], str(folder / "model"))
+    both = [rl_run("02-a", 3), rl_run("02-b", 4, prompts=["dancing"])]
+    inputs = read_inputs(folder / "01", both, str(folder / "model"))
     assert inputs.activities([], ("sleeping",)) == ["sleeping", "dancing"]
     assert inputs.activities(["playing tennis"], ("sleeping",)) == ["playing tennis"]
     with pytest.raises(ParameterError, match="knows no cat 'playing chess'"):
@@ -391,11 +396,11 @@ def test_runs_that_do_not_belong_together_are_refused(runs, tmp_path):
     folder, rl_run = runs
     model = str(folder / "model")
     with pytest.raises(ParameterError, match="personalized the model .*not 'sd15'"):
-        read_inputs(folder, [], "sd15")
+        read_inputs(folder / "01", [], "sd15")
     with pytest.raises(ParameterError, match="both RL runs of seed 3"):
-        read_inputs(folder, [rl_run("02-a", 3), rl_run("02-b", 3)], model)
+        read_inputs(folder / "01", [rl_run("02-a", 3), rl_run("02-b", 3)], model)
     Run.open(tmp_path / "other", "01_personalize", {"seed": 1}).finish()
     with pytest.raises(ArtifactError, match="was not trained on the model in"):
-        read_inputs(folder, [rl_run("02-c", 5, tmp_path / "other")], model)
+        read_inputs(folder / "01", [rl_run("02-c", 5, tmp_path / "other")], model)
     with pytest.raises(ArtifactError, match="one of 02_rl_finetune is needed"):
-        read_inputs(folder, [folder], model)
+        read_inputs(folder / "01", [folder / "01"], model)

@@ -11,6 +11,7 @@ import torch
 
 from benchmarks.faults import run_trials
 from ibkit import runs
+from ibkit.adapt import state
 from ibkit.errors import ArtifactError
 from ibkit.methods.ddpo import train
 from ibkit.runs import Checkpoints
@@ -29,7 +30,7 @@ def expected(tokenizer, tmp_path_factory):
 def trained(tokenizer, folder, reward=brightness, **options):
     model = tiny_model(tokenizer)
     train(model, PROMPTS, reward, THREE, folder, **options)
-    return model.lora_state()
+    return state(model, "ddpo")
 
 
 def equal(a, b):

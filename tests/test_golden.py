@@ -14,6 +14,7 @@ import pytest
 import torch
 from transformers import CLIPTokenizer
 
+from ibkit.adapt import state
 from ibkit.data.prompts import training_prompts
 from ibkit.data.subject import demo_subject, world_photos
 from ibkit.methods import ddpo, dreambooth
@@ -31,7 +32,7 @@ TINY = ddpo.DDPOConfig(
     stats_min_count=2, checkpoint_every=1, ema_decay=0.9, kl_weight=0.1,
 )  # fmt: skip
 SMALL = dataclasses.replace(
-    POCKET.ddpo, n_epochs=3, images_per_epoch=8, batch=4, micro_batch=8, stats_buffer=8, stats_min_count=2
+    POCKET.settings("ddpo"), n_epochs=3, images_per_epoch=8, batch=4, micro_batch=8, stats_buffer=8, stats_min_count=2
 )
 
 
@@ -68,7 +69,7 @@ def ddpo_adapter(processes, device, folder, model, config, **options):
 def ddpo_hash(folder, model, config, **options) -> str:
     trained = model()
     ddpo.train(trained, PROMPTS, brightness, config, folder, 1, **options)
-    return tensor_hash(trained.lora_state().values())
+    return tensor_hash(state(trained, "ddpo").values())
 
 
 def tiny_dreambooth(folder):
@@ -85,7 +86,7 @@ def tiny_dreambooth_average(folder):
 
 def pocket_dreambooth(folder):
     photos = world_photos(demo_subject("cat"))
-    config = dataclasses.replace(POCKET.dreambooth, n_steps=3)
+    config = dataclasses.replace(POCKET.settings("dreambooth"), n_steps=3)
     return dreambooth_hash(load_model("pocket"), photos, photos[:4], config, folder)
 
 

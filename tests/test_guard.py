@@ -9,6 +9,7 @@ import scipy.stats
 import torch
 
 from benchmarks.guard import SHAPES, share_of_runs
+from ibkit.adapt import load_state, state
 from ibkit.data.prompts import training_prompts
 from ibkit.errors import ArtifactError
 from ibkit.methods.ddpo import DDPOConfig, best_policy, train
@@ -153,16 +154,16 @@ def test_training_ends_early_and_returns_the_best_policy(tokenizer, tmp_path):
     guard = Guard(window=2, patience=2)
     rows = train(
         model, PROMPTS, constant_reward, config, tmp_path / "a", 0, falling, guard,
-        lambda row, model: adapters.append(model.lora_state()),
+        lambda row, model: adapters.append(state(model, "ddpo")),
     )  # fmt: skip
     assert len(rows) == 4 and guard.best(rows) == 1
-    result = model.lora_state()
+    result = state(model, "ddpo")
     assert all(torch.equal(result[name], adapters[0][name]) for name in result)
     assert any(not torch.equal(result[name], adapters[1][name]) for name in result)
     # Asked to go on, it has nothing left to do and gives the same policy.
     again = tiny_model(tokenizer)
     assert train(again, PROMPTS, constant_reward, config, tmp_path / "a", 0, falling, guard) == rows
-    assert all(torch.equal(value, again.lora_state()[name]) for name, value in result.items())
+    assert all(torch.equal(value, state(again, "ddpo")[name]) for name, value in result.items())
 
 
 def test_patience_without_anything_watched_returns_the_last_policy(tokenizer, tmp_path):
@@ -171,9 +172,9 @@ def test_patience_without_anything_watched_returns_the_last_policy(tokenizer, tm
     guard = Guard(window=1, patience=1)
     train(
         model, PROMPTS, constant_reward, config, tmp_path, guard=guard,
-        on_epoch=lambda row, model: adapters.append(model.lora_state()),
+        on_epoch=lambda row, model: adapters.append(state(model, "ddpo")),
     )  # fmt: skip
-    assert len(adapters) == 2 and all(torch.equal(v, adapters[1][n]) for n, v in model.lora_state().items())
+    assert len(adapters) == 2 and all(torch.equal(v, adapters[1][n]) for n, v in state(model, "ddpo").items())
 
 
 @pytest.mark.parametrize("ema_decay", [0.0, 0.9])
@@ -183,14 +184,14 @@ def test_without_patience_the_last_policy_is_the_result_and_the_best_is_kept(tok
     config = dataclasses.replace(CONFIG, n_epochs=4, ema_decay=ema_decay)
     rows = train(
         model, PROMPTS, constant_reward, config, tmp_path, 0, falling, Guard(window=2),
-        lambda row, model: adapters.append(model.lora_state()),
+        lambda row, model: adapters.append(state(model, "ddpo")),
     )  # fmt: skip
-    result = model.lora_state()
+    result = state(model, "ddpo")
     assert len(rows) == 4 and all(torch.equal(v, adapters[-1][n]) for n, v in result.items()) == (not ema_decay)
     best = best_policy(tmp_path)
     assert Guard().best(rows) == 1 and all(torch.equal(v, adapters[0][n]) for n, v in best.items())
-    model.load_lora_state(best)
-    assert any(not torch.equal(v, result[n]) for n, v in model.lora_state().items())
+    load_state(model, "ddpo", best)
+    assert any(not torch.equal(v, result[n]) for n, v in state(model, "ddpo").items())
 
 
 def test_the_best_policy_of_no_training_is_refused(tmp_path):

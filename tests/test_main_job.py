@@ -13,8 +13,12 @@ import pytest
 
 from ibkit import cli, runs
 from ibkit.errors import ArtifactError, ParameterError
+from ibkit.job import notebook as execution
 from ibkit.job import run as main_job
-from ibkit.job.run import JOB, Stage, StageFailed, execute, is_done, plan
+from ibkit.job import stages as job_stages
+from ibkit.job.notebook import StageFailed, execute, is_done
+from ibkit.job.stages import JOB, SHARED, WIRED, Stage, defaults, given, plan
+from ibkit.methods.records import METHODS
 from ibkit.params import schema
 from ibkit.progress import Progress, duration
 from ibkit.runs import Run, read_run
@@ -52,7 +56,7 @@ def notebook(folder: Path, kind: str, *cells: str) -> Path:
 @pytest.fixture
 def places(tmp_path, monkeypatch):
     """Notebooks and outputs of a test's own; the notebooks all succeed, and the last one scores."""
-    monkeypatch.setattr(main_job, "NOTEBOOKS", tmp_path / "notebooks")
+    monkeypatch.setattr(job_stages, "NOTEBOOKS", tmp_path / "notebooks")
     monkeypatch.setattr(main_job, "OUTPUTS", tmp_path / "outputs")
     monkeypatch.setenv("JUPYTER_PATH", "")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -80,8 +84,7 @@ def job(*words: str) -> int:
 def stage_of(places: Path, *cells: str, kind: str = "01_personalize", resume: bool = False) -> Stage:
     """A stage whose notebook does `cells`."""
     notebook(places / "notebooks", kind, *cells)
-    settings = main_job.defaults() | {"rl_seeds": [0]}
-    return next(s for s in plan(settings, places / "outputs" / "job", resume) if s.notebook.stem == kind)
+    return next(s for s in plan(defaults(), places / "outputs" / "job", resume) if s.notebook.stem == kind)
 
 
 def open_job(places: Path, resume: bool = False) -> Run:
@@ -97,20 +100,20 @@ def text_of(folder: Path) -> str:
 
 
 def test_the_job_runs_every_notebook_in_order_and_reports(places, capsys):
-    status = job("--name", "two", "--rl-seeds", "3", "7", "--class-noun", "dog", "-p", "02_rl_finetune.n_epochs=2")
+    status = job("--name", "two", "--tune-seeds", "3", "7", "--class-noun", "dog", "--set", "ddpo.n_epochs=2")
     out, err = capsys.readouterr()
     assert status == 0, err
     folder = places / "outputs" / "two"
     starts = [line for line in out.splitlines() if line.startswith("[")]
-    names = ["01_personalize", "02_rl_finetune-seed3", "02_rl_finetune-seed7", "03_evaluate"]
-    assert starts[0] == "[1/4] 01_personalize: DreamBooth on a few photos"
+    names = ["01_personalize", "02_rl_finetune-tune3", "02_rl_finetune-tune7", "03_evaluate"]
+    assert starts[0] == "[1/4] 01_personalize: one subject from a few photos"
     assert [line.split()[1] for line in starts[::2]] == [f"{name}:" for name in names]
     assert "      opened 02_rl_finetune" in out.splitlines()  # what a notebook prints, indented
     assert re.search("^C1  (supported|undecided) ", out, re.M)
     assert f"open {folder / 'report.html'}" in out and (folder / "report.html").is_file()
 
-    tuned = read_run(folder / "02_rl_finetune-seed7", "02_rl_finetune")
-    assert tuned.parameters["seed"] == 7 and tuned.parameters["n_epochs"] == 2
+    tuned = read_run(folder / "02_rl_finetune-tune7", "02_rl_finetune")
+    assert tuned.parameters["seed"] == 7 and tuned.parameters["settings"] == {"n_epochs": 2}
     assert tuned.parameters["run_in"] == str(folder / "01_personalize")
     assert tuned.path("seed.txt").read_text() == "7"
     assert read_run(folder / "01_personalize").parameters["class_noun"] == "dog"
@@ -120,7 +123,7 @@ def test_the_job_runs_every_notebook_in_order_and_reports(places, capsys):
 
     whole = read_run(folder, "run")
     assert set(whole.outputs) == {*(f"{name}.ipynb" for name in names), "report.html"}
-    assert whole.parameters["rl_seeds"] == [3, 7] and whole.parameters["01_personalize.class_noun"] == "dog"
+    assert whole.parameters["tune_seeds"] == [3, 7] and whole.parameters["01_personalize.class_noun"] == "dog"
     used = whole.metrics["stages"]
     assert set(used) == set(names) and all(stage["seconds"] > 0 and stage["peak_gib"] > 0.02 for stage in used.values())
     table = out[out.index("stage ") :].splitlines()
@@ -138,13 +141,13 @@ def test_the_job_runs_every_notebook_in_order_and_reports(places, capsys):
     # A renamed job is the same job: the finished is not done again, and the unfinished is gone on with.
     folder.rename(places / "outputs" / "renamed")
     tuned = Run.open(
-        places / "outputs" / "renamed" / "02_rl_finetune-seed7", "02_rl_finetune", tuned.parameters,
+        places / "outputs" / "renamed" / "02_rl_finetune-tune7", "02_rl_finetune", tuned.parameters,
         {"run_in": places / "outputs" / "renamed" / "01_personalize"}, resume=True,
     )  # fmt: skip
     tuned.fail("killed")
     assert job("--resume", "--name", "renamed") == 0
     out = capsys.readouterr().out
-    assert out.count("already done") == 3 and "02_rl_finetune-seed7: done" in out
+    assert out.count("already done") == 3 and "02_rl_finetune-tune7: done" in out
 
 
 def test_a_killed_job_goes_on(places, without_evaluation, capsys):
@@ -187,8 +190,8 @@ def start_job(places: Path, *words: str) -> tuple[subprocess.Popen, list[str]]:
 import sys
 from pathlib import Path
 from ibkit import cli
-from ibkit.job import run as main_job
-main_job.NOTEBOOKS, main_job.OUTPUTS = Path({str(places / "notebooks")!r}), Path({str(places / "outputs")!r})
+from ibkit.job import run as main_job, stages
+stages.NOTEBOOKS, main_job.OUTPUTS = Path({str(places / "notebooks")!r}), Path({str(places / "outputs")!r})
 sys.exit(cli.main(["run", *{words!r}]))
 """
     command = [sys.executable, "-c", code]
@@ -258,7 +261,7 @@ def test_only_a_finished_run_is_a_success(places, cell, words):
 
 
 def test_a_stage_is_done_only_with_the_same_parameters_inputs_and_files(places):
-    first, stage, _ = plan(main_job.defaults() | {"rl_seeds": [0]}, places / "outputs" / "job")
+    first, stage, _ = plan(defaults(), places / "outputs" / "job")
     assert not is_done(stage)
     made = Run.open(first.folder, "01_personalize", first.parameters)
     made.write_text("weights", "1")
@@ -269,7 +272,7 @@ def test_a_stage_is_done_only_with_the_same_parameters_inputs_and_files(places):
     run.finish()
     assert is_done(stage)
     assert is_done(Stage(stage.name, stage.notebook, "", stage.parameters | {"resume": True}))
-    assert not is_done(Stage(stage.name, stage.notebook, "", stage.parameters | {"n_epochs": 9}))
+    assert not is_done(Stage(stage.name, stage.notebook, "", stage.parameters | {"sample_every": 9}))
     (stage.folder / "lora").write_text("y")
     assert not is_done(stage)
     (stage.folder / "lora").write_text("x")
@@ -286,17 +289,25 @@ def test_a_stage_is_done_only_with_the_same_parameters_inputs_and_files(places):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["-p", "02_rl_finetune.n_epoch=3"], "no parameter 'n_epoch'; did you mean 'n_epochs'?"),
-        (["-p", "02_rl_finetun.n_epochs=3"], "There is no notebook '02_rl_finetun'; did you mean '02_rl_finetune'?"),
-        (["-p", "02_rl_finetune.n_epochs=many"], "'n_epochs' must be a whole number from 0 to 100000, not 'many'"),
-        (["-p", "n_epochs=3"], "not of the form NOTEBOOK.PARAMETER=VALUE"),
+        (["-p", "03_evaluate.n_image=3"], "no parameter 'n_image'; did you mean 'n_images'?"),
+        (["-p", "03_evaluat.n_images=3"], "There is no notebook '03_evaluat'; did you mean '03_evaluate'?"),
+        (["-p", "03_evaluate.n_images=many"], "'n_images' must be a whole number from 0 to 100000, not 'many'"),
+        (["-p", "n_images=3"], "not of the form NOTEBOOK.PARAMETER=VALUE"),
+        (["--set", "ddpo.n_epoch=3"], "Method ddpo has no setting 'n_epoch'; did you mean 'n_epochs'?"),
+        (["--set", "ddpo.n_epochs=many"], "setting 'n_epochs' must be a whole number from 1 to 1000000, not 'many'"),
+        (["--set", "n_epochs=3"], "not of the form METHOD.NAME=VALUE"),
+        (["--set", "dpo.n_epochs=3"], "--set names dpo, and this run has dreambooth, ddpo: choose methods by"),
+        (["--set", "guard.patient=3"], "The guard has no setting 'patient'; did you mean 'patience'?"),
+        (["--personalize", "dreambouth"], "There is no method 'dreambouth'; did you mean 'dreambooth'?"),
+        (["--tune", "dreambooth"], "dreambooth is a method to personalize: to tune, choose one of ddpo"),
+        (["-p", "02_rl_finetune.method=ddpo"], "the main job sets method of 02_rl_finetune itself; use --tune"),
         (["-p", "00_start_here.seed=3"], "00_start_here is not part of the main job"),
-        (["-p", "02_rl_finetune.seed=3"], "use --rl-seeds"),
+        (["-p", "02_rl_finetune.seed=3"], "use --tune-seeds"),
         (["-p", "03_evaluate.run_rl=['x']"], "the main job sets run_rl of 03_evaluate itself"),
         (["--subject-reward", "dinno"], "There is no reward 'dinno'; did you mean 'dino'?"),
-        (["--combine", "product"], "'combine' must be one of 'synergy', 'sum', 'harmonic', not 'product'"),
+        (["--set", "ddpo.combine=product"], "'combine' must be one of 'synergy', 'sum', 'harmonic', not 'product'"),
         (["--seed", "-1"], "'seed' must be a whole number from 0"),
-        (["--rl-seeds", "1", "1"], "--rl-seeds must be different numbers"),
+        (["--tune-seeds", "1", "1"], "--tune-seeds names something twice"),
         (["--prompts", " "], "'prompts' must be a list of texts that are not empty"),
         (["--subject", "/nowhere/photos"], "There is no folder of photos /nowhere/photos"),
         (["--name", "../x"], "--name '../x' must be made of letters"),
@@ -331,7 +342,7 @@ def test_a_notebooks_own_run_is_not_a_job_to_go_on_with(places, capsys):
 def parsed(*words: str) -> dict:
     parser = main_job.ArgumentParser()
     main_job.add_arguments(parser)
-    return main_job.given(parser.parse_args(words))
+    return given(parser.parse_args(words))
 
 
 def test_options_go_to_every_notebook_that_has_them(tmp_path, monkeypatch):
@@ -341,7 +352,7 @@ def test_options_go_to_every_notebook_that_has_them(tmp_path, monkeypatch):
     assert parsed("--prompts", "riding a bike", "cooking") == {
         f"{notebook}.prompts": ["riding a bike", "cooking"] for notebook in ("02_rl_finetune", "03_evaluate")
     }
-    assert parsed("--seed", "3") == {"01_personalize.seed": 3, "03_evaluate.seed": 3}
+    assert parsed("--seed", "3") == {"seeds": [3], "03_evaluate.seed": 3}
     assert parsed("--subject-reward", "dino", "--clip-at-level", "--no-clip-subject-at-level") == {
         "02_rl_finetune.subject_reward": "dino",
         "02_rl_finetune.clip_at_level": True,
@@ -357,12 +368,11 @@ def test_options_go_to_every_notebook_that_has_them(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("text", "value"),
     [
-        ("02_rl_finetune.learning_rate=1e-4", 1e-4),
         ("02_rl_finetune.use_class_prompts=False", False),
         ("02_rl_finetune.use_class_prompts=false", False),
         ("02_rl_finetune.reward=3", "3"),
-        ("02_rl_finetune.ema_decay=0", 0),
-        ("02_rl_finetune.ema_decay=-1", -1),
+        ("03_evaluate.n_images=0", 0),
+        ("03_evaluate.n_images=-1", -1),
         ("03_evaluate.prompts=['a=b', 'c']", ["a=b", "c"]),
         ("01_personalize.description=red = best", "red = best"),
     ],
@@ -372,7 +382,7 @@ def test_a_value_of_the_command_line_has_its_parameters_type(text, value):
 
 
 def test_p_wins_over_an_option_and_one_seed_needs_no_suffix(places):
-    settings = main_job.defaults() | {"rl_seeds": [4]} | parsed("--seed", "1", "-p", "03_evaluate.seed=2")
+    settings = defaults() | parsed("--seed", "1", "--tune-seeds", "4", "-p", "03_evaluate.seed=2")
     stages = plan(settings, places / "outputs" / "job")
     assert [(stage.name, stage.parameters["seed"]) for stage in stages] == [
         ("01_personalize", 1), ("02_rl_finetune", 4), ("03_evaluate", 2),
@@ -408,22 +418,94 @@ def test_processes_on_several_machines_are_refused(monkeypatch):
 
 def test_every_notebook_of_the_job_has_what_the_job_sets():
     known = {f"{notebook}.{row.name}" for notebook in JOB for row in schema(notebook)}
-    assert main_job.WIRED <= known
-    assert all(any(f"{notebook}.{name}" in known for notebook in JOB) for name in main_job.SHARED)
-    with pytest.raises(ParameterError):
-        plan(main_job.defaults() | {"rl_seeds": []}, ROOT / "outputs" / "x")
+    assert WIRED.keys() <= known
+    assert all(any(f"{notebook}.{name}" in known for notebook in JOB) for name in SHARED)
 
 
-def test_a_run_without_a_seed_for_rl_takes_the_runs_own(places, monkeypatch):
-    monkeypatch.setattr(main_job, "execute", lambda stages, run: None)
-    monkeypatch.setattr(main_job, "_report", lambda stages, run: None)
-    assert job("--seed", "6") == 0
-    (folder,) = (places / "outputs").iterdir()
-    assert json.loads((folder / "manifest.json").read_text())["parameters"]["rl_seeds"] == [6]
+def chains(places, *words):
+    """Name, method, seed and the run it goes on from, of each stage but the evaluation."""
+    stages = plan(defaults() | parsed(*words), places / "outputs" / "job")[:-1]
+    return [
+        (s.name, s.parameters["method"], s.parameters["seed"], Path(s.parameters.get("run_in", "")).name)
+        for s in stages
+    ]
+
+
+def test_a_tuning_without_a_seed_takes_that_of_what_it_tunes(places):
+    assert chains(places, "--seed", "6") == [
+        ("01_personalize", "dreambooth", 6, ""),
+        ("02_rl_finetune", "ddpo", 6, "01_personalize"),
+    ]
+    assert [c[0] for c in chains(places, "--tune", "none")] == ["01_personalize"]
+
+
+def test_settings_go_to_the_method_that_they_name(places):
+    words = ("--personalize", "lora_dreambooth", "--set", "lora_dreambooth.lora_rank=2", "--set", "guard.patience=3")
+    first, second, _ = plan(defaults() | parsed(*words, "--set", "ddpo.sampler.n_steps=5"), places / "outputs" / "job")
+    assert first.parameters["method"] == "lora_dreambooth" and first.parameters["settings"] == {"lora_rank": 2}
+    assert second.parameters["settings"] == {"sampler.n_steps": 5} and second.parameters["guard"] == {"patience": 3}
+
+
+# ---------------------------------------------------------------------------------------------------- one stage
+
+
+def test_a_stage_is_done_once_and_gone_on_with(places, capsys):
+    out = places / "grid" / "cat-0"
+    words = ["stage", "01_personalize", "--out", str(out), "-p", "seed=3", "-p", "class_noun=dog", "--set", "n_steps=2"]
+    notebook(places / "notebooks", "01_personalize", NOTE, "if not parameters.resume: raise ValueError", "1 / 0")
+    assert cli.main(words) == 1
+    assert "ZeroDivisionError" in (told := capsys.readouterr().err) and "go on with the same command" in told
+    notebook(places / "notebooks", "01_personalize", NOTE, FINISH)
+    assert cli.main(words) == 0
+    assert "cat-0: done in" in capsys.readouterr().out
+    made = read_run(out, "01_personalize")
+    assert (made.parameters["seed"], made.parameters["class_noun"]) == (3, "dog")
+    assert made.parameters["settings"] == {"n_steps": 2} and (out.parent / "cat-0.ipynb").is_file()
+    assert cli.main(words) == 0 and "already done" in capsys.readouterr().out
+    assert cli.main([*words, "-p", "seed=4"]) == 2
+    assert "seed was 3 and is 4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["01_personalise"], "There is no notebook '01_personalise'; did you mean '01_personalize'?"),
+        (["01_personalize", "-p", "sed=1"], "no parameter 'sed'; did you mean 'seed'?"),
+        (["01_personalize", "-p", "seed"], "-p 'seed' is not of the form PARAMETER=VALUE"),
+        (["01_personalize", "-p", "run_out=x"], "run_out is set by the command: use --out"),
+        (["01_personalize", "-p", "settings={}"], "settings is set by the command: use --set"),
+        (["01_personalize", "--set", "n_step=1"], "Method dreambooth has no setting 'n_step'; did you mean 'n_steps'?"),
+        (["02_rl_finetune", "--set", "guard.patient=1"], "The guard has no setting 'patient'"),
+        (["00_start_here", "--set", "n_steps=1"], "Notebook 00_start_here has no parameter 'settings'"),
+    ],
+)
+def test_a_stage_refuses_bad_input_before_anything_is_made(places, capsys, words, message):
+    assert cli.main(["stage", *words, "--out", str(places / "out")]) == 2
+    err = capsys.readouterr().err
+    assert message in err and err.count("\n") == 1 and not (places / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- the methods
+
+
+def test_the_methods_are_listed_with_every_setting_and_its_source(capsys):
+    assert cli.main(["methods", "--json"]) == 0
+    listed = json.loads(capsys.readouterr().out)
+    assert {"dreambooth": "personalize", "ddpo": "tune"}.items() <= {m["name"]: m["stage"] for m in listed}.items()
+    for method in listed:
+        assert method["source"] and all(row["source"] and row["help"] for row in method["settings"]), method["name"]
+        own = {row["name"]: row for row in method["settings"]}
+        assert METHODS[method["name"]].pocket.keys() <= own.keys()
+        assert all(row["why"] for row in own.values() if row["pocket"] != row["default"])
+    assert cli.main(["methods", "ddpo"]) == 0
+    text = capsys.readouterr().out
+    assert "sampler.n_steps" in text and "default: InstructBooth" in text and "pocket: 10, " in text
+    assert cli.main(["methods", "dpo"]) == 2
+    assert "There is no method 'dpo'; did you mean 'ddpo'?" in capsys.readouterr().err
 
 
 def test_lines_are_whole_and_indented(capsys):
-    lines = main_job._Lines()
+    lines = execution._Lines()
     for text in ("a", "b\nc\r", "d\n", "\n", "end"):
         lines.write(text)
     assert capsys.readouterr().out == "      ab\n      d\n\n"
@@ -481,7 +563,7 @@ def test_durations(seconds, words):
 
 def test_kernels_of_two_jobs_cannot_take_each_others_ports(tmp_path):
     """Jupyter draws TCP ports before the kernel binds them; one taken in between hung a job for five minutes."""
-    managers = [main_job._kernel_manager([])() for _ in range(2)]
+    managers = [execution._kernel_manager([])() for _ in range(2)]
     places = [Path(m.connection_file) for m in managers]
     assert {m.transport for m in managers} == {"ipc"} and places[0] != places[1]
     assert all(len(f"{place.with_suffix('')}-ipc-5") < 100 for place in places)

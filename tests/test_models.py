@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
+from ibkit.adapt import attach
 from ibkit.data.prompts import check_identifier, make_prompt, training_prompts
 from ibkit.device import generator
 from ibkit.errors import ModelError, ParameterError
 from ibkit.methods.engine.rollout import rollout
 from ibkit.model.sample import Sampler, sample, sample_latents
-from ibkit.model.text_to_image import TextToImage, load_model, model_fingerprint, use_quick_attention
+from ibkit.model.text_to_image import TextToImage, load_model, model_fingerprint
 from tests.tiny import tiny_model
 
 
@@ -47,29 +48,6 @@ def test_a_saved_model_loads_here_and_in_diffusers(tiny, folder):
         16,
         3,
     )
-
-
-def test_an_adapter_starts_as_the_identity_and_travels(tiny, folder, tmp_path):
-    from diffusers import StableDiffusionPipeline
-
-    before = noise_of(tiny)
-    trainable = tiny.add_lora(4, generator(0))
-    assert torch.equal(before, noise_of(tiny))
-    with torch.no_grad():
-        for p in trainable:
-            p.normal_(0, 0.3, generator=generator(1))
-    tuned = noise_of(tiny)
-    assert not torch.allclose(before, tuned, atol=1e-3)
-    tiny.save_lora(tmp_path / "lora")
-    ours = load_model(str(folder))
-    ours.load_lora(tmp_path / "lora")
-    torch.testing.assert_close(noise_of(ours), tuned, rtol=1e-5, atol=1e-6)
-    pipeline = StableDiffusionPipeline.from_pretrained(folder)
-    pipeline.load_lora_weights(tmp_path / "lora")
-    theirs = load_model(str(folder))
-    theirs.unet = pipeline.unet
-    use_quick_attention(theirs.unet, theirs.device)
-    torch.testing.assert_close(noise_of(theirs), tuned, rtol=1e-5, atol=1e-6)
 
 
 def of_weights(weight: torch.Tensor) -> TextToImage:
@@ -162,15 +140,10 @@ def test_pictures_are_drawn_as_many_at_a_time_as_suits_their_size(tiny, monkeypa
     assert seen[::2] == seen[1::2] == batches and set(sizes) == {tiny.image_px}
 
 
-def test_only_the_adapter_is_trainable(tiny):
-    trainable = tiny.add_lora(4, generator(0))
-    assert {id(p) for p in tiny.unet.parameters() if p.requires_grad} == {id(p) for p in trainable}
-
-
 def test_the_policy_is_kept_in_fp32(tiny):
     """Also where the U-Net computes in bf16: half precision would move log-probabilities far beyond the clip range."""
     tiny.autocast = torch.bfloat16
-    trainable = tiny.add_lora(2, generator(0, "lora"))
+    trainable = list(attach(tiny, "lora", "ddpo", {"rank": 2}, generator(0, "lora")).values())
     schedule = Sampler(4, 3.0, 1.0).schedule(tiny)
     made = rollout(tiny, ["a cat"] * 2, schedule, 3.0, [generator(0, i) for i in range(2)])
     assert {v.dtype for v in (*trainable, made.latents, made.log_probs)} == {torch.float32}

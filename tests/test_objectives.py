@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from torch.nn.functional import cosine_similarity
 
+from ibkit.adapt import attach, state
 from ibkit.data.prompts import training_prompts
 from ibkit.device import generator
 from ibkit.errors import ArtifactError, ModelError, ParameterError, TrainingError
@@ -29,6 +30,7 @@ from ibkit.methods.engine.rollout import rollout
 from ibkit.model.sample import Sampler
 from ibkit.scorers import Level, Scorer, make_scorer
 from ibkit.scorers.base import POCKET_WEIGHTS
+from ibkit.train.kept import Average
 from ibkit.train.processes import Processes
 from tests.tiny import tiny_model
 
@@ -160,7 +162,7 @@ def test_the_weight_belongs_to_the_true_step_whatever_order_an_update_draws(toke
 
     def losses(micro_batch, subsample, seed):
         model = tiny_model(tokenizer)
-        parameters = model.add_lora(4, generator(0, "lora"))
+        parameters = list(attach(model, "lora", "ddpo", {"rank": 4}, generator(0, "lora")).values())
         schedule = CONFIG.sampler.schedule(model)
         made = rollout(model, [NAMED.text] * n, schedule, 3.0, [generator(0, i) for i in range(n)])
         seen, whole = {}, ddpo.pair_loss
@@ -174,9 +176,9 @@ def test_the_weight_belongs_to_the_true_step_whatever_order_an_update_draws(toke
 
         monkeypatch.setattr(ddpo, "pair_loss", spy)
         config = dataclasses.replace(CONFIG, micro_batch=micro_batch, subsample=subsample)
-        average, optimizer = [p.detach().clone() for p in parameters], torch.optim.SGD(parameters, lr=0.0)
+        average, optimizer = Average({}, 0.0), torch.optim.SGD(parameters, lr=0.0)
         stream = generator(seed)
-        ddpo.update(model, optimizer, parameters, average, made, table, schedule, config, stream, Processes())
+        ddpo.update(model, optimizer, average, made, table, schedule, config, stream, Processes())
         monkeypatch.setattr(ddpo, "pair_loss", whole)
         return seen
 
@@ -298,13 +300,13 @@ def test_two_objectives_train_and_resume_bit_identical(tokenizer, tmp_path):
     whole = train(straight, PROMPTS, brightness, config, tmp_path / "a", subject_reward=photos)
     train(stopped, PROMPTS, brightness, dataclasses.replace(config, n_epochs=2), tmp_path / "b", subject_reward=photos)
     parts = train(resumed, PROMPTS, brightness, config, tmp_path / "b", subject_reward=photos)
-    for name, weight in straight.lora_state().items():
-        assert torch.equal(weight, resumed.lora_state()[name]), name
+    for name, weight in state(straight, "ddpo").items():
+        assert torch.equal(weight, state(resumed, "ddpo")[name]), name
     assert [row["reward_subject"] for row in whole] == [row["reward_subject"] for row in parts]
     assert all(0 <= row["above_level_subject"] <= 1 for row in whole)
     alone = tiny_model(tokenizer)
     train(alone, PROMPTS, brightness, config, tmp_path / "c")
-    assert any(not torch.equal(v, straight.lora_state()[k]) for k, v in alone.lora_state().items())
+    assert any(not torch.equal(v, state(straight, "ddpo")[k]) for k, v in state(alone, "ddpo").items())
 
 
 def test_checkpoints_with_other_objectives_are_refused(tokenizer, tmp_path):

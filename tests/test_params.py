@@ -1,14 +1,13 @@
 """Notebook parameters: what is accepted, what is refused, and what the refusal says."""
 
 import dataclasses
-from dataclasses import replace
+import re
 
 import pytest
 
 from ibkit.errors import ParameterError
-from ibkit.methods.engine.objectives import COMBINATIONS
 from ibkit.params import SCHEMAS, collect, make, schema
-from ibkit.presets import POCKET, ZERO_IS_A_VALUE, override
+from ibkit.presets import POCKET, SD15
 
 
 def cell(notebook: str, **changes) -> dict:
@@ -28,15 +27,14 @@ def test_the_cell_as_shipped_is_accepted(notebook):
 def test_every_default_is_allowed_plain_and_explained(notebook):
     for row in schema(notebook):
         assert type(row.check(row.default)) is row.type
-        assert row.type in (int, float, str, bool, list)
+        assert row.type in (int, float, str, bool, list, dict)
         assert row.help and "\n" not in row.help
 
 
 def test_given_values_arrive():
-    namespace = cell("02_rl_finetune", n_epochs=7, prompts=["playing soccer"], guidance=5, use_class_prompts=False)
+    namespace = cell("02_rl_finetune", processes=7, prompts=["playing soccer"], use_class_prompts=False)
     parameters = collect("02_rl_finetune", namespace)
-    assert (parameters.n_epochs, parameters.prompts, parameters.use_class_prompts) == (7, ["playing soccer"], False)
-    assert parameters.guidance == 5.0 and type(parameters.guidance) is float
+    assert (parameters.processes, parameters.prompts, parameters.use_class_prompts) == (7, ["playing soccer"], False)
 
 
 def test_the_evaluation_takes_a_choice_of_scorers():
@@ -58,13 +56,12 @@ def test_a_list_holds_what_its_default_says():
 
 
 def test_a_float_written_as_text_is_read_as_a_number():
-    parameters = collect("01_personalize", cell("01_personalize", learning_rate="1e-4"))
-    assert parameters.learning_rate == 1e-4
+    assert POCKET.settings("dreambooth", {"learning_rate": "1e-4"}).learning_rate == 1e-4
 
 
 @pytest.mark.parametrize(
     ("mistyped", "nearest"),
-    [("n_step", "n_steps"), ("learnig_rate", "learning_rate"), ("classnoun", "class_noun"), ("Seed", "seed")],
+    [("setings", "settings"), ("metod", "method"), ("classnoun", "class_noun"), ("Seed", "seed")],
 )
 def test_an_unknown_name_is_refused_with_the_nearest_one(mistyped, nearest):
     with pytest.raises(ParameterError, match=f"'{mistyped}'; did you mean '{nearest}'"):
@@ -72,40 +69,29 @@ def test_an_unknown_name_is_refused_with_the_nearest_one(mistyped, nearest):
 
 
 def test_an_unknown_name_like_no_other_is_refused_with_the_list():
-    with pytest.raises(ParameterError, match="it is one of model, revision, .*n_class_images"):
+    with pytest.raises(ParameterError, match="it is one of model, revision, .*settings"):
         collect("01_personalize", cell("01_personalize", zzz=1))
 
 
 @pytest.mark.parametrize("value", [1, 1.5, "x", True, [1], {"a": 1}, None])
 def test_every_plain_literal_counts_as_a_parameter(value):
-    with pytest.raises(ParameterError, match="'n_step'"):
-        collect("01_personalize", cell("01_personalize", n_step=value))
+    with pytest.raises(ParameterError, match="'setings'"):
+        collect("01_personalize", cell("01_personalize", setings=value))
 
 
 def test_modules_functions_and_private_names_do_not_count():
-    collect("01_personalize", cell("01_personalize", np=dataclasses, show=print, _scratch=3, settings=(1, 2)))
+    collect("01_personalize", cell("01_personalize", np=dataclasses, show=print, _scratch=3, pair=(1, 2)))
 
 
 @pytest.mark.parametrize(
     ("changes", "allowed"),
     [
-        ({"n_epochs": 2.0}, "a whole number from 0"),
-        ({"n_epochs": True}, "a whole number from 0"),
-        ({"n_epochs": "3"}, "a whole number from 0"),
-        ({"n_epochs": None}, "a whole number from 0"),
-        ({"n_epochs": -1}, "a whole number from 0"),
+        ({"processes": 2.0}, "a whole number from 1"),
+        ({"processes": True}, "a whole number from 1"),
+        ({"processes": "3"}, "a whole number from 1"),
+        ({"processes": None}, "a whole number from 1"),
+        ({"processes": 0}, "a whole number from 1"),
         ({"seed": 2**31}, "a whole number from 0 to 2147483647"),
-        ({"clip_range": 1.5}, "a number from 0.0 to 1.0"),
-        ({"kl_weight": -0.5}, "a number from 0.0 to 1000000.0, or -1.0, not -0.5"),
-        ({"ema_decay": 1.0}, "a number from 0.0 to 0.9999, or -1.0"),
-        ({"patience": -2}, "a whole number from 0 to 100000, or -1"),
-        ({"lora_rank": -1}, "a whole number from 0 to 1024, not"),
-        ({"clip_range": -0.1}, "a number from 0.0 to 1.0"),
-        ({"learning_rate": "fast"}, "a number from"),
-        ({"learning_rate": float("nan")}, "a number from"),
-        ({"learning_rate": "inf"}, "a number from"),
-        ({"learning_rate": 10**400}, "a number from"),
-        ({"learning_rate": True}, "a number from"),
         ({"use_class_prompts": 1}, "True or False"),
         ({"use_class_prompts": "True"}, "True or False"),
         ({"prompts": "playing soccer"}, "a list of texts"),
@@ -113,9 +99,6 @@ def test_modules_functions_and_private_names_do_not_count():
         ({"prompts": ["playing soccer", 3]}, "a list of texts"),
         ({"run_in": None}, "a text"),
         ({"model": " "}, "a text that is not empty"),
-        ({"combine": "product"}, "one of 'synergy', 'sum', 'harmonic'"),
-        ({"text_weight": 1.5}, "a number from 0.0 to 1.0"),
-        ({"synergy": -0.4}, "a number from 0.0 to"),
     ],
 )
 def test_a_wrong_type_or_range_is_refused_with_what_is_allowed(changes, allowed):
@@ -130,26 +113,67 @@ def test_a_reward_that_does_not_exist_is_refused_with_the_nearest(name, value):
         collect("02_rl_finetune", cell("02_rl_finetune", **{name: value}))
 
 
-def test_minus_one_is_the_presets_where_zero_is_a_value():
-    unset = {row.name for notebook in SCHEMAS for row in schema(notebook) if row.default == -1}
-    assert unset == ZERO_IS_A_VALUE
-    config, guard = replace(POCKET.ddpo, kl_weight=0.5), replace(POCKET.guard, patience=7)
-    for value, kl_weight, ema_decay, patience in ((-1, 0.5, 0.9, 7), (0, 0.0, 0.0, 0)):
-        parameters = make("02_rl_finetune", dict.fromkeys(("kl_weight", "ema_decay", "patience"), value))
-        chosen = override(config, kl_weight=parameters.kl_weight, ema_decay=parameters.ema_decay)
-        assert (chosen.kl_weight, chosen.ema_decay) == (kl_weight, ema_decay)
-        assert override(guard, patience=parameters.patience).patience == patience
-    assert override(config, lora_rank=0, kl_weight=-1.0) == config
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"n_epoch": 3}, "Method ddpo has no setting 'n_epoch'; did you mean 'n_epochs'"),
+        ({"sampler.steps": 3}, "no setting 'sampler.steps'; did you mean 'sampler.n_steps'"),
+        ({"n_epochs": 2.0}, "Method ddpo: setting 'n_epochs' must be a whole number from 1"),
+        ({"n_epochs": 0}, "'n_epochs' must be a whole number from 1"),
+        ({"clip_range": 1.5}, "'clip_range' must be a number from 0.0 to 1.0, not 1.5"),
+        ({"ema_decay": 1.0}, "'ema_decay' must be a number from 0.0 to 0.9999"),
+        ({"lora_rank": -1}, "'lora_rank' must be a whole number from 1 to 1024"),
+        ({"betas": [0.9]}, "'betas' must be a list of 2 numbers from 0.0 to 1.0"),
+        ({"betas": [0.9, "x"]}, "'betas' must be a list of 2 numbers"),
+        ({"time_aware": 1}, "'time_aware' must be True or False"),
+        ({"combine": "product"}, "'combine' must be one of 'synergy', 'sum', 'harmonic'"),
+        ({"learning_rate": "fast"}, "'learning_rate' must be a number"),
+        ({"learning_rate": float("nan")}, "'learning_rate' must be a number"),
+        ({"learning_rate": 10**400}, "'learning_rate' must be a number"),
+        ("n_epochs=3", "'settings' must be a table of names and values"),
+        ({3: 4}, "'settings' must be a table of names and values"),
+    ],
+)
+def test_a_setting_is_checked_by_the_methods_record(settings, said):
+    with pytest.raises(ParameterError, match=re.escape(said)):
+        collect("02_rl_finetune", cell("02_rl_finetune", settings=settings))
+
+
+def test_settings_can_be_text_as_papermill_passes_it_and_zero_is_a_value():
+    parameters = collect("02_rl_finetune", cell("02_rl_finetune", settings="{'kl_weight': 0, 'sampler.n_steps': 5}"))
+    settings = POCKET.settings("ddpo", parameters.settings)
+    assert (settings.kl_weight, settings.sampler.n_steps, settings.sampler.guidance) == (0.0, 5, 2.0)
+    assert POCKET.settings("ddpo", {"ema_decay": 0, "betas": [0.5, 0.6]}).betas == (0.5, 0.6)
+    assert POCKET.settings("ddpo").ema_decay == 0.9 and SD15.settings("ddpo").ema_decay == 0.0
+
+
+def test_the_guard_is_changed_by_name_too():
+    parameters = collect("02_rl_finetune", cell("02_rl_finetune", guard={"patience": 3}))
+    assert parameters.guard == {"patience": 3}
+    with pytest.raises(ParameterError, match="The guard has no setting 'patient'; did you mean 'patience'"):
+        collect("02_rl_finetune", cell("02_rl_finetune", guard={"patient": 3}))
+
+
+@pytest.mark.parametrize(
+    ("notebook", "method", "said"),
+    [
+        ("01_personalize", "dreambouth", "no method 'dreambouth'; did you mean 'dreambooth'"),
+        (
+            "01_personalize",
+            "ddpo",
+            "ddpo is a method to tune: to personalize, choose one of dreambooth, lora",
+        ),
+        ("02_rl_finetune", "dreambooth", "dreambooth is a method to personalize: to tune, choose one of ddpo"),
+    ],
+)
+def test_a_method_of_another_stage_or_none_is_refused(notebook, method, said):
+    with pytest.raises(ParameterError, match=said):
+        collect(notebook, cell(notebook, method=method))
 
 
 def test_the_dino_metric_is_of_the_pocket_world():
     with pytest.raises(ParameterError, match="pictures of the pocket world, and model is 'sd15': leave it at 'pocket'"):
         collect("05_dino_metric", cell("05_dino_metric", model="sd15"))
-
-
-def test_the_combinations_are_those_that_training_knows():
-    (row,) = [row for row in schema("02_rl_finetune") if row.name == "combine"]
-    assert row.choices == COMBINATIONS
 
 
 def test_a_number_for_a_text_is_refused_with_papermills_way_out():
@@ -159,8 +183,8 @@ def test_a_number_for_a_text_is_refused_with_papermills_way_out():
 
 def test_a_cell_that_lost_a_line_is_refused():
     namespace = cell("01_personalize")
-    del namespace["n_steps"]
-    with pytest.raises(ParameterError, match="does not set n_steps"):
+    del namespace["method"]
+    with pytest.raises(ParameterError, match="does not set method"):
         collect("01_personalize", namespace)
 
 

@@ -11,27 +11,29 @@ from ibkit.cli import main
 from ibkit.data.prompts import training_prompts
 from ibkit.job import costs
 from ibkit.job import run as main_job
-from ibkit.job.costs import Costs, Passes, Work, count
+from ibkit.job.costs import Costs, Passes, count
+from ibkit.job.stages import defaults, given, plan
 from ibkit.methods import ddpo, dreambooth
 from ibkit.methods.class_images import class_images
-from ibkit.presets import POCKET, override
+from ibkit.methods.records import Work
+from ibkit.presets import POCKET
 
-SMALL = [
-    "01_personalize.n_steps=2", "01_personalize.batch_size=3", "01_personalize.n_class_images=4",
-    "02_rl_finetune.n_epochs=2", "02_rl_finetune.images_per_epoch=4", "02_rl_finetune.n_inference_steps=5",
-    "03_evaluate.n_images=2",
+SETTINGS = [
+    "dreambooth.n_steps=2", "dreambooth.batch=3", "dreambooth.n_class_images=4",
+    "ddpo.n_epochs=2", "ddpo.images_per_epoch=4", "ddpo.sampler.n_steps=5",
 ]  # fmt: skip
+SMALL = [word for value in SETTINGS for word in ("--set", value)] + ["-p", "03_evaluate.n_images=2"]
 
 
 def works(*words):
     parser = ArgumentParser()
     main_job.add_settings(parser)
-    settings = main_job.complete(main_job.given(parser.parse_args(list(words))))
-    return {work.name: work for work in map(count, main_job.plan(settings, main_job.OUTPUTS / "plan"))}
+    stages = plan(defaults() | given(parser.parse_args(list(words))), main_job.OUTPUTS / "plan")
+    return {stage.name: count(stage) for stage in stages}
 
 
 def small(*words):
-    return works(*words, *(word for value in SMALL for word in ("-p", value)))
+    return works(*SMALL, *words)
 
 
 @pytest.fixture
@@ -49,8 +51,7 @@ def rows_passed(tiny, monkeypatch):
 
 
 def test_rl_is_counted_as_it_is_done(tiny, rows_passed, tmp_path):
-    sampler = override(POCKET.ddpo.sampler, n_steps=5)
-    config = override(POCKET.ddpo, n_epochs=2, images_per_epoch=4, sampler=sampler)
+    config = POCKET.settings("ddpo", {"n_epochs": 2, "images_per_epoch": 4, "sampler.n_steps": 5})
     prompts = training_prompts(POCKET.activities, "cat", "sks")
     ddpo.train(tiny, prompts, lambda images, prompts: torch.arange(len(images)).float(), config, tmp_path)
     work = small()["02_rl_finetune"]
@@ -61,13 +62,13 @@ def test_rl_is_counted_as_it_is_done(tiny, rows_passed, tmp_path):
 
 
 def test_the_personalized_policys_passes_are_counted():
-    without, with_kl = small()["02_rl_finetune"], small("-p", "02_rl_finetune.kl_weight=0.1")["02_rl_finetune"]
+    without, with_kl = small()["02_rl_finetune"], small("--set", "ddpo.kl_weight=0.1")["02_rl_finetune"]
     assert with_kl.forward - without.forward == without.tuned and with_kl.tuned == without.tuned
-    assert small("-p", "02_rl_finetune.kl_weight=0")["02_rl_finetune"] == without
+    assert small("--set", "ddpo.kl_weight=0")["02_rl_finetune"] == without
 
 
 def test_dreambooth_is_counted_as_it_is_done(tiny, rows_passed, tmp_path):
-    config = override(POCKET.dreambooth, n_steps=2, batch=3, n_class_images=4)
+    config = POCKET.settings("dreambooth", {"n_steps": 2, "batch": 3, "n_class_images": 4})
     pictures = class_images(tiny, "a cat", 4, POCKET.class_sampler, tmp_path / "cache", seed=0)
     drawn = rows_passed[False]
     dreambooth.train(tiny, pictures, "a sks cat", "a cat", pictures, config, tmp_path)
@@ -75,19 +76,19 @@ def test_dreambooth_is_counted_as_it_is_done(tiny, rows_passed, tmp_path):
     assert work.trained == rows_passed[True] and work.graph_rows == 6
     measured = (2 * 2 * 16 + costs.FIXED_PICTURES) * POCKET.sampler.n_steps * 2
     assert work.forward - measured == drawn
-    assert small("-p", "01_personalize.prior_weight=0")["01_personalize"].trained == work.trained / 2
+    assert small("--set", "dreambooth.prior_weight=0")["01_personalize"].trained == work.trained / 2
 
 
 def test_the_evaluation_draws_for_every_method_and_seed():
-    one, three = (small("--rl-seeds", *seeds)["03_evaluate"] for seeds in (["0"], ["0", "1", "2"]))
+    one, three = (small("--tune-seeds", *seeds)["03_evaluate"] for seeds in (["0"], ["0", "1", "2"]))
     assert one.pictures == 2 * (5 * 2 * 2) and three.pictures == 2 * (9 * 2 * 2)  # drawn and scored; 2 activities
 
 
 def test_the_arithmetic():
     cost = Costs(1.0, 10.0, 100.0, 0.5, 7.0, 1000.0, 50.0, 2.0, 3.0, 1e9, "")
-    assert cost.seconds(Work("", forward=3, tuned=2, trained=1, pictures=4)) == 7 + 3 + 20 + 100 + 2
-    assert cost.peak_bytes(Work("", tuned=1, graph_rows=10)) == 1000 + 20
-    assert cost.peak_bytes(Work("", trained=1, graph_rows=10)) == 1000 + 30 + 4 * 50
+    assert cost.seconds(Work(forward=3, tuned=2, trained=1, pictures=4)) == 7 + 3 + 20 + 100 + 2
+    assert cost.peak_bytes(Work(tuned=1, graph_rows=10)) == 1000 + 20
+    assert cost.peak_bytes(Work(trained=1, graph_rows=10)) == 1000 + 30 + 4 * 50
 
 
 def test_operations_and_bytes_of_a_layer_by_hand():
@@ -115,7 +116,7 @@ def test_stable_diffusion_has_its_published_size():
 
 def test_the_command_says_where_its_numbers_come_from(capsys, monkeypatch):
     monkeypatch.setattr(costs, "REPEATS", 1)
-    assert main(["plan", "--device", "cpu", "--json", *(w for v in SMALL for w in ("-p", v))]) == 0
+    assert main(["plan", "--device", "cpu", "--json", *SMALL]) == 0
     result = json.loads(capsys.readouterr().out)
     assert [row["stage"] for row in result["stages"]] == ["01_personalize", "02_rl_finetune", "03_evaluate"]
     assert result["seconds"] == pytest.approx(sum(row["seconds"] for row in result["stages"]))
@@ -125,5 +126,5 @@ def test_the_command_says_where_its_numbers_come_from(capsys, monkeypatch):
 
 
 def test_bad_settings_are_refused_as_in_a_run(capsys):
-    assert main(["plan", "-p", "02_rl_finetune.n_epoch=3"]) == 2
+    assert main(["plan", "--set", "ddpo.n_epoch=3"]) == 2
     assert "did you mean 'n_epochs'" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import torch
 from accelerate import PartialState
 from transformers import CLIPTokenizer
 
+from ibkit.adapt import attach, state
 from ibkit.data.prompts import training_prompts
 from ibkit.errors import IbkitError, ParameterError, ScoreError, TrainingError
 from ibkit.methods import ddpo
@@ -35,7 +36,7 @@ def train_tiny(processes, device, folder, config, reward=brightness, **options):
     torch.set_num_threads(1)
     model = tiny_model(CLIPTokenizer.from_pretrained(POCKET_PIPELINE / "tokenizer"))
     rows = ddpo.train(model, PROMPTS, reward, config, folder, processes=processes, **options)
-    return model.lora_state(), rows
+    return state(model, "ddpo"), rows
 
 
 def difference(a: dict, b: dict) -> float:
@@ -120,8 +121,8 @@ def tiny_adapter():
     from ibkit.device import generator
 
     model = tiny_model(CLIPTokenizer.from_pretrained(POCKET_PIPELINE / "tokenizer"))
-    model.add_lora(CONFIG.lora_rank, generator(0, "lora"))
-    return model.lora_state()
+    attach(model, "lora", "ddpo", {"rank": CONFIG.lora_rank}, generator(0, "lora"))
+    return state(model, "ddpo")
 
 
 def test_a_killed_process_ends_the_job_and_one_process_goes_on(tmp_path):

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
+from ibkit.adapt import state, without
 from ibkit.data.subject import PersonalizedSubject, demo_subject, world_photos
 from ibkit.errors import ArtifactError, ParameterError, ScoreError
 from ibkit.experiments.prompt_ablation import (
@@ -72,11 +73,13 @@ def brightness(images, prompts):
     [("both", 24, 24, 24), ("identifier_equal_identifier", 24, 0, 12), ("identifier_equal_totals", 48, 0, 24)],
 )
 def test_an_arm_of_the_pocket_preset(arm, identifier, of_class, batch):
-    per_prompt = images_per_prompt(POCKET.ddpo.images_per_epoch, 2 * len(ACTIVITIES))
+    per_prompt = images_per_prompt(POCKET.settings("ddpo").images_per_epoch, 2 * len(ACTIVITIES))
     assert per_prompt == 12
-    config = ARMS[arm].config(POCKET.ddpo, per_prompt, len(ACTIVITIES))
+    config = ARMS[arm].config(POCKET.settings("ddpo"), per_prompt, len(ACTIVITIES))
     assert (config.images_per_epoch, config.batch) == (identifier + of_class, batch)
-    assert replace(config, images_per_epoch=48, batch=24) == POCKET.ddpo  # nothing else differs between arms
+    assert replace(config, images_per_epoch=48, batch=24) == POCKET.settings(
+        "ddpo"
+    )  # nothing else differs between arms
     prompts = ARMS[arm].prompts(CAT, ACTIVITIES)
     for epoch in range(3):
         drawn = epoch_prompts(prompts, config.images_per_epoch, seed=1, epoch=epoch)
@@ -249,10 +252,10 @@ def test_every_arm_is_trained_from_every_model_and_comes_back(run, case, tiny):
         load_personalized(run, tiny, case, 2),
         load_arm(run, tiny, case, 2, "both", 5, SMALL.lora_rank),
     )
-    assert all(v.abs().sum() > 0 for k, v in trained.lora_state().items() if "lora_B" in k)
+    assert all(v.abs().sum() > 0 for k, v in state(trained, "ddpo").items() if "lora_B" in k)
     pictures = [sample(m, [named[0].text], [9], SAMPLER)[0].tobytes() for m in (personalized, trained)]
     assert pictures[0] != pictures[1]
-    with trained.without_lora():
+    with without(trained, "ddpo"):
         assert sample(trained, [named[0].text], [9], SAMPLER)[0].tobytes() == pictures[0]
 
 
@@ -436,7 +439,7 @@ def test_figures_hand_back_what_they_draw():
 
 def test_the_notebook(tmp_path):
     words = ["-y", "dreambooth_steps: [1]", "-y", "train_seeds: [3]", "-p", "n_epochs", 2, "-p", "n_images", 2]
-    words += ["-p", "images_per_epoch", 4, "-r", "run_out", tmp_path / "run"]
+    words += ["-y", "settings: {images_per_epoch: 4}", "-r", "run_out", tmp_path / "run"]
     result = papermill("06_prompt_ablation", tmp_path / "06.ipynb", *words)
     assert result.returncode == 0, result.stderr[-3000:]
     run = read_run(tmp_path / "run", "06_prompt_ablation")

@@ -9,6 +9,7 @@ from ibkit.data import protocols
 from ibkit.data.protocols import class_nouns, names, read_protocol
 from ibkit.errors import ParameterError
 from ibkit.job import run as main_job
+from ibkit.job.stages import given
 from ibkit.pocket.world import CLASSES, HELD_OUT, check_phrase
 from tests.test_dreambench import folder  # noqa: F401, a fixture
 from tests.test_photos import DREAMBENCH
@@ -88,7 +89,7 @@ def test_what_is_not_there_is_named():
 def settings(*words):
     parser = argparse.ArgumentParser()
     main_job.add_settings(parser)
-    return main_job.given(parser.parse_args(words))
+    return given(parser.parse_args(words))
 
 
 def test_the_main_job_trains_and_evaluates_on_a_protocol():

@@ -7,9 +7,10 @@ import torch
 
 from ibkit import cli
 from ibkit.errors import ParameterError
+from ibkit.job import selfcheck
+from ibkit.job.selfcheck import run_checks
 from ibkit.methods import ddpo
-from ibkit.methods.engine import advantages, selfcheck
-from ibkit.methods.engine.selfcheck import run_checks
+from ibkit.methods.engine import advantages
 from ibkit.model import ddim
 from tests.tiny import tiny_model
 

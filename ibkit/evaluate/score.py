@@ -11,7 +11,7 @@ import difflib
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +19,7 @@ import pandas as pd
 import torch
 from PIL import Image
 
+from ibkit.adapt import Adapted
 from ibkit.data.photos import read_rgb
 from ibkit.data.subject import PersonalizedSubject, choose_activities
 from ibkit.device import generator
@@ -26,7 +27,7 @@ from ibkit.errors import ArtifactError, ModelError, ParameterError, ScoreError
 from ibkit.evaluate.claims import SUBJECT_METRICS, TEXT_METRICS
 from ibkit.evaluate.stats import METRICS
 from ibkit.model.sample import Sampler, sample
-from ibkit.model.text_to_image import TextToImage, load_model
+from ibkit.model.text_to_image import TextToImage
 from ibkit.pocket.world import parts_in, said_in
 from ibkit.runs import CompletedRun, Run, identify, read_run, resolve
 from ibkit.scorers import SCORERS, Scorer, column_of, make_scorer
@@ -71,12 +72,8 @@ class Inputs:
 
     def load_method(self, method: str, rl_seed: int, device: torch.device | str) -> TextToImage:
         """The model of a method; the RL seed says which adapter is put on the personalized model."""
-        if method == "base":
-            return load_model(self.subject.base_model, self.subject.base_revision, device)
-        model = load_model(str(self.personalized.path("model")), device=device)
-        if method == "instructbooth":
-            model.load_lora(self.rl[rl_seed].path("lora"))
-        return model
+        adapted = Adapted.read(self.rl[rl_seed] if method == "instructbooth" else self.personalized)
+        return (replace(adapted, deltas=()) if method == "base" else adapted).build(device)
 
 
 def read_inputs(run_dreambooth: str | Path, run_rl: Sequence[str | Path], model: str, revision: str = "") -> Inputs:

@@ -31,6 +31,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 from safetensors.torch import load_file
 
+from ibkit.adapt import attach, load_state, state
 from ibkit.data.prompts import Prompt, training_prompts
 from ibkit.data.subject import PersonalizedSubject, choose_activities, demo_subject, world_photos
 from ibkit.device import generator
@@ -317,7 +318,7 @@ def train_arm(
     if all(run.has(name) for name in outputs):
         return
     history = ddpo.train(model, prompts, reward, config, run.folder / folder, seed, look, on_epoch=on_epoch)
-    run.write_tensors(outputs[0], model.lora_state())
+    run.write_tensors(outputs[0], state(model, "ddpo"))
     run.write_table(outputs[1], pd.DataFrame(history))
 
 
@@ -371,8 +372,8 @@ def load_arm(
 ) -> TextToImage:
     """The result of `train_arm`: the personalized model with the arm's adapter."""
     model = load_personalized(run, base, case, n_steps)
-    model.add_lora(lora_rank, generator(rl_seed, "lora"))
-    model.load_lora_state(load_file(run.path(f"{case.arm_folder(arm, n_steps, rl_seed)}/lora.safetensors")))
+    attach(model, "lora", "ddpo", {"rank": lora_rank}, generator(rl_seed, "lora"))
+    load_state(model, "ddpo", load_file(run.path(f"{case.arm_folder(arm, n_steps, rl_seed)}/lora.safetensors")))
     model.unet.requires_grad_(False)
     return model
 

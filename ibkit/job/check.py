@@ -82,8 +82,8 @@ def environment() -> Report:
 
 
 def rl() -> Report:
-    """Recompute what the RL stage computes, in other ways, on this machine; see `ibkit.methods.engine.selfcheck`."""
-    from ibkit.methods.engine.selfcheck import run_checks
+    """Recompute what the RL stage computes, in other ways, on this machine; see `ibkit.job.selfcheck`."""
+    from ibkit.job.selfcheck import run_checks
 
     findings = []
     for check in run_checks():

@@ -11,16 +11,18 @@ import math
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
 from statistics import median
 
 import psutil
 import torch
 
+from ibkit.adapt import attach
 from ibkit.device import generator
-from ibkit.job import run as main_job
+from ibkit.job.stages import Stage
+from ibkit.methods.records import METHODS, Work
 from ibkit.model.text_to_image import load_model
-from ibkit.presets import POCKET, override, preset_of
+from ibkit.presets import POCKET, preset_of
 
 REPEATS = 4
 PICTURES = 8  # decoded and scored to time one
@@ -32,20 +34,6 @@ SD15_TEXT = (77, 768)
 SD15_BESIDE_BYTES = 4 * (123e6 + 84e6 + 450e6 + 150e6 + 22e6)
 # On a CPU a backward pass needs about as much again as the graph: gradients in flight, and pieces that glibc keeps.
 GRADIENTS_IN_FLIGHT = 2.0
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a stage does: rows of U-Net passes without gradient, with that of an adapter, with that of all weights;
-    pictures decoded and scored; and rows in its largest pass that keeps a graph.
-    """
-
-    name: str
-    forward: int = 0
-    tuned: int = 0
-    trained: int = 0
-    pictures: int = 0
-    graph_rows: int = 0
 
 
 @dataclass(frozen=True)
@@ -80,40 +68,28 @@ class Costs:
         return self.resident + work.graph_rows * row + (4 * self.weights if work.trained else 0)
 
 
-def count(stage: main_job.Stage) -> Work:
-    """The work of a stage of the main job, from its parameters and the model's preset."""
+def count(stage: Stage) -> Work:
+    """The work of a stage of the main job, from its parameters, its method and the model's preset."""
     given = stage.parameters
     preset = preset_of(given["model"])
     picture_rows = preset.sampler.rows
     fixed = FIXED_PICTURES * picture_rows
-    if stage.notebook.stem == "01_personalize":
-        config = override(preset.dreambooth, **_of(given, preset.dreambooth), batch=given["batch_size"])
-        drawn = config.n_class_images if given["prior_weight"] else 0
-        batch = config.batch * (2 if given["prior_weight"] else 1)
+    if "method" not in given:
+        arms = 1 + 2 + 2 * len(given["run_rl"])  # base; DreamBooth and each RL seed with and without the identifier
+        pictures = arms * (given["n_images"] or preset.n_images) * len(given["prompts"] or preset.activities)
+        return Work(forward=pictures * picture_rows + fixed, pictures=2 * pictures)
+    method, settings = METHODS[given["method"]], preset.settings(given["method"], given["settings"])
+    work = method.work(settings)
+    if method.stage == "personalize":
         measured = 2 * 2 * 16 if preset.world else 2 * 2 * 4
-        forward = drawn * preset.class_sampler.rows + measured * picture_rows + fixed
-        return Work(stage.name, forward, 0, config.n_steps * batch, FIXED_PICTURES + measured, batch)
-    if stage.notebook.stem == "02_rl_finetune":
-        sampler = override(preset.ddpo.sampler, n_steps=given["n_inference_steps"], guidance=given["guidance"])
-        config = override(preset.ddpo, **_of(given, preset.ddpo), sampler=sampler)
+        forward = method.class_pictures(settings) * preset.class_sampler.rows + measured * picture_rows
+        pictures = FIXED_PICTURES + measured
+    else:
         every = given["sample_every"] or preset.sample_every
         prompts = (2 if given["use_class_prompts"] else 1) * len(given["prompts"] or preset.activities)
-        grids = (1 + math.ceil(config.n_epochs / every)) * 4 * prompts  # before RL, every so often, at the end
-        trained_steps = config.n_trained_steps(sampler.n_steps)
-        pairs = config.n_epochs * config.images_per_epoch * max(1, round(config.subsample * trained_steps))
-        pictures = config.n_epochs * config.images_per_epoch
-        kl_rows = pairs * sampler.rows_per_step if config.kl_weight else 0  # the personalized policy's passes
-        forward = (pictures + grids) * sampler.rows + kl_rows + fixed
-        graph = sampler.rows_per_step * min(config.micro_batch, pairs)
-        return Work(stage.name, forward, pairs * sampler.rows_per_step, 0, pictures + grids, graph)
-    methods = 1 + 2 + 2 * len(given["run_rl"])  # base; DreamBooth and each RL seed with and without the identifier
-    pictures = methods * (given["n_images"] or preset.n_images) * len(given["prompts"] or preset.activities)
-    return Work(stage.name, pictures * picture_rows + fixed, 0, 0, 2 * pictures)
-
-
-def _of(given: dict, config) -> dict:
-    """The parameters of a notebook that are settings of the same name."""
-    return {field.name: given[field.name] for field in fields(config) if field.name in given}
+        pictures = (1 + math.ceil(settings.n_epochs / every)) * 4 * prompts  # before, every so often, at the end
+        forward = pictures * settings.sampler.rows
+    return replace(work, forward=work.forward + forward + fixed, pictures=work.pictures + pictures)
 
 
 # ---------------------------------------------------------------------------------------------------- costs
@@ -154,11 +130,11 @@ def _pocket(device: torch.device) -> Costs:
             scorer(images, texts=["a cat"] * PICTURES, references=images[:1])
         judge.agrees(images, "activity", ["dancing"] * PICTURES)
 
-    rows = 2 * POCKET.ddpo.micro_batch
-    forward, trained = passes.seconds(rows, "none"), passes.seconds(2 * POCKET.dreambooth.batch, "all")
+    rows, trained_rows = 2 * POCKET.settings("ddpo").micro_batch, 2 * POCKET.settings("dreambooth").batch
+    forward, trained = passes.seconds(rows, "none"), passes.seconds(trained_rows, "all")
     in_flight = GRADIENTS_IN_FLIGHT if device.type == "cpu" else 1.0
     trained_row_bytes = in_flight * passes.graph_bytes("all")
-    model.add_lora(POCKET.ddpo.lora_rank, generator(0, "plan"))
+    attach(model, "lora", "plan", {"rank": POCKET.settings("ddpo").lora_rank}, generator(0, "plan"))
     adapted = Passes(model.unet, model.latent_shape, text, device)
     return Costs(
         forward=forward,

@@ -5,8 +5,8 @@ import json
 
 from ibkit.device import describe_device, keep_memory, pick_device, threads
 from ibkit.job import run as main_job
+from ibkit.job.stages import defaults, given, plan
 from ibkit.progress import duration
-from ibkit.runs import project_root
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,19 +21,22 @@ def main(arguments: argparse.Namespace) -> int:
 
     keep_memory()
     threads()
-    stages = main_job.plan(main_job.complete(main_job.given(arguments)), project_root() / "outputs" / "plan")
+    stages = plan(defaults() | given(arguments), main_job.OUTPUTS / "plan")
     works = [count(stage) for stage in stages]
-    given = stages[0].parameters
-    device = pick_device(given["device"])
-    cost = costs(given["model"], device)
-    rows = [(work.name, cost.seconds(work), cost.peak_bytes(work) / 2**30) for work in works]
+    wanted = stages[0].parameters
+    device = pick_device(wanted["device"])
+    cost = costs(wanted["model"], device)
+    rows = [
+        (stage.name, cost.seconds(work), cost.peak_bytes(work) / 2**30)
+        for stage, work in zip(stages, works, strict=True)
+    ]
     total, peak = sum(seconds for _, seconds, _ in rows), max(gib for *_, gib in rows)
     if arguments.json:
         table = [{"stage": name, "seconds": seconds, "peak_gib": gib} for name, seconds, gib in rows]
         result = {"device": describe_device(device), "how": cost.how, "stages": table, "seconds": total}
         print(json.dumps(result | {"peak_gib": peak}))
         return 0
-    print(f"predicted for {given['model']} on {describe_device(device)}; {cost.how}\n")
+    print(f"predicted for {wanted['model']} on {describe_device(device)}; {cost.how}\n")
     print(f"{'stage':<26}{'time':>14}{'peak memory':>14}")
     for name, seconds, gib in [*rows, ("all", total, peak)]:
         print(f"{name:<26}{duration(seconds):>14}{gib:>10.2f} GiB")

@@ -14,94 +14,86 @@ Shapes: B images of an epoch, T denoising steps, M (image, step) pairs of a micr
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from PIL import Image
 
+from ibkit.adapt import attach, freeze, without
 from ibkit.data.prompts import Prompt
 from ibkit.device import generator
-from ibkit.errors import ArtifactError, ParameterError, TrainingError
-from ibkit.methods.engine.objectives import Objectives, Reward, RewardSpec
+from ibkit.errors import ParameterError, TrainingError
+from ibkit.fields import field
+from ibkit.methods.engine.objectives import COMBINATIONS, Objectives, Reward
 from ibkit.methods.engine.ratio import approx_kl, check_first_ratio, gradient_cut, ratio_tolerance
 from ibkit.methods.engine.rollout import Trajectories, rollout
+from ibkit.methods.records import Method, Monitor, Work
 from ibkit.model.ddim import Schedule, log_prob, step_mean
 from ibkit.model.sample import Sampler
-from ibkit.model.text_to_image import TextToImage, load_model, model_fingerprint
-from ibkit.runs import Checkpoints, hash_json
+from ibkit.model.text_to_image import TextToImage, model_fingerprint
+from ibkit.runs import hash_json
 from ibkit.train.guard import Guard
-from ibkit.train.kept import load_optimizer_tensors, memory_advice, optimizer_tensors, part
+from ibkit.train.kept import Average, Copy, Facts, Optimizer, Weights, memory_advice
+from ibkit.train.loop import kept_of, loop, settings_origin
 from ibkit.train.processes import Processes
 
-# (images, prompts) -> numbers to watch; never part of the objective
-Monitor = Callable[[list[Image.Image], list[Prompt]], dict[str, float]]
 # settings that may change when a training goes on: how long, and what only costs memory
 MAY_CHANGE = ("n_epochs", "checkpoint_every", "micro_batch")
 
 
 @dataclass(frozen=True)
 class DDPOConfig:
-    """Settings of the RL stage; the defaults are InstructBooth's (appendix C), or where it is silent the reference
-    code's (kvablack/ddpo-pytorch).
+    """Settings; the defaults are InstructBooth's (appendix C), or where it is silent those of the reference code
+    (kvablack/ddpo-pytorch).
 
-    Attributes:
-        n_epochs: InstructBooth does not give it.
-        images_per_epoch: 16 (InstructBooth).
-        batch: trajectories of a gradient step, a random 8 of the 16 (InstructBooth).
-        sampler: 50 steps, guidance 7.5 (InstructBooth); η = 1 (DDPO).
-        clip_range: 1e-4 (InstructBooth).
-        advantage_clip: 5 (DDPO's code).
-        learning_rate: 2e-5; betas: (0.9, 0.99); weight_decay: 0.01 (InstructBooth).
-        max_grad_norm: 1 (DDPO's code).
-        trained_share: of the denoising steps, the first, which are the noisiest; 1 trains all (DDPO). The rest is
-            sampled as well. `model.ddim.step_weight` says why the last ones can drown all others.
-        subsample: share of the trained steps that a gradient step draws for each image, anew each time; 1 takes all
-            (DDPO). The gradient keeps its expectation (it is a mean over pairs) and costs less.
-        kl_weight: β of the KL divergence from the personalized policy, added to the loss of every pair (DPOK, Fan et
-            al. 2023, eq. 8); 0 leaves it out (DDPO).
-        ema_decay: of an exponential moving average of the adapter over gradient steps, which is the result of the
-            training; sampling keeps to the policy itself. 0 = the result is the last policy (DDPO).
-        lora_rank: not given by InstructBooth; 4 in DDPO's code.
-        micro_batch: images of a rollout, or (image, step) pairs of a gradient step, in a forward pass: memory and speed
-            only, gradients are accumulated.
-        combine: text and subject into advantages, where there is a subject reward: "synergy" normalises each per prompt
-            and adds a term for pictures that are good in both (Customized-GRPO); "sum" and "harmonic" (RPO) make one
-            reward of the two first.
-        synergy: γ of that term; 0 leaves it out.
-        time_aware: whether the text's weight follows the denoising step (Customized-GRPO); else it is `text_weight`.
-        text_weight: of the sum, of the harmonic mean (RPO's 1 - λ), and without `time_aware`.
-        stats_buffer, stats_min_count: of `PromptStats`; 16 and 16 in DDPO's code; a buffer of 0 makes advantages
-            group-relative, and `stats_min_count` without meaning.
-        checkpoint_every: epochs between checkpoints.
+    Two of them need more words. `trained_share`: the steps left out are sampled as well; `model.ddim.step_weight` says
+    why the last ones can drown all others. `subsample`: the gradient keeps its expectation (it is a mean over pairs)
+    and costs less.
     """
 
-    n_epochs: int = 100
-    images_per_epoch: int = 16
-    batch: int = 8
-    sampler: Sampler = Sampler(50, 7.5, 1.0)
-    clip_range: float = 1e-4
-    advantage_clip: float = 5.0
-    learning_rate: float = 2e-5
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.01
-    max_grad_norm: float = 1.0
-    trained_share: float = 1.0
-    subsample: float = 1.0
-    kl_weight: float = 0.0
-    ema_decay: float = 0.0
-    lora_rank: int = 4
-    micro_batch: int = 4
-    combine: str = "synergy"
-    synergy: float = 0.4
-    time_aware: bool = True
-    text_weight: float = 0.5
-    stats_buffer: int = 16
-    stats_min_count: int = 16
-    checkpoint_every: int = 5
+    n_epochs: int = field(100, "epochs", "InstructBooth is silent", low=1, high=1_000_000)
+    images_per_epoch: int = field(16, "pictures drawn in an epoch", "InstructBooth", low=1, high=1_000_000)
+    batch: int = field(8, "trajectories of a gradient step", "InstructBooth: 8 of the 16", low=1)
+    sampler: Sampler = Sampler()
+    clip_range: float = field(1e-4, "PPO clips the probability ratio there", "InstructBooth", low=0.0, high=1.0)
+    advantage_clip: float = field(5.0, "largest advantage", "DDPO's code", low=0.0)
+    learning_rate: float = field(2e-5, "of AdamW, constant", "InstructBooth", low=0.0, high=1.0)
+    betas: tuple[float, float] = field((0.9, 0.99), "of AdamW", "InstructBooth", low=0.0, high=1.0)
+    weight_decay: float = field(0.01, "of AdamW", "InstructBooth", low=0.0, high=1.0)
+    max_grad_norm: float = field(1.0, "gradients are clipped to this norm", "DDPO's code", low=0.0)
+    trained_share: float = field(1.0, "of the denoising steps, the first; 1 = all", "DDPO: all", low=0.0, high=1.0)
+    subsample: float = field(
+        1.0, "of the trained steps, drawn anew for each picture and gradient step", "DDPO: all", low=0.0, high=1.0
+    )
+    kl_weight: float = field(
+        0.0, "β of the KL divergence from the personalized policy, added to every pair's loss (DPOK, eq. 8)",
+        "DDPO: without", low=0.0, high=1e6,
+    )  # fmt: skip
+    ema_decay: float = field(
+        0.0, "moving average of the adapter, which is the result; sampling keeps to the policy; 0 = the last policy",
+        "DDPO: none", low=0.0, high=0.9999,
+    )  # fmt: skip
+    lora_rank: int = field(4, "rank of the adapter", "DDPO's code; InstructBooth is silent", low=1, high=1024)
+    micro_batch: int = field(
+        4, "pictures of a rollout, or pairs (picture, step), in a forward pass; memory and speed only", "ours", low=1
+    )
+    combine: str = field(
+        "synergy", "text and subject into one advantage; sum and harmonic (RPO) make one reward of the two first",
+        "Customized-GRPO", choices=COMBINATIONS,
+    )  # fmt: skip
+    synergy: float = field(0.4, "γ of the term for pictures good in both; 0 = without", "Customized-GRPO", low=0.0)
+    time_aware: bool = field(True, "the text's weight follows the denoising step; else text_weight", "Customized-GRPO")
+    text_weight: float = field(
+        0.5, "of the sum, of the harmonic mean (RPO's 1 - λ), and without time_aware", "RPO", low=0.0, high=1.0
+    )
+    stats_buffer: int = field(
+        16, "rewards of a prompt that make its mean; 0 = those of the epoch", "DDPO's code", low=0
+    )
+    stats_min_count: int = field(16, "fewer, and all prompts of the kind make the mean", "DDPO's code", low=1)
+    checkpoint_every: int = field(5, "epochs between checkpoints", "ours", low=1)
 
     def n_trained_steps(self, n_steps: int) -> int:
         """How many of `n_steps` denoising steps are trained, at least one."""
@@ -152,8 +144,9 @@ def train(
     on_epoch: Callable[[dict[str, float], TextToImage], None] | None = None,
     processes: Processes | None = None,
     subject_reward: Reward | None = None,
+    name: str = "ddpo",
 ) -> list[dict[str, float]]:
-    """Fine-tune `model` in place (it gains a LoRA adapter) and return one row of numbers an epoch.
+    """Fine-tune `model` in place (it gains a LoRA adapter `name`) and return one row of numbers an epoch.
 
     Args:
         prompts: of both kinds for InstructBooth's trick, see `training_prompts`.
@@ -162,11 +155,11 @@ def train(
         folder: for checkpoints; training continues from the newest one there, on the same random streams.
         monitor: watches the epoch's images (subject fidelity, the judge); never part of the objective.
         guard: warns, may end the training early, and then the result is the best policy it saw; see `train.guard`.
-        on_epoch: called after each epoch with its row and the model (progress, sample grids), before the epoch's
-            checkpoint is written: at least once for every epoch, again for those that an interruption made it repeat.
+        on_epoch: called after each epoch with its row and the model (progress, sample grids); see `loop`'s `on_row`.
         processes: that train together, each in a call of its own with the same arguments; only the first watches
-            (monitor, on_epoch) and writes. See `train.processes.start` and `help_train`.
+            (monitor, on_epoch) and writes. See `train.processes.start` and `records.help_train`.
         subject_reward: a second objective, of the pictures whose prompt has the identifier; None as in InstructBooth.
+        name: of the adapter on the model, see `ibkit.adapt`.
 
     Returns:
         Rows with epoch, reward, reward_identifier and reward_class (where there is such a prompt), reward_subject (of
@@ -190,7 +183,7 @@ def train(
         raise ParameterError(
             f"{config.images_per_epoch} images an epoch cannot be shared by {processes.count} processes: use fewer."
         )
-    origin = {k: hash_json(v) for k, v in asdict(config).items() if k not in MAY_CHANGE}
+    origin = settings_origin(config, MAY_CHANGE)
     objectives = Objectives(reward, subject_reward, config)
     for objective in objectives.given.values():
         objective.levels(prompts)  # a clip at a level that nobody knows is refused before anything is drawn
@@ -202,32 +195,17 @@ def train(
             f"a denoising step that is to be trained has standard deviation 0 (sampler: {config.sampler}), so its "
             "log-probability is not defined: train with an eta above 0, such as 1."
         )
-    trainable = model.add_lora(config.lora_rank, generator(seed, "lora"))
-    names = list(model.lora_state())
+    adapter = attach(model, "lora", name, {"rank": config.lora_rank}, generator(seed, "lora"))
     optimizer = torch.optim.AdamW(
-        trainable, lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        adapter.values(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )
-    average = [p.detach().clone() for p in trainable]
-    best = average
-    history: list[dict[str, float]] = []
-    checkpoints = Checkpoints(folder / "checkpoints")
-    if (found := processes.share(checkpoints.latest() if processes.first else None)) is not None:
-        _, tensors, state = found
-        if other := [k for k in origin if state["origin"].get(k) != origin[k]]:
-            raise ArtifactError(
-                f"the checkpoints in {checkpoints.folder} are of a training with another {', another '.join(other)}: "
-                "go on with what it was started with, or train in another folder."
-            )
-        model.load_lora_state(part(tensors, "lora"))
-        average, best = ([part(tensors, name)[k].to(model.device) for k in names] for name in ("average", "best"))
-        load_optimizer_tensors(optimizer, tensors)
-        objectives.load(state["stats"])
-        history = state["history"]
+    average, best = Average(adapter, config.ema_decay), Copy(adapter)
+    kept = {"policy": Weights(adapter), "average": average, "best": best}
+    kept |= {"optimizer": Optimizer(optimizer), "stats": Facts(objectives)}
+    judged = best.values
 
-    ended = len(history) >= config.n_epochs or bool(guard and guard.gives_up(history))
-    while not ended:
-        epoch = len(history)
-        started = time.perf_counter()
+    def step(epoch: int) -> dict[str, float]:
+        nonlocal judged
         chosen = epoch_prompts(prompts, config.images_per_epoch, seed, epoch)
         streams = [generator(seed, "rollout", epoch, i) for i in range(len(chosen))]
         trajectories, images, scores = collect(model, chosen, objectives, schedule, config, streams, processes)
@@ -245,44 +223,36 @@ def train(
             f"log_prob_t{int(t):03d}": v
             for t, v in zip(schedule.timesteps, trajectories.log_probs.mean(1).tolist(), strict=True)
         }
+        judged = best.now()  # the policy that drew what the monitor saw, not the average
         stream = generator(seed, "update", epoch)
-        judged = [p.detach().clone() for p in trainable]  # the policy that drew what the monitor saw, not the average
-        row |= update(
-            model, optimizer, trainable, average, trajectories, advantages, schedule, config, stream, processes
-        )
-        row["seconds"] = time.perf_counter() - started
-        history.append(row)
+        return row | update(model, optimizer, average, trajectories, advantages, schedule, config, stream, processes)
+
+    def on_row(history: list[dict[str, float]]) -> None:
+        row = history[-1]
         if guard:
             row |= guard.look(history)
-            if guard.best(history) == epoch:  # while there is no frontier, the newest policy
-                best = judged if "frontier" in row else [v.clone() for v in average]
-        ended = epoch + 1 == config.n_epochs or bool(guard and guard.gives_up(history))
+            if guard.best(history) == len(history) - 1:  # while there is no frontier, the newest policy
+                best.take(judged if "frontier" in row else average.result())
         if on_epoch:
             on_epoch(row, model)
-        if processes.first and ((epoch + 1) % config.checkpoint_every == 0 or ended):
-            tensors = {f"lora.{k}": v for k, v in model.lora_state().items()} | optimizer_tensors(optimizer)
-            for name, adapter in (("average", average), ("best", best)):
-                tensors |= {f"{name}.{k}": v.cpu() for k, v in zip(names, adapter, strict=True)}
-            checkpoints.save(epoch + 1, tensors, {"origin": origin, "stats": objectives.state(), "history": history})
-    with torch.no_grad():
-        for parameter, value in zip(trainable, best if guard and guard.patience else average, strict=True):
-            parameter.copy_(value)
-    model.unet.requires_grad_(False)
+
+    history = loop(
+        step, config.n_epochs, kept, folder, config.checkpoint_every, origin,
+        on_row=on_row, stop=lambda history: bool(guard and guard.gives_up(history)), processes=processes,
+    )  # fmt: skip
+    (best if guard and guard.patience else average).put_on()
+    freeze(model)
     return history
 
 
 def best_policy(folder: Path) -> dict[str, torch.Tensor]:
-    """The adapter of the best frontier, for `load_lora_state`, from a training's newest checkpoint; see `train.guard`.
-
-    It is there without `patience` too, where the training itself returns its last policy.
+    """The adapter of the best frontier, for `ibkit.adapt.load_state`, from a training's newest checkpoint; see
+    `train.guard`. It is there without `patience` too, where the training itself returns its last policy.
 
     Raises:
         ArtifactError: no checkpoint.
     """
-    found = Checkpoints(folder / "checkpoints").latest()
-    if found is None:
-        raise ArtifactError(f"{folder} has no checkpoint of a training: run it first.")
-    return part(found[1], "best")
+    return kept_of(folder, "best")
 
 
 @contextmanager
@@ -321,10 +291,9 @@ def collect(
 
 
 def update(
-    model,
-    optimizer,
-    trainable,
-    average,
+    model: TextToImage,
+    optimizer: torch.optim.Optimizer,
+    average: Average,
     trajectories: Trajectories,
     advantages: torch.Tensor,
     schedule: Schedule,
@@ -337,6 +306,7 @@ def update(
     Args:
         advantages: of each image and denoising step (B, T); a step has its own however the steps are drawn.
     """
+    trainable = [p for group in optimizer.param_groups for p in group["params"]]
     n_steps = config.n_trained_steps(len(schedule))
     n_drawn = max(1, round(config.subsample * n_steps))
     advantages = advantages.to(model.device)
@@ -367,8 +337,7 @@ def update(
             raise TrainingError("the gradient is not finite: lower the learning rate.")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        for mean, parameter in zip(average, trainable, strict=True):
-            mean.lerp_(parameter.detach(), 1 - config.ema_decay)
+        average.follow()
         norms.append(norm.item())
     everybodys = [of_chunk for share in processes.gather([measured]) for of_chunk in share]
     loss, kl, ratio, advantage, gradient_step = torch.cat(everybodys, 1).cpu().double()
@@ -383,31 +352,6 @@ def update(
         "loss": loss.mean().item(),
     }
     return row | ({"kl": kl.mean().item()} if config.kl_weight else {})
-
-
-def help_train(
-    processes: Processes,
-    device: torch.device,
-    model: str,
-    prompts: Sequence[Prompt],
-    reward: RewardSpec,
-    subject_reward: RewardSpec | None,
-    weights: str,
-    references: Sequence[Image.Image],
-    config: DDPOConfig,
-    folder: Path,
-    seed: int,
-    guard: Guard | None,
-) -> None:
-    """Be one of the processes that help the first, whose `train` has the same arguments; for `train.processes.start`.
-
-    Args:
-        model: as `load_model` takes it.
-        weights: of the scorers, as `make_scorer` takes them; references: the subject's photos.
-    """
-    text, subject = (spec and spec.load(weights, device, references) for spec in (reward, subject_reward))
-    network = load_model(model, device=device)
-    train(network, prompts, text, config, folder, seed, guard=guard, processes=processes, subject_reward=subject)
 
 
 def pair_loss(
@@ -435,7 +379,59 @@ def pair_loss(
     new = log_prob(x_prev, mean, std)
     kl = torch.zeros_like(new)
     if config.kl_weight:
-        with torch.no_grad(), model.without_lora():
+        with torch.no_grad(), without(model, next(reversed(model.deltas))):  # what the newest stands on
             personalized = policy_mean()
         kl = gaussian_kl(mean, personalized, std)
     return *policy_loss(new, trajectories.log_probs[step, image], advantage, config.clip_range), kl
+
+
+def tune(model, job, settings, *, on_row=None, monitor=None, processes=None) -> list[dict[str, float]]:
+    """DDPO as a stage; see `records.Train`."""
+    text, subject = (
+        spec and spec.load(job.scorer_weights, model.device, job.photos) for spec in (job.reward, job.subject_reward)
+    )
+    return train(
+        model, job.prompts, text, settings, job.folder, job.seed, monitor, job.guard, on_row, processes, subject,
+        job.name,
+    )  # fmt: skip
+
+
+def work(settings: DDPOConfig) -> Work:
+    """KL rows are the personalized policy's passes."""
+    rows = settings.sampler.rows_per_step
+    n_steps = settings.n_trained_steps(settings.sampler.n_steps)
+    pictures = settings.n_epochs * settings.images_per_epoch
+    pairs = pictures * max(1, round(settings.subsample * n_steps))
+    return Work(
+        forward=pictures * settings.sampler.rows + (pairs * rows if settings.kl_weight else 0),
+        tuned=pairs * rows,
+        pictures=pictures,
+        graph_rows=rows * min(settings.micro_batch, pairs),
+    )
+
+
+METHOD = Method(
+    name="ddpo",
+    label="DDPO",
+    stage="tune",
+    settings=DDPOConfig,
+    train=tune,
+    source="Black et al. 2023, arXiv 2305.13301, as InstructBooth has it (Chae et al. 2023, arXiv 2312.03011)",
+    pocket={
+        "n_epochs": (40, "minutes; with the weights of November 2026 not yet compared with more"),
+        "images_per_epoch": (48, "12 for each of 2 activities x 2 kinds of prompt"),
+        "batch": (24, "half of them a gradient step, as in the paper"),
+        "sampler.n_steps": (10, "the base model follows prompts at 10 steps as well as at 15"),
+        "sampler.guidance": (2.0, "as well as at 3, which hides what the overfitted model lost, and burns colours"),
+        "clip_range": (2e-4, "for larger steps than the paper's; 1e-3 learns faster and falls apart after 30 epochs"),
+        "learning_rate": (4e-3, "minutes instead of hours"),
+        "trained_share": (0.8, "8 of 10 steps: the last but one would drown all others (notebook 02)"),
+        "subsample": (0.6, "5 of those 8 for each picture and gradient step"),
+        "ema_decay": (0.9, "evens out single gradient steps"),
+        "lora_rank": (8, "an adapter of 4 is small beside so large a learning rate"),
+        "micro_batch": (48, "with guidance 96 rows, where two CPU cores are fastest a row (benchmarks/rl.py)"),
+        "stats_buffer": (48, "four epochs of a prompt, so that the mean follows the policy"),
+        "stats_min_count": (8, "as many as a prompt has in an epoch, nearly"),
+    },
+    work=work,
+)

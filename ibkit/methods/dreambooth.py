@@ -20,46 +20,48 @@ Shapes: B pictures of each half, C/H/W latent channels, height, width.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 import torch
 from PIL import Image
 
+from ibkit.adapt import attach, freeze
 from ibkit.device import generator
 from ibkit.errors import TrainingError
-from ibkit.model.text_to_image import TextToImage
-from ibkit.runs import Checkpoints
-from ibkit.train.kept import load_optimizer_tensors, memory_advice, optimizer_tensors, part
+from ibkit.fields import field
+from ibkit.methods.records import Method, Work
+from ibkit.model.text_to_image import TextToImage, model_fingerprint
+from ibkit.runs import hash_json
+from ibkit.train.kept import Average, Optimizer, Weights, memory_advice
+from ibkit.train.loop import hash_pictures, loop, settings_origin
+
+MAY_CHANGE = ("n_steps", "checkpoint_every", "n_class_images")  # when a training goes on; pictures have a hash
 
 
 @dataclass(frozen=True)
 class DreamBoothConfig:
-    """Settings; the defaults are InstructBooth's (appendix C), or where it is silent diffusers' example.
+    """Settings; the defaults are InstructBooth's (appendix C), or where it is silent those of diffusers' recipe."""
 
-    Attributes:
-        n_steps: 800 (diffusers' recipe with prior preservation; InstructBooth does not give it).
-        batch: subject pictures a step, and as many class pictures: 1 + 1 (InstructBooth).
-        learning_rate: 2e-5; betas: (0.9, 0.99); weight_decay: 0.01 (InstructBooth).
-        prior_weight: λ = 1; n_class_images: 200 (InstructBooth).
-        max_grad_norm: 1 (diffusers' recipe).
-        ema_decay: of an exponential moving average of the weights over the steps, which is the result of the training;
-            it evens out single steps. 0 = the last weights (DreamBooth).
-        checkpoint_every: steps between checkpoints.
-    """
-
-    n_steps: int = 800
-    batch: int = 1
-    learning_rate: float = 2e-5
-    betas: tuple[float, float] = (0.9, 0.99)
-    weight_decay: float = 0.01
-    prior_weight: float = 1.0
-    n_class_images: int = 200
-    max_grad_norm: float = 1.0
-    ema_decay: float = 0.0
-    checkpoint_every: int = 200
+    n_steps: int = field(800, "training steps", "diffusers' recipe; InstructBooth is silent", low=1, high=1_000_000)
+    batch: int = field(1, "photos in a step, and as many class pictures", "InstructBooth: 1 + 1", low=1, high=1024)
+    learning_rate: float = field(2e-5, "of AdamW, constant", "InstructBooth", low=0.0, high=1.0)
+    betas: tuple[float, float] = field((0.9, 0.99), "of AdamW", "InstructBooth", low=0.0, high=1.0)
+    weight_decay: float = field(0.01, "of AdamW", "InstructBooth", low=0.0, high=1.0)
+    prior_weight: float = field(1.0, "λ of prior preservation; 0 = without it", "InstructBooth", low=0.0, high=100.0)
+    n_class_images: int = field(200, "class pictures for it", "InstructBooth", low=1, high=100_000)
+    max_grad_norm: float = field(1.0, "gradients are clipped to this norm", "diffusers' recipe", low=0.0)
+    ema_decay: float = field(
+        0.0,
+        "moving average of the weights, which is the result; 0 = the last",
+        "DreamBooth: none",
+        low=0.0,
+        high=0.9999,
+    )
+    checkpoint_every: int = field(200, "steps between checkpoints", "ours", low=1)
 
 
 def add_noise(z0: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
@@ -96,6 +98,9 @@ def train(
     folder: Path,
     seed: int = 0,
     on_step: Callable[[dict[str, float]], None] | None = None,
+    name: str = "dreambooth",
+    kind: str = "unet",
+    kind_settings: Mapping[str, Any] = MappingProxyType({}),
 ) -> list[dict[str, float]]:
     """Personalize `model` in place and return one row a step: step, loss, loss_instance, loss_prior, seconds.
 
@@ -105,68 +110,107 @@ def train(
         class_prompt: "a [class noun]".
         class_pictures: by the base model, see `class_images`; empty with prior_weight 0.
         folder: for checkpoints; training continues from the newest one there, on the same random streams.
+        name, kind, kind_settings: of the delta that is trained, see `ibkit.adapt`; by default all weights of the U-Net.
 
     Raises:
         TrainingError: a non-finite loss, or memory does not suffice.
+        ArtifactError: the checkpoints in `folder` are of another training.
     """
     with_prior = config.prior_weight > 0
     alphas = model.alphas_cumprod.float().to(model.device)
     latents = model.encode_images(photos)
     prior_latents = model.encode_images(class_pictures) if with_prior else None
     prompts = [prompt] * config.batch + [class_prompt] * config.batch * with_prior
-    model.unet.requires_grad_(True)
-    parameters = list(model.unet.parameters())
+    origin = settings_origin(config, MAY_CHANGE) | {"model": model_fingerprint(model), "seed": str(seed)}
+    origin |= {"prompts": hash_json([prompt, class_prompt]), "photos": hash_pictures(photos)}
+    origin["class pictures"] = hash_pictures(class_pictures if with_prior else [])
+    weights = attach(model, kind, name, kind_settings, generator(seed, name))
     optimizer = torch.optim.AdamW(
-        parameters,
+        weights.values(),
         lr=config.learning_rate,
         betas=config.betas,
         weight_decay=config.weight_decay,
         fused=True,  # one kernel for the whole step; on the CPU 4 times as fast, with losses equal to 1e-6
     )
-    average = [p.detach().clone() for p in parameters] if config.ema_decay else []
-    history: list[dict[str, float]] = []
-    checkpoints = Checkpoints(folder / "checkpoints")
-    if (found := checkpoints.latest()) is not None:
-        _, tensors, state = found
-        model.unet.load_state_dict(part(tensors, "unet"))
-        load_optimizer_tensors(optimizer, tensors)
-        for i, kept in part(tensors, "average").items():
-            average[int(i)].copy_(kept)
-        history = state["history"]
+    average = Average(weights, config.ema_decay)
 
-    for step in range(len(history), config.n_steps):
-        started = time.perf_counter()
-        stream = generator(seed, "dreambooth", step)
+    def step(number: int) -> dict[str, float]:
+        stream = generator(seed, "dreambooth", number)
         z0 = latents[torch.randint(len(latents), (config.batch,), generator=stream)]
         if with_prior:
             z0 = torch.cat([z0, prior_latents[torch.randint(len(prior_latents), (config.batch,), generator=stream)]])
         t = torch.randint(len(alphas), (len(z0),), generator=stream).to(model.device)
         noise = torch.randn(z0.shape, generator=stream).to(model.device)
-        with memory_advice(f"lower batch_size (now {config.batch}) or use smaller pictures"):
+        with memory_advice(f"lower batch (now {config.batch}) or use smaller pictures"):
             eps_hat = model.predict_noise(add_noise(z0, noise, alphas[t]), t, prompts)
             loss, instance, prior = prior_preservation_loss(eps_hat, noise, config.prior_weight)
             loss.backward()
         terms = torch.stack([loss, instance, prior]).tolist()  # waits for the GPU once
         if not math.isfinite(terms[0]):
             raise TrainingError(
-                f"step {step}: the loss is {terms[0]}; lower the learning rate ({config.learning_rate:g})."
+                f"step {number}: the loss is {terms[0]}; lower the learning rate ({config.learning_rate:g})."
             )
-        torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        if average:
-            decay = min(config.ema_decay, (step + 1) / (step + 11))  # the first weights are soon forgotten
-            torch._foreach_lerp_(average, [p.detach() for p in parameters], 1 - decay)
-        row = {"step": step, **dict(zip(("loss", "loss_instance", "loss_prior"), terms, strict=True))}
-        row["seconds"] = time.perf_counter() - started
-        history.append(row)
-        if (step + 1) % config.checkpoint_every == 0 and step + 1 < config.n_steps:
-            tensors = {f"unet.{k}": v.cpu() for k, v in model.unet.state_dict().items()} | optimizer_tensors(optimizer)
-            tensors |= {f"average.{i}": kept.cpu() for i, kept in enumerate(average)}
-            checkpoints.save(step + 1, tensors, {"history": history})
-        if on_step:
-            on_step(row)
-    model.unet.requires_grad_(False)
-    if average:
-        torch._foreach_copy_(parameters, average)
+        average.follow(at_most=(number + 1) / (number + 11))  # the first weights are soon forgotten
+        return {"step": number, **dict(zip(("loss", "loss_instance", "loss_prior"), terms, strict=True))}
+
+    kept = {"weights": Weights(weights), "average": average, "optimizer": Optimizer(optimizer)}
+    history = loop(
+        step, config.n_steps, kept, folder, config.checkpoint_every, origin,
+        on_row=lambda history: on_step(history[-1]) if on_step else None,
+    )  # fmt: skip
+    average.put_on()
+    freeze(model)
     return history
+
+
+def personalize(
+    model, job, settings, *, on_row=None, monitor=None, processes=None, **delta: Any
+) -> list[dict[str, float]]:
+    """DreamBooth as a stage; see `records.Train`. `delta`: kind and settings of what is trained."""
+    return train(
+        model,
+        job.photos,
+        job.subject.instance_prompt,
+        job.subject.class_prompt,
+        job.class_pictures,
+        settings,
+        job.folder,
+        job.seed,
+        on_step=lambda row: on_row(row, model) if on_row else None,
+        name=job.name,
+        **delta,
+    )
+
+
+def class_pictures(settings: DreamBoothConfig) -> int:
+    """How many pictures of the class are needed."""
+    return settings.n_class_images if settings.prior_weight else 0
+
+
+def work(settings: DreamBoothConfig) -> Work:
+    rows = settings.batch * (2 if settings.prior_weight else 1)
+    return Work(trained=settings.n_steps * rows, graph_rows=rows)
+
+
+METHOD = Method(
+    name="dreambooth",
+    label="DreamBooth",
+    stage="personalize",
+    settings=DreamBoothConfig,
+    train=personalize,
+    source="Ruiz et al. 2023, arXiv 2208.12242",
+    pocket={
+        "n_steps": (800, "the trade of text against subject, by benchmarks/personalize.py"),
+        "batch": (4, "64 px pictures: four cost little more than one"),
+        "learning_rate": (5e-4, "a U-Net of 6 M weights takes larger steps than one of 860 M"),
+        "prior_weight": (0.3, "at 1 the subject comes with the bare prompt alone, and an activity drives it out"),
+        "ema_decay": (0.98, "single steps of this size smear the pictures"),
+        "n_class_images": (64, "minutes"),
+        "checkpoint_every": (150, "minutes"),
+    },
+    class_pictures=class_pictures,
+    work=work,
+)

@@ -15,19 +15,18 @@ import torch
 from PIL import Image
 
 from ibkit.device import generator
+from ibkit.fields import field
 from ibkit.model.ddim import Schedule, log_prob, make_schedule, step_mean
 from ibkit.model.text_to_image import TextToImage, default_batch
 
 
 @dataclass(frozen=True)
 class Sampler:
-    """How pictures are made: `n_steps` denoising steps, guidance scale w, DDIM's η (0 deterministic, 1 as RL
-    samples).
-    """
+    """How pictures are made."""
 
-    n_steps: int
-    guidance: float
-    eta: float = 1.0
+    n_steps: int = field(50, "denoising steps of a picture", "InstructBooth", low=1, high=1000)
+    guidance: float = field(7.5, "classifier-free guidance scale; 1 = without", "InstructBooth", low=0.0, high=50.0)
+    eta: float = field(1.0, "DDIM's η: 0 deterministic, 1 as DDPO samples", "DDPO", low=0.0, high=1.0)
 
     def schedule(self, model: TextToImage) -> Schedule:
         offset = model.scheduler.config.steps_offset

@@ -1,5 +1,4 @@
-"""A text-to-image model as the methods see it: predict noise, encode text and pictures, decode latents; and its LoRA
-adapter.
+"""A text-to-image model as the methods see it: predict noise, encode text and pictures, decode latents.
 
 One class serves the pocket model and Stable Diffusion: both are folders in diffusers format.
 
@@ -9,11 +8,13 @@ Shapes: B batch, L text tokens, D text width, C/H/W latent channels, height, wid
 from __future__ import annotations
 
 import copy
+import dataclasses
 import hashlib
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,14 @@ from ibkit.errors import ModelError, ParameterError
 POCKET_PIPELINE = Path(__file__).parents[1] / "pocket" / "weights" / "pipeline"
 HUB_NAMES = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 OTHER_PARTS_OF_CLIP = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")  # read by no method
-LORA_TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+
+@dataclass(frozen=True)
+class Attached:
+    """A delta that is on a model: its kind, a key of `ibkit.adapt.KINDS`, and the kind's settings, such as a rank."""
+
+    kind: str
+    settings: Mapping[str, Any]
 
 
 @dataclass
@@ -36,6 +44,7 @@ class TextToImage:
         name: "pocket", "sd15" or the folder, for messages and manifests.
         autocast: dtype of the U-Net's forward pass on a GPU (bf16); None computes in fp32. Weights and latents are
             fp32 either way.
+        deltas: what was put on the model by name, lowest first; see `ibkit.adapt`.
     """
 
     name: str
@@ -46,6 +55,7 @@ class TextToImage:
     scheduler: object
     device: torch.device
     autocast: torch.dtype | None = None
+    deltas: dict[str, Attached] = field(default_factory=dict)
     _embeddings: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -163,86 +173,9 @@ class TextToImage:
             requires_safety_checker=False,
         ).save_pretrained(folder)
 
-    # --- LoRA --------------------------------------------------------------------------------------------------
-
-    def add_lora(self, rank: int, generator: torch.Generator) -> list[torch.nn.Parameter]:
-        """Freeze the model and put a LoRA adapter (Hu et al. 2021) on the U-Net's attention projections; returns the
-        trainable parameters, fp32.
-
-        The adapter starts as the identity: A is drawn from `generator`, B is zero.
-        """
-        from peft import LoraConfig
-
-        self.unet.requires_grad_(False)
-        self.unet.add_adapter(
-            LoraConfig(r=rank, lora_alpha=rank, target_modules=list(LORA_TARGETS), init_lora_weights="gaussian")
-        )
-        trainable = []
-        for name, parameter in self.unet.named_parameters():
-            if parameter.requires_grad:
-                if "lora_A" in name:
-                    parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / rank)
-                trainable.append(parameter)
-        return trainable
-
-    @contextmanager
-    def without_lora(self) -> Iterator[None]:
-        """Inside, the model is what it was before `add_lora`; the adapter is trainable again afterwards."""
-        self.unet.disable_adapters()
-        try:
-            yield
-        finally:
-            self.unet.enable_adapters()
-
-    def lora_state(self) -> dict[str, torch.Tensor]:
-        """The adapter's weights by name, on the CPU."""
-        return {n: p.detach().cpu().clone() for n, p in self.unet.named_parameters() if "lora_" in n}
-
-    def load_lora_state(self, state: dict[str, torch.Tensor]) -> None:
-        parameters = {n: p for n, p in self.unet.named_parameters() if "lora_" in n}
-        if parameters.keys() != state.keys():
-            raise ModelError(
-                f"the adapter has {len(state)} weights and the model {len(parameters)}, "
-                f"or other names: it belongs to another model or rank."
-            )
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                if parameter.shape != state[name].shape:
-                    raise ModelError(
-                        f"the adapter's {name} is {tuple(state[name].shape)} and the "
-                        f"model's {tuple(parameter.shape)}: another rank or model."
-                    )
-                parameter.copy_(state[name])
-
-    def save_lora(self, folder: str | Path) -> None:
-        """Write the adapter in diffusers' LoRA format (`pytorch_lora_weights.safetensors`), for `load_lora_weights`."""
-        from diffusers import StableDiffusionPipeline
-        from diffusers.utils import convert_state_dict_to_diffusers
-        from peft.utils import get_peft_model_state_dict
-
-        layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(self.unet))
-        StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
-
-    def load_lora(self, folder: str | Path) -> None:
-        """Load an adapter saved by `save_lora`, as diffusers does."""
-        from diffusers import StableDiffusionPipeline
-
-        state, alphas = StableDiffusionPipeline.lora_state_dict(str(folder))
-        StableDiffusionPipeline.load_lora_into_unet(state, network_alphas=alphas, unet=self.unet)
-        self.unet.to(self.device).requires_grad_(False)
-
     def copy(self) -> TextToImage:
         """A model with a U-Net of its own; frozen parts are shared."""
-        return TextToImage(
-            self.name,
-            copy.deepcopy(self.unet),
-            self.vae,
-            self.text_encoder,
-            self.tokenizer,
-            self.scheduler,
-            self.device,
-            self.autocast,
-        )
+        return dataclasses.replace(self, unet=copy.deepcopy(self.unet), deltas=dict(self.deltas), _embeddings={})
 
 
 def model_fingerprint(model: TextToImage) -> str:

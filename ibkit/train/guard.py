@@ -17,6 +17,8 @@ from statistics import fmean
 
 import numpy as np
 
+from ibkit.fields import field
+
 SUBJECT, TEXT = "monitor", "text_monitor"  # columns of the history: cosines, see `ibkit.train.monitor.SubjectMonitor`
 REWARDS = ("reward", "reward_subject")  # columns of the history: what is optimised
 FEWEST = 16  # epochs; fewer say too little of their own autocorrelation
@@ -75,24 +77,21 @@ class Guard:
     looks, one a window, with a probability of at most 5 %, at autocorrelations up to .7. That holds for the default
     window and certainty; `benchmarks/guard.py` simulates it, and which falls are found.
 
-    Attributes:
-        weight: λ, the subject's weight in the frontier; RPO validates with 0.3, 0.5 and 0.7.
-        window: epochs in a mean.
-        patience: epochs without a better frontier before the training stops and returns the best policy; 0 = never, and
-            the training returns its last.
+    The best policy is the one that drew the last pictures of the best window. That is the policy itself, and not the
+    moving average of `DDPOConfig.ema_decay`: no picture of the average is ever drawn in training, so nobody has judged
+    it. To judge it would take as many pictures again.
 
-            The best policy is the one that drew the last pictures of the best window. That is the policy itself, and
-            not the moving average of `DDPOConfig.ema_decay`: no picture of the average is ever drawn in training, so
-            nobody has judged it. To judge it would take as many pictures again.
-        certainty: standard errors by which a watched number must have fallen. One look at independent epochs would need
-            2; the rest pays for many looks at two numbers, for a curve of any shape, and for an autocorrelation that
-            nobody knows.
+    Of the certainty, one look at independent epochs would need 2; the rest pays for many looks at two numbers, for a
+    curve of any shape, and for an autocorrelation that nobody knows.
     """
 
-    weight: float = 0.5
-    window: int = 8
-    patience: int = 0
-    certainty: float = 4.4
+    weight: float = field(0.5, "λ, the subject's in the frontier", "RPO validates with .3, .5, .7", low=0.0, high=1.0)
+    window: int = field(8, "epochs in a mean", "ours", low=1)
+    patience: int = field(
+        0, "epochs without a better frontier before the training stops and returns the best policy; 0 = never", "ours",
+        low=0,
+    )  # fmt: skip
+    certainty: float = field(4.4, "standard errors by which a watched number must have fallen", "ours", low=0.0)
 
     def look(self, history: Sequence[dict[str, float]]) -> dict[str, float]:
         """What to add to the newest row of the history.

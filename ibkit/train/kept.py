@@ -1,15 +1,144 @@
-"""What every trainer shares: an optimizer's state as named tensors, for checkpoints in safetensors, and what it says
+"""What a training keeps from step to step, each as named tensors and as JSON facts for a checkpoint; and what it says
 when memory runs out.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any, Protocol
 
 import torch
 
 from ibkit.errors import TrainingError
+
+
+class Keeps(Protocol):
+    """What only facts describe: statistics of rewards, a baseline."""
+
+    def state(self) -> Any:
+        """What JSON can hold."""
+
+    def load(self, state: Any) -> None:
+        """Become what `state` described."""
+
+
+class Kept:
+    """One thing that a training keeps. The loop asks for its tensors and facts, and gives them back on resuming."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """On the CPU."""
+        return {}
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Take what `tensors` gave."""
+
+    def facts(self) -> Any:
+        """What JSON can hold."""
+        return None
+
+    def recall(self, facts: Any) -> None:
+        """Take what `facts` gave."""
+
+
+class Facts(Kept):
+    """Something that JSON describes in full."""
+
+    def __init__(self, of: Keeps):
+        self.of = of
+
+    def facts(self) -> Any:
+        return self.of.state()
+
+    def recall(self, facts: Any) -> None:
+        self.of.load(facts)
+
+
+class Weights(Kept):
+    """The weights that are trained.
+
+    Args:
+        parameters: by name, as `ibkit.adapt.attach` returns them.
+    """
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]):
+        self.parameters = parameters
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, parameter in self.parameters.items():
+            parameter.copy_(tensors[name])
+
+
+class Copy(Kept):
+    """Weights of another moment, such as the best policy's; before the first `take`, those of its making."""
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter]):
+        self.parameters = parameters
+        self.values = self.now()
+
+    def now(self) -> list[torch.Tensor]:
+        """A copy of the weights as they are."""
+        return [p.detach().clone() for p in self.parameters.values()]
+
+    def take(self, values: Sequence[torch.Tensor]) -> None:
+        """Keep these instead."""
+        self.values = list(values)
+
+    @torch.no_grad()
+    def put_on(self) -> None:
+        """Make them the model's weights."""
+        for parameter, value in zip(self.parameters.values(), self.values, strict=True):
+            parameter.copy_(value)
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {name: v.cpu() for name, v in zip(self.parameters, self.values, strict=True)}
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        for name, value in zip(self.parameters, self.values, strict=True):
+            value.copy_(tensors[name])
+
+
+class Average(Copy):
+    """An exponential moving average of the weights over steps; a decay of 0 keeps nothing and means the weights."""
+
+    def __init__(self, parameters: Mapping[str, torch.nn.Parameter], decay: float):
+        super().__init__(parameters if decay else {})
+        self.decay, self.weights = decay, parameters
+
+    def result(self) -> list[torch.Tensor]:
+        """A copy of the average."""
+        return [v.detach().clone() for v in (self.values or self.weights.values())]
+
+    def follow(self, at_most: float = 1.0) -> None:
+        """Take one more step into the mean, with the decay or `at_most`."""
+        if self.decay:
+            weights = [p.detach() for p in self.weights.values()]
+            torch._foreach_lerp_(self.values, weights, 1 - min(self.decay, at_most))
+
+
+class Optimizer(Kept):
+    """An optimizer's moments; learning rates and other settings stay its own."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.optimizer = optimizer
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {
+            f"{i}.{name}": torch.as_tensor(v).cpu()
+            for i, slot in self.optimizer.state_dict()["state"].items()
+            for name, v in slot.items()
+        }
+
+    def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        slots: dict[int, dict[str, torch.Tensor]] = {}
+        for key, value in tensors.items():
+            i, name = key.split(".", 1)
+            slots.setdefault(int(i), {})[name] = value
+        self.optimizer.load_state_dict({"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 
 @contextmanager
@@ -29,26 +158,6 @@ def memory_advice(advice: str) -> Iterator[None]:
         raise TrainingError(f"out of memory: {advice}.") from error
 
 
-def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str = "optimizer") -> dict[str, torch.Tensor]:
-    """The state of every parameter as `prefix.<index>.<name>`, on the CPU."""
-    return {
-        f"{prefix}.{i}.{name}": torch.as_tensor(v).cpu()
-        for i, slot in optimizer.state_dict()["state"].items()
-        for name, v in slot.items()
-    }
-
-
-def load_optimizer_tensors(
-    optimizer: torch.optim.Optimizer, tensors: dict[str, torch.Tensor], prefix: str = "optimizer"
-) -> None:
-    """Put back what `optimizer_tensors` took out; learning rates and other settings stay the optimizer's own."""
-    slots: dict[int, dict[str, torch.Tensor]] = {}
-    for key, value in part(tensors, prefix).items():
-        i, name = key.split(".", 1)
-        slots.setdefault(int(i), {})[name] = value
-    optimizer.load_state_dict({"state": slots, "param_groups": optimizer.state_dict()["param_groups"]})
-
-
-def part(tensors: dict[str, torch.Tensor], prefix: str) -> dict[str, torch.Tensor]:
-    """The tensors below `prefix.`, without it."""
-    return {k.removeprefix(prefix + "."): v for k, v in tensors.items() if k.startswith(prefix + ".")}
+def part(tensors: Mapping[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
+    """The tensors below `name.`, without it."""
+    return {key.removeprefix(f"{name}."): value for key, value in tensors.items() if key.startswith(f"{name}.")}

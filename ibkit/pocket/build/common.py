@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ibkit.runs import Checkpoints
-from ibkit.train.kept import load_optimizer_tensors, optimizer_tensors, part
+from ibkit.train.kept import Optimizer, part
 
 SEED = 20_26
 
@@ -202,7 +202,7 @@ def _state(master: nn.Module, ema: nn.Module, optimizers: list[torch.optim.Optim
         f"ema.{k}": v for k, v in ema.state_dict().items()
     }
     for n, optimizer in enumerate(optimizers):
-        tensors |= optimizer_tensors(optimizer, f"optimizer{n}")
+        tensors |= {f"optimizer{n}.{k}": v for k, v in Optimizer(optimizer).tensors().items()}
     return tensors
 
 
@@ -212,7 +212,7 @@ def _restore(
     master.load_state_dict(part(tensors, "master"))
     ema.load_state_dict(part(tensors, "ema"))
     for n, optimizer in enumerate(optimizers):
-        load_optimizer_tensors(optimizer, tensors, f"optimizer{n}")
+        Optimizer(optimizer).load(part(tensors, f"optimizer{n}"))
 
 
 def begin_with(model: nn.Module, start: dict[str, torch.Tensor] | None) -> None:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
 
 import torch
 
+from ibkit.adapt import attach
 from ibkit.data.prompts import make_prompt, training_prompts
 from ibkit.device import generator, pick_device
 from ibkit.errors import IbkitError
@@ -21,7 +22,7 @@ from ibkit.methods.engine.advantages import PromptStats
 from ibkit.methods.engine.rollout import Trajectories, rollout
 from ibkit.model.ddim import Schedule, log_prob, step_mean
 from ibkit.model.text_to_image import TextToImage, load_model
-from ibkit.presets import PRESETS
+from ibkit.presets import POCKET, PRESETS
 
 ADAPTER_STD = 0.02  # moves the policy by much more than rounding, and leaves it a policy
 N_IMAGES = 4
@@ -48,7 +49,8 @@ class Subject:
 
     def __init__(self, model: TextToImage, config: DDPOConfig):
         self.model, self.config = model, config
-        self.trainable = model.add_lora(config.lora_rank, generator(0, "selfcheck lora"))
+        adapter = attach(model, "lora", "ddpo", {"rank": config.lora_rank}, generator(0, "selfcheck lora"))
+        self.trainable = list(adapter.values())
         with torch.no_grad():
             for i, p in enumerate(self.trainable):
                 p.add_(ADAPTER_STD * torch.randn(p.shape, generator=generator(0, "selfcheck adapter", i)).to(p.device))
@@ -116,7 +118,7 @@ def smallest_standard_deviation(subject: Subject) -> float:
     """1 for a step whose deviation is not finite and positive, over the schedules of all presets; else 0."""
     bad = 0.0
     for preset in PRESETS.values():
-        std = preset.ddpo.sampler.schedule(subject.model).std
+        std = preset.settings("ddpo").sampler.schedule(subject.model).std
         bad = max(bad, float((~(torch.isfinite(std) & (std > 0))).any()))
     return bad
 
@@ -223,7 +225,7 @@ def run_checks(model: TextToImage | None = None) -> list[Check]:
     """Run all checks, on the pocket model unless another one is given; it gains an adapter."""
     if model is None:
         model = load_model("pocket", device=pick_device("auto"))
-    config = replace(PRESETS["pocket"].ddpo, trained_share=1.0)
+    config = POCKET.settings("ddpo", {"trained_share": 1.0})
     subject = Subject(model, config)
     return [_made(subject, *check) for check in CHECKS]
 

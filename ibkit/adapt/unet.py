@@ -1,0 +1,37 @@
+"""The delta `unet`: every weight of the U-Net, as DreamBooth trains them. It can only be the first of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ibkit.errors import ModelError
+from ibkit.model.text_to_image import TextToImage
+
+
+def attach(model: TextToImage, name: str, settings: Mapping[str, Any], stream: torch.Generator) -> None:
+    """Nothing is added: the base's own weights are what is trained, in place."""
+    if model.deltas:
+        raise ModelError(
+            f"{name!r} trains the whole U-Net and cannot stand on {', '.join(model.deltas)}: make it the first."
+        )
+
+
+def parameters(model: TextToImage, name: str) -> dict[str, torch.nn.Parameter]:
+    """The U-Net's own weights, whatever has been put on it since."""
+    return {n.replace(".base_layer", ""): p for n, p in model.unet.named_parameters() if ".lora_" not in n}
+
+
+@contextmanager
+def without(model: TextToImage, name: str) -> Iterator[None]:
+    """Not possible: the base's weights were overwritten, and a second U-Net is not kept."""
+    raise ModelError(f"what lies below {name!r} is not in memory: load the base model beside it.")
+    yield
+
+
+def export(model: TextToImage, name: str, folder: Path) -> None:
+    """Nothing of its own: the pipeline that `Adapted.export` writes has this U-Net."""

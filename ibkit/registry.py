@@ -1,0 +1,74 @@
+"""Things by name that other packages can add to: methods, scorers.
+
+A package adds its own by an entry point, with the name as users write it:
+
+    [project.entry-points."ibkit.methods"]
+    my_method = "my_package.my_method:METHOD"
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from importlib.metadata import EntryPoint, entry_points
+from typing import Generic, TypeVar
+
+from ibkit.errors import ParameterError
+from ibkit.fields import nearest
+
+T = TypeVar("T")
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """What there is by name; a thing is imported when it is asked for.
+
+    Args:
+        group: of entry points, "ibkit.methods".
+        noun: for messages, "method".
+        own: name -> "module:attribute", of this package.
+    """
+
+    def __init__(self, group: str, noun: str, own: Mapping[str, str]):
+        self.group, self.noun = group, noun
+        self._own = own
+        self._made: dict[str, T] = {}
+
+    def __getitem__(self, name: str) -> T:
+        if name not in self._made:
+            points = self._points()
+            if name not in points:
+                raise KeyError(name)
+            module, _, attribute = points[name].partition(":")
+            self._made[name] = getattr(import_module(module), attribute)
+        return self._made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._points())
+
+    def __len__(self) -> int:
+        return len(self._points())
+
+    def find(self, name: str) -> T:
+        """The thing of this name.
+
+        Raises:
+            ParameterError: there is none (the nearest is named), or its module does not import.
+        """
+        if name not in self:
+            raise ParameterError(f"There is no {self.noun} {name!r}{nearest(name, self)}")
+        try:
+            return self[name]
+        except (ImportError, AttributeError) as error:
+            raise ParameterError(
+                f"The {self.noun} {name!r} ({self._points()[name]}) cannot be imported: {error}; mend or uninstall the "
+                "package that brings it."
+            ) from error
+
+    def _points(self) -> dict[str, str]:
+        found: dict[str, EntryPoint] = {point.name: point for point in entry_points(group=self.group)}
+        for name, point in found.items():
+            if name in self._own:
+                raise ParameterError(
+                    f"{point.value} calls itself the {self.noun} {name!r}, which this kit has: give it another name."
+                )
+        return dict(self._own) | {name: point.value for name, point in found.items()}
