@@ -21,21 +21,18 @@ from ibkit.job.stages import JOB, SHARED, WIRED, Stage, defaults, given, plan
 from ibkit.methods.records import METHODS
 from ibkit.params import schema
 from ibkit.progress import Progress, duration
-from ibkit.runs import Run, read_run
+from ibkit.runs import Run, read_run, writing
 from tests.test_report import score_table
 
 ROOT = Path(main_job.__file__).parent.parent
 
 OPEN = """
-from dataclasses import asdict
 from ibkit.params import collect
-from ibkit.runs import Run, run_folder
+from ibkit.runs import open_run
 parameters = collect("{kind}", globals())
 inputs = {{name: value for name in ("run_in", "run_dreambooth") if (value := getattr(parameters, name, ""))}}
 inputs |= {{f"run_rl{{i}}": folder for i, folder in enumerate(getattr(parameters, "run_rl", []))}}
-run = Run.open(
-    run_folder("{kind}", parameters.run_out), "{kind}", asdict(parameters), inputs=inputs, resume=parameters.resume
-)
+run = open_run("{kind}", parameters, inputs)
 print("opened " + "{kind}")
 """
 FINISH = "run.finish()"
@@ -65,7 +62,7 @@ def places(tmp_path, monkeypatch):
     for kind in JOB:
         notebook(tmp_path / "notebooks", kind, copy if kind == "03_evaluate" else NOTE, FINISH)
     yield tmp_path
-    for run in list(runs._OPEN.values()):
+    for run in list(writing._OPEN.values()):
         run._close()
 
 

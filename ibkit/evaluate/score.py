@@ -29,7 +29,7 @@ from ibkit.evaluate.stats import METRICS
 from ibkit.model.sample import Sampler, sample
 from ibkit.model.text_to_image import TextToImage
 from ibkit.pocket.world import parts_in, said_in
-from ibkit.runs import CompletedRun, Run, identify, read_run, resolve
+from ibkit.runs import CompletedRun, Run, identify, resolve
 from ibkit.scorers import SCORERS, Scorer, column_of, make_scorer
 from ibkit.scorers.base import batches
 from ibkit.scorers.dino import Dino
@@ -76,19 +76,18 @@ class Inputs:
         return (replace(adapted, deltas=()) if method == "base" else adapted).build(device)
 
 
-def read_inputs(run_dreambooth: str | Path, run_rl: Sequence[str | Path], model: str, revision: str = "") -> Inputs:
-    """Read the runs to evaluate and make sure that they belong together.
+def read_inputs(personalized: CompletedRun, run_rl: Sequence[CompletedRun], model: str, revision: str = "") -> Inputs:
+    """Take the runs to evaluate and make sure that they belong together.
 
     Args:
-        run_dreambooth: folder of a finished 01 run.
-        run_rl: folders of finished 02 runs, each of another seed.
+        personalized: of 01.
+        run_rl: of 02, each of another seed.
         model, revision: the base model that the user named; it must be the one that was personalized.
 
     Raises:
-        ArtifactError: a run is not finished, or an RL run started from another personalized model.
+        ArtifactError: an RL run started from another personalized model.
         ParameterError: two RL runs of one seed, or another base model.
     """
-    personalized = read_run(resolve(run_dreambooth), "01_personalize")
     subject = PersonalizedSubject.read(personalized)
     if subject.base_model not in (model, str(resolve(model))) or (revision and revision != subject.base_revision):
         raise ParameterError(
@@ -96,8 +95,7 @@ def read_inputs(run_dreambooth: str | Path, run_rl: Sequence[str | Path], model:
             f"{subject.base_revision or 'not pinned'}), not {model!r}: give the same model and revision here."
         )
     identity, rl = identify(personalized)["sha256"], {}
-    for folder in run_rl:
-        run = read_run(resolve(folder), "02_rl_finetune")
+    for run in run_rl:
         if identity not in [source["sha256"] for source in run.manifest["inputs"].values()]:
             raise ArtifactError(
                 f"The RL run in {run.folder} was not trained on the model in {personalized.folder}: "

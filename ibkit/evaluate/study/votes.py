@@ -107,21 +107,20 @@ class Evaluated:
         return [read_rgb(path) for path in sorted(self.personalized.path("photos").glob("*.png"))]
 
 
-def read_evaluated(folder: str | Path, model: str, revision: str = "") -> Evaluated:
+def read_evaluated(run: CompletedRun, model: str, revision: str = "") -> Evaluated:
     """Read a finished 03 run and the 01 run that its manifest names.
 
     That run is looked for at its noted path and, for runs that were moved together, beside the 03 run; whichever is
     found must have the hash that the manifest gives.
 
     Args:
-        folder: the 03 run.
+        run: of 03.
         model, revision: the base model that the user named; it must be the one that was evaluated.
 
     Raises:
-        ArtifactError: a run is not finished, or the 01 run is not to be found.
+        ArtifactError: the 01 run is not to be found, or not finished.
         ParameterError: another base model.
     """
-    run = read_run(resolve(folder), "03_evaluate")
     source = run.manifest["inputs"]["run_dreambooth"]
     places = [resolve(source["path"]), run.folder.parent / Path(source["path"]).name]
     for place in places:
