@@ -104,6 +104,8 @@ def test_saving_after_the_end_replaces_and_marks_the_run(outputs, capsys):
     edited = read_run(run.folder)  # complete, and its hashes are true
     assert edited.manifest["edited_by_hand"] is True
     assert edited.table("curve.csv")["x"].tolist() == [1] and edited.metrics == {"best": 3}
+    with pytest.raises(ArtifactError, match="weights/below"):
+        run.write_text("weights/below", "a file")  # a cell that fails leaves the run complete
     input_run("01_personalize", str(run.folder))
     assert "was edited by hand after its end" in capsys.readouterr().out
     run.finish()  # the last cell again

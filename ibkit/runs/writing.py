@@ -326,9 +326,11 @@ class Run:
         if self.complete:
             self.manifest["status"] = "running"
             self._write_manifest()
-        yield
-        if edited:
-            self.finish()
+        try:
+            yield
+        finally:
+            if edited:
+                self.finish()
 
     def _write(self, rel: str | os.PathLike, need_bytes: int, write: Callable[[Path], Any], content: str = "") -> Path:
         name = checked_name(rel)
