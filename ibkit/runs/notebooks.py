@@ -53,20 +53,21 @@ def _make_room(folder: Path, kind: str, values: Mapping[str, Any], inputs: Mappi
     print(f"other values ({'; '.join(differ)}): the run that was here is now {aside.name}")
 
 
-def input_run(kind: str, named: str = "") -> CompletedRun:
-    """The finished run that was named, or the newest of its kind, which is then printed.
+def input_run(kind: str | tuple[str, ...], named: str = "") -> CompletedRun:
+    """The finished run that was named, or the newest of its kind or kinds, which is then printed.
 
     Raises:
         ArtifactError: it is not there, not finished, altered, or of another kind.
     """
-    run = read_run(resolve(named), kind) if named else newest_run(kind)
+    kinds = (kind,) if isinstance(kind, str) else kind
+    run = read_run(resolve(named), *kinds) if named else newest_run(*kinds)
     if not named:
-        print(f"goes on from {run.folder.relative_to(resolve(OUTPUTS).resolve().parent)}, the newest run of {kind}")
+        print(f"goes on from {run.folder.relative_to(resolve(OUTPUTS).resolve().parent)}, the newest run of {run.kind}")
     return run
 
 
-def newest_run(kind: str) -> CompletedRun:
-    """The run of a kind below outputs that was finished last.
+def newest_run(*kinds: str) -> CompletedRun:
+    """The run of any of these kinds below outputs that was finished last.
 
     Raises:
         ArtifactError: there is none.
@@ -77,6 +78,8 @@ def newest_run(kind: str) -> CompletedRun:
             manifest = read_manifest(path.parent)
         except ArtifactError:  # damaged, or of another ibkit: not one to go on from
             continue
-        if manifest["kind"] == kind and manifest["status"] == "complete":
-            return read_run(path.parent, kind)
-    raise ArtifactError(f"There is no finished run of {kind} below {resolve(OUTPUTS)}: run that notebook first.")
+        if manifest["kind"] in kinds and manifest["status"] == "complete":
+            return read_run(path.parent, *kinds)
+    raise ArtifactError(
+        f"There is no finished run of {' or '.join(kinds)} below {resolve(OUTPUTS)}: run that notebook first."
+    )

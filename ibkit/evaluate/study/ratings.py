@@ -27,7 +27,8 @@ from typing import Any
 import pandas as pd
 
 from ibkit.errors import StudyError
-from ibkit.evaluate.study.votes import QUESTIONS, VOTE_COLUMNS, check_votes, study_name
+from ibkit.evaluate.study.items import QUESTIONS, study_name
+from ibkit.evaluate.study.votes import VOTE_COLUMNS, check_votes
 from ibkit.runs import resolve
 
 SCHEMA = 1
@@ -199,7 +200,7 @@ def _share_left(ratings: Ratings) -> float:
 
 @dataclass(frozen=True)
 class Task:
-    """One item as a rater sees it; which method made a picture is not said.
+    """One item as a rater sees it; which arm made a picture is not said.
 
     Attributes:
         item: its name.
