@@ -9,8 +9,6 @@ import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ibkit.methods.records import METHODS
-
 BASE, REAL = "base", "real"
 # What no record of `METHODS` names: the ends of the scale, methods that the paper compares, and its name for a chain.
 LABELS = {
@@ -52,6 +50,8 @@ class Arm:
 
 def label_of(name: str) -> str:
     """What people call an arm, or one method of a chain."""
+    from ibkit.methods.records import METHODS  # it brings PyTorch, which a rating page does without
+
     if name in LABELS:
         return LABELS[name]
     if "+" in name:
@@ -64,6 +64,8 @@ def arms_of(names: Iterable[str]) -> dict[str, Arm]:
 
     Colours and markers go by place: arms of `FIXED` keep theirs everywhere; the others take, in order, what is left.
     """
+    from ibkit.methods.records import METHODS
+
     known = [BASE, *METHODS, *LABELS]
 
     def place(name: str) -> tuple:

@@ -142,8 +142,13 @@ def in_words(seeds: Mapping[str, object]) -> str:
 
 
 def one_seed(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of one training of each arm, that of its smallest seeds, such as for a grid of pictures."""
+    """The rows of one training of each arm, of the smallest seeds; of one personalization, where all arms share any."""
     numbers = _seed_numbers(rows)
+    of_arm = numbers["seed"].groupby(rows["arm"]).agg(lambda seeds: set(seeds) - {NO_SEED})
+    shared = set.intersection(*filter(None, of_arm)) if of_arm.any() else set()
+    if shared:
+        kept = numbers["seed"].isin((NO_SEED, min(shared)))
+        rows, numbers = rows[kept], numbers[kept]
     ranks = pd.Series(numbers.groupby(list(SEEDS)).ngroup().to_numpy(), index=rows.index)
     return rows[ranks == ranks.groupby(rows["arm"]).transform("min")]
 
