@@ -50,7 +50,8 @@ def score_table(n_images=20):
                 rows.append(
                     {
                         "arm": arm,
-                        "tune_seed": 0 if arm == "dreambooth+ddpo" else -1,
+                        "seed": None if arm == "base" else 0,
+                        "tune_seed": 0 if arm == "dreambooth+ddpo" else None,
                         "subject": "cat",
                         "class_noun": "cat",
                         "prompt_id": prompt_id,
@@ -171,13 +172,13 @@ def test_page_is_well_formed_and_accessible(page):
     assert {link["href"][1:] for link in page.all("a")} <= ids
 
 
-def test_only_methods_with_rl_have_seeds():
+def test_only_trained_arms_have_seeds():
     table = score_table(2)
-    photos = table[table["arm"] == "dreambooth"].assign(arm="real", prompt_id="photo").head(2)
+    photos = table[table["arm"] == "dreambooth"].assign(arm="real", seed=None, prompt_id="photo").head(2)
     photos["image_seed"] = [0, 1]
     blocks = _results(pd.concat([table, photos]), SimpleNamespace(metrics={}))
     seeds = {(row["arm"], row["seeds"]) for block in blocks for row in block["rows"]}
-    assert seeds == {("base", "–"), ("dreambooth", "–"), ("dreambooth+ddpo", 1), ("real", "–")}
+    assert seeds == {("base", "–"), ("dreambooth", 1), ("dreambooth+ddpo", 1), ("real", "–")}
 
 
 def test_page_needs_nothing_from_outside(page, report):
@@ -332,16 +333,16 @@ class Browser:
             time.sleep(0.05)
         return value
 
-    def call(self, arm, **parameters):
+    def call(self, method, **parameters):
         self.n_calls += 1
-        self.socket.send(json.dumps({"id": self.n_calls, "arm": arm, "params": parameters}))
+        self.socket.send(json.dumps({"id": self.n_calls, "method": method, "params": parameters}))
         while (message := json.loads(self.socket.recv())).get("id") != self.n_calls:
             self.events.append(message)
         assert "error" not in message, message
         return message["result"]
 
     def wait_for(self, event):
-        while not any(message["arm"] == event for message in self.events):
+        while not any(message["method"] == event for message in self.events):
             self.events.append(json.loads(self.socket.recv()))
 
     def evaluate(self, expression):
@@ -370,9 +371,11 @@ def test_report_in_a_browser(report, tmp_path):
                 "Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 500
             )
             assert browser.evaluate("document.documentElement.scrollWidth") <= width
-        requested = [e["params"]["request"]["url"] for e in browser.events if e["arm"] == "Network.requestWillBeSent"]
+        requested = [
+            e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"
+        ]
         assert [url for url in requested if not url.startswith("data:")] == [report.as_uri()]
         complaints = ("Log.entryAdded", "Runtime.consoleAPICalled", "Runtime.exceptionThrown", "Network.loadingFailed")
-        assert [event for event in browser.events if event["arm"] in complaints] == []
+        assert [event for event in browser.events if event["method"] in complaints] == []
     finally:
         browser.close()

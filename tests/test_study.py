@@ -77,7 +77,7 @@ def write_runs(folder, n_images=3, tune_seeds=(0,), subject=SUBJECT, seed=0):
     real |= {"identifier": True, "image_seed": 0}
     run.write_table("scores.csv", pd.concat([rows, pd.DataFrame([real])], ignore_index=True).assign(clip_t=0.5))
     run.finish()
-    return run.folder
+    return read_run(run.folder)
 
 
 def png(picture):
@@ -130,7 +130,7 @@ def test_what_is_not_tuned_meets_every_tuning_and_n_items_is_spread(tmp_path):
     two = make_items([read_evaluated(write_runs(tmp_path, n_images=3, tune_seeds=(0, 5)), "pocket")])
     count = two.groupby(["question", "arm", "arm_a", "arm_b"]).size()
     assert count["preference", "", "dreambooth", "dreambooth+ddpo"] == 12 and count["text", "dreambooth", "", ""] == 6
-    few = make_items([read_evaluated(tmp_path / "03_evaluate", "pocket")], n_items=4)
+    few = make_items([read_evaluated(read_run(tmp_path / "03_evaluate"), "pocket")], n_items=4)
     cells = few.groupby(["question", "arm", "arm_a", "arm_b"])
     assert set(cells.size()) == {4}
     pair = few[(few["arm_a"] == "dreambooth") & (few["arm_b"] == "dreambooth+ddpo")]
@@ -153,25 +153,25 @@ def test_two_different_pictures_in_one_place_are_refused(tmp_path, evaluated):
     changed.write_table("scores.csv", scores)
     changed.finish()
     with pytest.raises(StudyError, match="different pictures of 'orange cat' by"):
-        make_items([evaluated, read_evaluated(tmp_path / "again", "pocket")])
+        make_items([evaluated, read_evaluated(read_run(tmp_path / "again"), "pocket")])
 
 
 def test_the_01_run_is_found_beside_a_moved_03_run_and_missed_by_a_sentence(tmp_path):
     write_runs(tmp_path / "before")
     (tmp_path / "before").rename(tmp_path / "after")
-    assert read_evaluated(tmp_path / "after" / "03_evaluate", "pocket").subject == SUBJECT
-    assert len(read_evaluated(tmp_path / "after" / "03_evaluate", "pocket").references) == 3
+    assert read_evaluated(read_run(tmp_path / "after" / "03_evaluate"), "pocket").subject == SUBJECT
+    assert len(read_evaluated(read_run(tmp_path / "after" / "03_evaluate"), "pocket").references) == 3
     with pytest.raises(ParameterError, match="evaluated the model 'pocket'"):
-        read_evaluated(tmp_path / "after" / "03_evaluate", "sd15")
+        read_evaluated(read_run(tmp_path / "after" / "03_evaluate"), "sd15")
     (tmp_path / "after" / "01_personalize").rename(tmp_path / "elsewhere")
     with pytest.raises(ArtifactError, match="put it back beside that run"):
-        read_evaluated(tmp_path / "after" / "03_evaluate", "pocket")
+        read_evaluated(read_run(tmp_path / "after" / "03_evaluate"), "pocket")
 
 
 def test_each_tuning_is_paired_with_the_personalization_it_started_from(evaluated):
     keys = [("base", None, None), ("dreambooth", 0, None), ("dreambooth", 1, None), ("dreambooth+ddpo", 1, 4)]
     rows = evaluation.jobs(SUBJECT, ACTIVITIES, 1, keys)
-    pictures = rows.assign(path=rows["image"], sha256=rows["image"])
+    pictures = rows.assign(path=rows["image"], sha256=rows["image"]).drop(columns="image")
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr("ibkit.evaluate.study.items._pictures", lambda one: pictures[pictures["identifier"]])
         pairs = make_items([evaluated]).query("question == 'preference'")
@@ -583,7 +583,7 @@ def test_simulated_raters_see_what_was_drawn(items):
     share = shares(majority(votes)).set_index(["question", "arm"])["value"]
     assert share["text", "dreambooth"] == 0 and min(share["text", "base"], share["text", "dreambooth+ddpo"]) >= 5 / 6
     assert share["subject", "dreambooth"] >= 5 / 6 and share["subject", "base"] <= 1 / 2
-    assert preference_rate(votes).value >= 5 / 6
+    assert preference_rate(votes, "dreambooth+ddpo", "dreambooth").value >= 5 / 6
     pair = votes[(votes["arm_a"] == "dreambooth") & (votes["arm_b"] == "dreambooth+ddpo")]
     decided = pair.merge(reasons, on=["rater", "item"])["decided_by"]
     assert (decided == "text").mean() >= 5 / 6
@@ -657,7 +657,7 @@ def test_what_a_judge_trains_on_is_redrawn_and_turned_a_little():
 def test_the_reference_votes_are_those_of_seven_simulated_raters():
     votes = load_votes(str(ROOT / "outputs" / "reference" / "votes.csv"))
     assert votes["simulated"].all() and votes["rater"].nunique() == 7
-    rate = preference_rate(votes)
+    rate = preference_rate(votes, "dreambooth+ddpo", "dreambooth")
     assert 0 <= rate.low <= rate.value <= rate.high <= 1 and rate.n == 60
     assert set(kappas(votes)["question"]) == {"subject", "text", "preference"}
 
@@ -668,7 +668,7 @@ def test_the_reference_votes_are_those_of_seven_simulated_raters():
 def test_the_notebook_runs_to_its_end_with_the_page_in_it(tmp_path):
     evaluated = write_runs(tmp_path, n_images=2)
     out = tmp_path / "study"
-    words = ["-y", f"{{run_evaluate: ['{evaluated}'], run_out: '{out}', rater: Ann, device: cpu}}"]
+    words = ["-y", f"{{run_evaluate: ['{evaluated.folder}'], run_out: '{out}', rater: Ann, device: cpu}}"]
     command = [sys.executable, "-m", "papermill", ROOT / "notebooks" / "07_human_study.ipynb", tmp_path / "out.ipynb"]
     command += ["-k", "python3", "--start-timeout", "300", *words]
     result = subprocess.run(
@@ -679,6 +679,9 @@ def test_the_notebook_runs_to_its_end_with_the_page_in_it(tmp_path):
     votes = load_votes(run.path("votes.csv"))
     assert len(votes) == 7 * 36 and votes["simulated"].all() and votes["rater"].nunique() == 7
     assert {f"figures/{name}.png" for name in ("questionnaire", "table1", "agreement", "figure4")} <= set(run.outputs)
-    assert run.metrics["preference_rate"]["dreambooth"]["value"] == preference_rate(votes).value
+    assert (
+        run.metrics["preference_rate"]["dreambooth"]["value"]
+        == preference_rate(votes, "dreambooth+ddpo", "dreambooth").value
+    )
     assert "application/vnd.jupyter.widget-view+json" in (tmp_path / "out.ipynb").read_text()
     assert not (tmp_path / "study-ratings").exists()  # nobody clicked

@@ -138,7 +138,7 @@ def merge_ratings(paths: Sequence[str | Path], items: pd.DataFrame) -> tuple[pd.
         StudyError: a file that cannot be opened or holds no rating, ratings of other pictures, or two different files
             of one rater.
     """
-    known = items.set_index("item")
+    known, asked = items.set_index("item"), [name for name in VOTE_COLUMNS if name in items and name != "item"]
     by_rater: dict[str, Ratings] = {}
     problems: list[str] = []
     for ratings in map(read_ratings, paths):
@@ -165,7 +165,7 @@ def merge_ratings(paths: Sequence[str | Path], items: pd.DataFrame) -> tuple[pd.
         problems += ratings.problems
     votes = [
         {"rater": ratings.rater, "simulated": False, "answer": line["answer"], "item": item}
-        | known.loc[item, VOTE_COLUMNS[2:10]].to_dict()
+        | known.loc[item, asked].to_dict()
         for ratings in by_rater.values()
         for item, line in ratings.answers.items()
     ]
