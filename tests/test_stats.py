@@ -12,6 +12,8 @@ from ibkit.evaluate.stats import (
     as_compared,
     bootstrap_difference,
     check_scores,
+    n_trainings,
+    pair_up,
     summarise,
     unit_matrix,
 )
@@ -122,3 +124,38 @@ def test_values_are_shown_in_their_unit():
     assert METRICS["judge_activity"].show(-0.05, sign=True) == "−5.0"
     assert METRICS["clip_t"].show(0.3101) == "0.310"
     assert list(arms_of(["zeta", "dreambooth+ddpo", "base", "alpha"])) == ["base", "dreambooth+ddpo", "alpha", "zeta"]
+
+
+def trainings(arm, *keys, n=2):
+    """One score each for two units, the same for both, of trainings by (seed, tune_seed, score)."""
+    return pd.concat(
+        tidy(arm, [score] * n, [f"p{i}" for i in range(n)], seed=seed, tune_seed=tuning) for seed, tuning, score in keys
+    )
+
+
+def test_tunings_meet_their_own_personalization_and_the_base_model_all():
+    tables = {
+        "base": trainings("base", (None, None, 9)),
+        "dreambooth": trainings("dreambooth", (0, None, 1), (1, None, 2), (2, None, 3)),
+        "ddpo": trainings("dreambooth+ddpo", (0, 5, 10), (0, 6, 11), (1, 5, 20)),
+        "dpok": trainings("dreambooth+dpok", (0, 7, 100), (1, 5, 200)),
+    }
+    pairs = pair_up(tables, "judge_activity")
+    assert {name: pair.iloc[:, 0].tolist() for name, pair in pairs.items()} == {
+        "base": [9], "dreambooth": [1, 1, 2], "ddpo": [10, 11, 20], "dpok": [100, 100, 200]
+    }  # fmt: skip
+    assert pairs["ddpo"].index.tolist() == [(0, 5), (0, 6), (1, 5)] and n_trainings(pairs) == 3
+    apart = {"a": tables["dreambooth"], "b": trainings("dreambooth+ddpo", (9, 9, 1))}
+    assert pair_up(apart, "judge_activity")["b"].empty
+    with pytest.raises(ScoreError, match="No image of the two arms"):
+        bootstrap_difference(apart["a"], apart["b"], "judge_activity")
+
+
+def test_tunings_are_resampled_within_their_personalization():
+    """Personalizations differ, tunings of one do not: the interval is that of the personalizations' means."""
+    nested = [(seed, tuning, value) for seed, value in enumerate((1.2, 2.7, 6.1)) for tuning in range(4)]
+    rows = trainings("dreambooth+ddpo", *nested).rename(columns={"judge_activity": "dino"})
+    alone = trainings("dreambooth+ddpo", *nested[::4]).rename(columns={"judge_activity": "dino"})
+    many, few = (summarise(table, metrics=["dino"]).iloc[0] for table in (rows, alone))
+    assert (many["seeds"], few["seeds"]) == (12, 3) and many["value"] == pytest.approx(few["value"])
+    assert many["high"] - many["low"] == pytest.approx(few["high"] - few["low"], rel=1e-6)
