@@ -102,12 +102,11 @@ class RLFinetune(Measured):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Measured):
-    """03_evaluate: base model, DreamBooth and InstructBooth on the same prompts and seeds."""
+    """03_evaluate: the base model and the models of finished runs on the same prompts and seeds."""
 
-    run_dreambooth: str = field("", "folder of a finished 01 run; empty = the newest")
-    run_rl: list[str] = field([], "folders of finished 02 runs, one a seed; empty = the newest")
-    prompts: list[str] = field([], "activities to evaluate on; empty = those that RL trained on")
-    n_images: int = field(0, "images for each prompt and method; 0 = the preset's", low=0, high=100_000)
+    runs: list[str] = field([], "folders of finished 01 and 02 runs, of any methods and seeds; empty = the newest run")
+    prompts: list[str] = field([], "activities to evaluate on; empty = those that RL trained on, else the preset's")
+    n_images: int = field(0, "images for each prompt and model; 0 = the preset's", low=0, high=100_000)
     batch_size: int = field(0, "images made at a time; 0 = what suits the model's picture size", low=0, high=1024)
     scorers: list[str] = field(
         [], "metrics such as clip_t, image_reward, clip_i, dino, subject, pick_score; empty = the first five"
@@ -173,7 +172,7 @@ class HumanStudy(Common):
     run_evaluate: list[str] = field([], "folders of finished 03 runs; empty = the newest")
     rater: str = field("", "who rates in this notebook, such as a nickname; empty = nobody does")
     ratings: list[str] = field([], "files of ratings to merge, one or more a rater; empty = the simulated raters")
-    n_items: int = field(0, "pictures or pairs a question and method; 0 = all", low=0, high=100_000)
+    n_items: int = field(0, "pictures or pairs a question and arm; 0 = all", low=0, high=100_000)
 
 
 SCHEMAS: dict[str, type[Common]] = {

@@ -18,9 +18,19 @@ from PIL import Image
 
 from ibkit import __version__
 from ibkit.errors import ArtifactError
-from ibkit.evaluate.claims import CONTRADICTED, EVIDENCE, NOT_TESTED, SUPPORTED, UNDECIDED, claims_from, summary
+from ibkit.evaluate.arms import arms_of, label_of
+from ibkit.evaluate.claims import (
+    CONTRADICTED,
+    NOT_TESTED,
+    SCORES,
+    SUPPORTED,
+    UNDECIDED,
+    claims_from,
+    evidence_files,
+    summary,
+)
 from ibkit.evaluate.published import EVALUATORS, PAPER, PUBLISHED, TABLE_TITLES, PublishedNumber, published
-from ibkit.evaluate.stats import METRICS, as_compared, check_scores, in_method_order, method_label, summarise
+from ibkit.evaluate.stats import METRICS, as_compared, check_scores, summarise
 from ibkit.progress import duration
 from ibkit.runs import CompletedRun, read_run, write_atomically
 
@@ -89,15 +99,15 @@ def render(name: str, stages: list[CompletedRun]) -> str:
     """Make the HTML text of a report from finished notebook runs, in the order they ran."""
     evaluation = next((stage for stage in stages if "scores.csv" in stage.outputs), None)
     scores = check_scores(evaluation.table("scores.csv"), "03_evaluate/scores.csv") if evaluation else None
-    evidence = {"scores": scores} if scores is not None else {}
-    for table, (notebook, file) in EVIDENCE.items():
+    evidence = {SCORES: scores} if scores is not None else {}
+    for file, notebook in evidence_files().items():
         made = next((stage for stage in stages if stage.kind == notebook and file in stage.outputs), None)
-        if made and table != "scores":
-            evidence[table] = made.table(file)
+        if made and file != SCORES:
+            evidence[file] = made.table(file)
     claims = claims_from(evidence) if evidence else []
     known, others = _figures(stages)
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"method": method_label, "seconds": duration, "cell": _cell, "nobreak": _nobreak}
+    environment.filters |= {"arm": label_of, "seconds": duration, "cell": _cell, "nobreak": _nobreak}
     return environment.from_string(TEMPLATE).render(
         css=CSS,
         name=name,
@@ -145,21 +155,21 @@ def _results(scores: pd.DataFrame, evaluation: CompletedRun) -> list[dict]:
     """Return a block for each metric: our value and interval of each method beside the published numbers."""
     evaluators = evaluation.metrics.get("evaluators", {})
     table = summarise(as_compared(scores))
-    with_rl = set(scores.loc[scores["rl_seed"] >= 0, "method"])  # below 0: without RL
+    trained = set(scores.loc[scores["seed"].notna(), "arm"])
     blocks = []
     for metric in table["metric"].unique():
-        part = table[table["metric"] == metric].set_index("method")
+        part = table[table["metric"] == metric].set_index("arm")
         show = METRICS[metric].show
         rows = [
             {
-                "method": method,
-                "value": show(part.loc[method, "value"]),
-                "interval": f"[{show(part.loc[method, 'low'])}, {show(part.loc[method, 'high'])}]",
-                "n": int(part.loc[method, "n"]),
-                "seeds": int(part.loc[method, "seeds"]) if method in with_rl else "–",
-                "published": [_published_value(number) for number in published(method, metric)],
+                "arm": arm,
+                "value": show(part.loc[arm, "value"]),
+                "interval": f"[{show(part.loc[arm, 'low'])}, {show(part.loc[arm, 'high'])}]",
+                "n": int(part.loc[arm, "n"]),
+                "seeds": int(part.loc[arm, "seeds"]) if arm in trained else "–",
+                "published": [_published_value(number) for number in published(arm, metric)],
             }
-            for method in in_method_order(part.index)
+            for arm in arms_of(part.index)
         ]
         blocks.append(
             {
@@ -183,16 +193,13 @@ def _published_label(metric: str) -> str:
 
 
 def _published_tables() -> list[dict]:
-    """Return the paper's tables as they are printed there, method by method."""
+    """Return the paper's tables as they are printed there, arm by arm."""
     tables = []
     for table, title in TABLE_TITLES.items():
         numbers = [number for number in PUBLISHED if number.table == table]
         metrics = list(dict.fromkeys(number.metric for number in numbers))
-        values = {(number.method, number.metric): _published_value(number).split(" (")[0] for number in numbers}
-        rows = [
-            (method, [values[method, metric] for metric in metrics])
-            for method in in_method_order([number.method for number in numbers])
-        ]
+        values = {(number.arm, number.metric): _published_value(number).split(" (")[0] for number in numbers}
+        rows = [(arm, [values[arm, metric] for metric in metrics]) for arm in arms_of(number.arm for number in numbers)]
         labels = [_published_label(metric) for metric in metrics]
         tables.append({"title": title, "metrics": labels, "rows": rows})
     return tables
@@ -258,9 +265,9 @@ def _describe_photos(table: pd.DataFrame) -> str:
 
 
 def _describe_grid(table: pd.DataFrame) -> str:
-    methods = ", ".join(method_label(method) for method in in_method_order(table["method"].unique()))
+    arms = ", ".join(arm.label for arm in arms_of(table["arm"].unique()).values())
     prompts = "; ".join(table["text"].drop_duplicates().astype(str))
-    return f"Generated pictures by {methods}, each method on the same noise, for the prompts: {prompts}."
+    return f"Generated pictures by {arms}, each on the same noise, for the prompts: {prompts}."
 
 
 def _describe_curves(table: pd.DataFrame) -> str:
@@ -274,7 +281,7 @@ def _describe_curves(table: pd.DataFrame) -> str:
 def _describe_plane(table: pd.DataFrame) -> str:
     text, subject = METRICS[table["text_metric"].iloc[0]], METRICS[table["subject_metric"].iloc[0]]
     points = [
-        f"{method_label(row.method)}: text {text.show(row.text_value)}, subject {subject.show(row.subject_value)}"
+        f"{label_of(row.arm)}: text {text.show(row.text_value)}, subject {subject.show(row.subject_value)}"
         for row in table.itertuples()
     ]
     return f"Plane of text fidelity ({text.label}) against subject fidelity ({subject.label}). {'; '.join(points)}."
@@ -282,7 +289,7 @@ def _describe_plane(table: pd.DataFrame) -> str:
 
 def _describe_bars(table: pd.DataFrame) -> str:
     metric = METRICS[table["metric"].iloc[0]]
-    bars = [f"{row.text}, {method_label(row.method)}: {metric.show(row.value)}" for row in table.itertuples()]
+    bars = [f"{row.text}, {label_of(row.arm)}: {metric.show(row.value)}" for row in table.itertuples()]
     return f"Bars of {metric.label} by prompt. {'; '.join(bars)}."
 
 
@@ -521,7 +528,7 @@ This run's numbers compare with the published ones only where model, evaluator, 
 <th scope="col">Images</th><th scope="col">RL seeds</th><th scope="col">Paper</th></tr></thead>
 <tbody>
 {% for row in block.rows %}
-<tr><th scope="row">{{ row.method | method }}</th><td class="number">{{ row.value }}</td>
+<tr><th scope="row">{{ row.arm | arm }}</th><td class="number">{{ row.value }}</td>
 <td class="number">{{ row.interval }}</td><td class="number">{{ row.n }}</td>
 <td class="number">{{ row.seeds }}</td>
 <td>{{ row.published | join(", ") or "–" }}</td></tr>
@@ -548,8 +555,8 @@ This run's numbers compare with the published ones only where model, evaluator, 
 <tr><th scope="col">Method</th>{% for metric in table.metrics %}<th scope="col">{{ metric }}</th>{% endfor %}</tr>
 </thead>
 <tbody>
-{% for method, values in table.rows %}
-<tr><th scope="row">{{ method | method }}</th>
+{% for arm, values in table.rows %}
+<tr><th scope="row">{{ arm | arm }}</th>
 {% for value in values %}<td class="number">{{ value }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody>

@@ -36,7 +36,8 @@ from ibkit.data.prompts import Prompt, training_prompts
 from ibkit.data.subject import PersonalizedSubject, choose_activities, demo_subject, world_photos
 from ibkit.device import generator
 from ibkit.errors import ArtifactError, ScoreError
-from ibkit.evaluate.figures import HOUSE_STYLE, INK, METHOD_COLOURS, NotebookFigure
+from ibkit.evaluate.arms import BLUE, GREEN, ORANGE
+from ibkit.evaluate.figures import HOUSE_STYLE, INK, NotebookFigure
 from ibkit.evaluate.intervals import bootstrap_statistic
 from ibkit.evaluate.score import image_seeds
 from ibkit.methods import ddpo, dreambooth
@@ -94,16 +95,14 @@ class Arm:
 
 
 ARMS = {
-    "both": Arm("both kinds of prompts", "both kinds", 1, 1, METHOD_COLOURS["instructbooth"], "-", ""),
-    "identifier_equal_totals": Arm(
-        "identifier only, as many images", "as many images", 2, 0, METHOD_COLOURS["dreambooth"], "--", "n_images"
-    ),
+    "both": Arm("both kinds of prompts", "both kinds", 1, 1, BLUE, "-", ""),
+    "identifier_equal_totals": Arm("identifier only, as many images", "as many images", 2, 0, ORANGE, "--", "n_images"),
     "identifier_equal_identifier": Arm(
         "identifier only, half the images",
         "half the images",
         1,
         0,
-        METHOD_COLOURS["custom_diffusion"],
+        GREEN,
         ":",
         "n_identifier_images",
     ),
@@ -650,8 +649,8 @@ def reward_spread(drawn: pd.DataFrame, title: str = "") -> tuple[Figure, pd.Data
             figure.subplots(len(groups), 1, squeeze=False, sharex=True)[:, 0], groups, strict=True
         ):
             for shown, colour, label in (
-                (0, METHOD_COLOURS["dreambooth"], "no"),
-                (1, METHOD_COLOURS["instructbooth"], "yes"),
+                (0, ORANGE, "no"),
+                (1, BLUE, "yes"),
             ):
                 others = np.random.get_state()
                 np.random.seed(0)  # of the jitter, which seaborn draws from here: equal tables give equal figures

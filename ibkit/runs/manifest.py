@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ibkit import __version__
 from ibkit.errors import ArtifactError
-from ibkit.runs.files import hash_file, hash_json, hash_tree, plain, project_root
+from ibkit.runs.files import hash_file, hash_json, hash_tree, plain, project_root, resolve
 from ibkit.runs.locks import HOLDER, LOCK, held_by
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 MANIFEST, JOURNAL = "manifest.json", "outputs.jsonl"
-INPUT_PATHS = {"subject", "run_in", "run_dreambooth", "run_rl", "run_evaluate", "ratings"}  # compared by content
+INPUT_PATHS = {"subject", "run_in", "runs", "run_evaluate", "ratings"}  # compared by content
 HOW = {"device", "processes", "micro_batch"}  # parameters, and settings, that say how to run, not what
 NO_DEVICE = "nothing computed in this process"
 PACKAGES = (
@@ -207,12 +207,12 @@ class CompletedRun:
         return load_file(self.path(rel))
 
 
-def read_run(folder: str | os.PathLike, kind: str = "") -> CompletedRun:
+def read_run(folder: str | os.PathLike, *kinds: str) -> CompletedRun:
     """Read a finished run, after comparing every output with its hash.
 
     Args:
         folder: the run folder.
-        kind: what must have written it, such as "01_personalize"; empty = anything.
+        kinds: what may have written it, such as "01_personalize"; none = anything.
 
     Raises:
         ArtifactError: no manifest, an unknown schema, not complete, another kind, or an output missing or altered.
@@ -226,9 +226,30 @@ def read_run(folder: str | os.PathLike, kind: str = "") -> CompletedRun:
         holder = held_by(folder)
         what = f"is still being written by process {holder}; wait for it" if holder else "was interrupted; resume it"
         raise ArtifactError(f"The run in {folder} {what}.")
-    if kind and manifest["kind"] != kind:
-        raise ArtifactError(f"The run in {folder} is one of {manifest['kind']}, and one of {kind} is needed here.")
+    if kinds and manifest["kind"] not in kinds:
+        needed = " or ".join(kinds)
+        raise ArtifactError(f"The run in {folder} is one of {manifest['kind']}, and one of {needed} is needed here.")
     for name, entry in manifest["outputs"].items():
         if fault := fault_of(folder, checked_name(name), entry):
             raise ArtifactError(f"{folder / name} is {fault} since the run ended; run the notebook again.")
     return CompletedRun(folder, manifest)
+
+
+def input_of(run: CompletedRun, name: str, kind: str) -> CompletedRun:
+    """The finished run that another one took as an input.
+
+    It is looked for at its noted path and, for runs that were moved together, beside the other one; whichever is found
+    must have the hash that the manifest gives.
+
+    Raises:
+        ArtifactError: it is in neither place, or is not finished.
+    """
+    source = run.manifest["inputs"][name]
+    places = [resolve(source["path"]), run.folder.parent / Path(source["path"]).name]
+    for place in places:
+        if (place / MANIFEST).is_file() and identify(place)["sha256"] == source["sha256"]:
+            return read_run(place, kind)
+    raise ArtifactError(
+        f"The run of {kind} that {run.folder} started from is neither in {places[0]} nor in {places[1]}: put it back "
+        "beside that run."
+    )

@@ -55,24 +55,25 @@ def _make_room(folder: Path, kind: str, values: Mapping[str, Any], inputs: Mappi
     print(f"other values ({'; '.join(differ)}): the run that was here is now {aside.name}")
 
 
-def input_run(kind: str, named: str = "") -> CompletedRun:
-    """The finished run that was named, or the newest of its kind, which is then printed.
+def input_run(kind: str | tuple[str, ...], named: str = "") -> CompletedRun:
+    """The finished run that was named, or the newest of its kind or kinds, which is then printed.
 
     A run that was edited by hand says so.
 
     Raises:
         ArtifactError: it is not there, not finished, altered, or of another kind.
     """
-    run = read_run(resolve(named), kind) if named else newest_run(kind)
+    kinds = (kind,) if isinstance(kind, str) else kind
+    run = read_run(resolve(named), *kinds) if named else newest_run(*kinds)
     if not named:
-        print(f"goes on from {run.folder.relative_to(resolve(OUTPUTS).resolve().parent)}, the newest run of {kind}")
+        print(f"goes on from {run.folder.relative_to(resolve(OUTPUTS).resolve().parent)}, the newest run of {run.kind}")
     if run.edited_by_hand:
         print(f"{run.folder.name} was edited by hand after its end")
     return run
 
 
-def newest_run(kind: str) -> CompletedRun:
-    """The run of a kind below outputs that was finished last.
+def newest_run(*kinds: str) -> CompletedRun:
+    """The run of any of these kinds below outputs that was finished last.
 
     Raises:
         ArtifactError: there is none.
@@ -83,8 +84,9 @@ def newest_run(kind: str) -> CompletedRun:
             manifest = read_manifest(path.parent)
         except ArtifactError:  # damaged, or of another ibkit: not one to go on from
             continue
-        if manifest["kind"] == kind and manifest["status"] == "complete":
-            return read_run(path.parent, kind)
+        if manifest["kind"] in kinds and manifest["status"] == "complete":
+            return read_run(path.parent, *kinds)
     raise ArtifactError(
-        f"No run of {kind} below {resolve(OUTPUTS)} is finished: run notebooks/{kind}.ipynb to its last cell first."
+        f"No run of {' or '.join(kinds)} below {resolve(OUTPUTS)} is finished: run notebooks/{kinds[0]}.ipynb to its last "
+        "cell first."
     )
