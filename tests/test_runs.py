@@ -68,7 +68,7 @@ def test_what_is_written_is_what_is_read(tmp_path):
     run.finish()
     assert run.complete
 
-    read = read_run(tmp_path / "run", kind="01_personalize")
+    read = read_run(tmp_path / "run", "01_personalize")
     assert read.parameters == PARAMETERS
     assert read.metrics == {"reward": 2.5, "epochs": 3}
     assert read.path("images/0.png").read_bytes() == b"\x89PNG"
@@ -195,7 +195,7 @@ def test_reading_an_unfinished_run_is_refused_and_says_why(tmp_path):
 
 def test_reading_a_run_of_another_kind_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match="one of 01_personalize, and one of 02_rl_finetune is needed"):
-        read_run(finished(tmp_path / "run"), kind="02_rl_finetune")
+        read_run(finished(tmp_path / "run"), "02_rl_finetune")
 
 
 def test_an_altered_output_is_refused_by_name(tmp_path):

@@ -30,7 +30,7 @@ from transformers import (
     ViTModel,
 )
 
-from ibkit.errors import IbkitError, ModelError, ScoreError
+from ibkit.errors import IbkitError, ModelError, ParameterError, ScoreError
 from ibkit.scorers import SCORERS, Scorer, make_scorer
 from ibkit.scorers.align import AlignEncoder, AlignI, AlignT, Harmonic
 from ibkit.scorers.base import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, from_hub, rgb_square, to_pixel_values

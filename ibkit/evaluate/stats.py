@@ -10,6 +10,7 @@ import pandas as pd
 from ibkit.errors import ScoreError
 from ibkit.evaluate.arms import BASE
 from ibkit.evaluate.intervals import Interval, difference_interval, mean_interval
+from ibkit.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Metric:
         return (text if sign else text.lstrip("+")) + (" %" if self.is_share and not sign else "")
 
 
-METRICS: dict[str, Metric] = {
+METRICS: Registry[Metric] = Registry("ibkit.metrics", "metric", {
     "judge_text": Metric("Prompt shown (simulated judge)", "text", is_share=True),
     "judge_activity": Metric("Activity shown (simulated judge)", "text", is_share=True),
     "judge_pose": Metric("Right pose (simulated judge)", "text", is_share=True),
@@ -55,7 +56,7 @@ METRICS: dict[str, Metric] = {
     "align_i": Metric("ALIGN-I", "subject"),
     "harmonic": Metric("λ-harmonic mean of ALIGN-I and ALIGN-T", "text and subject"),
     "drift": Metric("Drift of the class prompt (1 − DINO to the base model)", "drift"),
-}
+})  # fmt: skip
 
 SEEDS = ("seed", "tune_seed")  # of the personalization and of the tuning; empty where there is none
 KEYS = ("arm", *SEEDS, "subject", "prompt_id", "identifier", "image_seed")
