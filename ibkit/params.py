@@ -29,7 +29,7 @@ class Common:
     device: str = field("auto", "auto, cpu, cuda, cuda:1, mps")
     seed: int = field(0, "every random stream of the notebook is derived from it", low=0, high=2**31 - 1)
     run_out: str = field("", "folder of this notebook's run; empty = outputs/notebook-<its name>")
-    resume: bool = field(False, "go on with an interrupted run in that folder")
+    resume: bool = field(False, "go on with the run in run_out; where that is empty, equal values always do")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class Personalize(Measured):
 class RLFinetune(Measured):
     """02_rl_finetune: a personalized model learns from a reward."""
 
-    run_in: str = field("", "folder of a finished 01 run; empty = outputs/notebook-01_personalize")
+    run_in: str = field("", "folder of a finished 01 run; empty = the newest")
     prompts: list[str] = field([], 'activities such as "playing soccer"; empty = the preset\'s')
     method: str = field("ddpo", "how to fine-tune; `ibkit methods` lists what there is")
     settings: dict = field(
@@ -169,7 +169,7 @@ class PromptAblation(Measured):
 class HumanStudy(Common):
     """07_human_study: people compare the methods' pictures; in the pocket world simulated raters stand in."""
 
-    run_evaluate: list[str] = field([], "folders of finished 03 runs; empty = outputs/notebook-03_evaluate")
+    run_evaluate: list[str] = field([], "folders of finished 03 runs; empty = the newest")
     rater: str = field("", "who rates in this notebook, such as a nickname; empty = nobody does")
     ratings: list[str] = field([], "files of ratings to merge, one or more a rater; empty = the simulated raters")
     n_items: int = field(0, "pictures or pairs a question and arm; 0 = all", low=0, high=100_000)

@@ -575,7 +575,8 @@ This run's numbers compare with the published ones only where model, evaluator, 
 <th scope="col">Started (UTC)</th><th scope="col">Files</th></tr></thead>
 <tbody>
 {% for stage in stages %}
-<tr><th scope="row">{{ stage.kind }}</th><td class="number">{{ stage.manifest.seconds | seconds }}</td>
+<tr><th scope="row">{{ stage.kind }}{{ ", edited by hand after its end" if stage.edited_by_hand }}</th>
+<td class="number">{{ stage.manifest.seconds | seconds }}</td>
 <td>{{ stage.manifest.device }}</td><td class="number">{{ stage.manifest.started[:19].replace("T", " ") }}</td>
 <td class="number">{{ stage.outputs | length }}</td></tr>
 {% endfor %}

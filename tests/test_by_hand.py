@@ -3,6 +3,7 @@
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import pandas as pd
@@ -10,7 +11,7 @@ import pytest
 
 from ibkit.errors import ArtifactError
 from ibkit.params import make
-from ibkit.runs import input_run, newest_run, notebooks, open_run, project_root, read_manifest, read_run, writing
+from ibkit.runs import input_run, locks, newest_run, notebooks, open_run, project_root, read_manifest, read_run, writing
 
 
 @pytest.fixture(autouse=True)
@@ -96,13 +97,17 @@ def test_in_a_batch_today_s_strictness_stays(outputs):
         run.write_text("weights", "more")
 
 
-def test_saving_after_the_end_replaces_and_marks_the_run(outputs):
+def test_saving_after_the_end_replaces_and_marks_the_run(outputs, capsys):
     run = run_all()
     run.write_table("curve.csv", pd.DataFrame({"x": [1]}))
     run.record(best=3)
     edited = read_run(run.folder)  # complete, and its hashes are true
     assert edited.manifest["edited_by_hand"] is True
     assert edited.table("curve.csv")["x"].tolist() == [1] and edited.metrics == {"best": 3}
+    with pytest.raises(ArtifactError, match="weights/below"):
+        run.write_text("weights/below", "a file")  # a cell that fails leaves the run complete
+    input_run("01_personalize", str(run.folder))
+    assert "was edited by hand after its end" in capsys.readouterr().out
     run.finish()  # the last cell again
     assert run_all().complete and read_manifest(run.folder)["edited_by_hand"] is True
 
@@ -140,8 +145,17 @@ input()
     run_all()  # its lock is free again
 
 
+def test_a_look_at_who_holds_a_folder_does_not_refuse_who_opens_it(outputs):
+    look = locks._lock_of(run_all().folder)
+    look.acquire()
+    release = threading.Timer(0.1, look.release)
+    release.start()
+    run_all()
+    release.join()
+
+
 def test_an_empty_input_takes_the_newest_finished_run_and_says_which(outputs, capsys):
-    with pytest.raises(ArtifactError, match="no finished run of 01_personalize below .*outputs: run that notebook"):
+    with pytest.raises(ArtifactError, match="outputs is finished: run notebooks/01_personalize.ipynb to its last cell"):
         input_run("01_personalize")
     run_all(run_out=str(outputs / "job" / "01_personalize"))
     time.sleep(0.01)

@@ -437,6 +437,13 @@ def test_figures_hand_back_what_they_draw():
     assert data is drawn and len(figure.axes) == 1
 
 
+def test_equal_rewards_give_an_equal_figure():
+    drawn = pd.DataFrame({"dreambooth_steps": 9, "prompt": "a", "reward": [0.0, 0.5, 1.0], "shown": [0.0, 1.0, 1.0]})
+    places = [[dots.get_offsets() for dots in reward_spread(drawn)[0].axes[0].collections] for _ in range(2)]
+    assert all(np.array_equal(*pair) for pair in zip(*places, strict=True))
+    assert len(np.unique(places[0][1][:, 1])) == 2  # apart from each other
+
+
 def test_the_notebook(tmp_path):
     words = ["-y", "dreambooth_steps: [1]", "-y", "train_seeds: [3]", "-p", "n_epochs", 2, "-p", "n_images", 2]
     words += ["-y", "settings: {images_per_epoch: 4}", "-r", "run_out", tmp_path / "run"]

@@ -234,6 +234,14 @@ def test_a_run_without_scores_or_figures_still_reports(tmp_path):
     assert "no claim was tested" in text and "saved no figures" in text and "subject pot" in text
 
 
+def test_a_run_edited_by_hand_says_so(tmp_path):
+    run = Run.open(tmp_path / "01_personalize", "01_personalize", {}, by_hand=True)
+    run.finish()
+    assert "edited by hand" not in build_report(tmp_path).read_text(encoding="utf-8")
+    run.write_text("note.txt", "one cell, run again")
+    assert "01_personalize, edited by hand after its end" in build_report(tmp_path).read_text(encoding="utf-8")
+
+
 def test_nothing_or_unfinished_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match="nothing to report"):
         build_report(tmp_path)

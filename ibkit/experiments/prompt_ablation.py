@@ -652,11 +652,14 @@ def reward_spread(drawn: pd.DataFrame, title: str = "") -> tuple[Figure, pd.Data
                 (0, ORANGE, "no"),
                 (1, BLUE, "yes"),
             ):
+                others = np.random.get_state()
+                np.random.seed(0)  # of the jitter, which seaborn draws from here: equal tables give equal figures
                 seaborn.stripplot(
                     part[part["shown"] == shown], x="reward", y="prompt", order=list(part["prompt"].unique()),
                     color=colour, marker="X" if not shown else "o", size=6, alpha=0.7, label=label, legend=False,
                     ax=axis,
                 )  # fmt: skip
+                np.random.set_state(others)
             axis.set(title=f"{steps} DreamBooth steps", ylabel="", xlabel="reward")
         handles, names = axis.get_legend_handles_labels()
         first = {name: handle for handle, name in zip(handles, names, strict=True)}

@@ -10,6 +10,7 @@ from filelock import FileLock, Timeout
 from ibkit.errors import ArtifactError
 
 LOCK, HOLDER = ".lock", ".lock.pid"
+GLANCE_S = 0.5  # `held_by` has the lock for a moment: who opens a folder then must not be refused
 
 
 class FolderLock:
@@ -23,7 +24,7 @@ class FolderLock:
         self._lock, self._holder = _lock_of(folder), folder / HOLDER
         try:
             with _usable(folder, "as a run folder"):
-                self._lock.acquire(timeout=0)
+                self._lock.acquire(timeout=GLANCE_S, poll_interval=0.01)
                 self._holder.write_text(str(os.getpid()))
         except Timeout:
             raise ArtifactError(

@@ -174,6 +174,11 @@ class CompletedRun:
         return self.manifest["metrics"]
 
     @property
+    def edited_by_hand(self) -> bool:
+        """Whether something was saved into it after its end, as one cell run again does."""
+        return self.manifest.get("edited_by_hand", False)
+
+    @property
     def outputs(self) -> list[str]:
         """Names of its files."""
         return list(self.manifest["outputs"])

@@ -13,6 +13,7 @@ from typing import Any
 
 from ibkit.errors import ArtifactError
 from ibkit.runs.files import resolve
+from ibkit.runs.locks import FolderLock
 from ibkit.runs.manifest import MANIFEST, CompletedRun, differing_runs, identify, read_manifest, read_run
 from ibkit.runs.writing import Run, let_go
 
@@ -46,6 +47,7 @@ def _make_room(folder: Path, kind: str, values: Mapping[str, Any], inputs: Mappi
     if not differ:
         return
     let_go(folder)
+    FolderLock(folder).release()  # refuses to move what another process is writing
     stem = f"{folder.name}-{old['started'].partition('+')[0].replace(':', '-')}"
     names = (stem if i == 1 else f"{stem}-{i}" for i in range(1, 10**6))
     aside = next(place for name in names if not (place := folder.with_name(name)).exists())
@@ -56,6 +58,8 @@ def _make_room(folder: Path, kind: str, values: Mapping[str, Any], inputs: Mappi
 def input_run(kind: str | tuple[str, ...], named: str = "") -> CompletedRun:
     """The finished run that was named, or the newest of its kind or kinds, which is then printed.
 
+    A run that was edited by hand says so.
+
     Raises:
         ArtifactError: it is not there, not finished, altered, or of another kind.
     """
@@ -63,6 +67,8 @@ def input_run(kind: str | tuple[str, ...], named: str = "") -> CompletedRun:
     run = read_run(resolve(named), *kinds) if named else newest_run(*kinds)
     if not named:
         print(f"goes on from {run.folder.relative_to(resolve(OUTPUTS).resolve().parent)}, the newest run of {run.kind}")
+    if run.edited_by_hand:
+        print(f"{run.folder.name} was edited by hand after its end")
     return run
 
 
@@ -80,6 +86,7 @@ def newest_run(*kinds: str) -> CompletedRun:
             continue
         if manifest["kind"] in kinds and manifest["status"] == "complete":
             return read_run(path.parent, *kinds)
+    which = " or ".join(f"notebooks/{kind}.ipynb" for kind in kinds)
     raise ArtifactError(
-        f"There is no finished run of {' or '.join(kinds)} below {resolve(OUTPUTS)}: run that notebook first."
+        f"No run of {' or '.join(kinds)} below {resolve(OUTPUTS)} is finished: run {which} to its last cell first."
     )

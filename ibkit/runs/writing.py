@@ -24,7 +24,7 @@ from ibkit.runs.files import (
     sync,
     write_atomically,
 )
-from ibkit.runs.locks import HOLDER, LOCK, FolderLock, held_by
+from ibkit.runs.locks import HOLDER, LOCK, FolderLock
 from ibkit.runs.manifest import (
     JOURNAL,
     MANIFEST,
@@ -52,15 +52,9 @@ _OPEN: dict[Path, "Run"] = {}  # runs this process holds, so that re-running a n
 
 
 def let_go(folder: Path) -> None:
-    """Close a run that this process has open, so that a notebook's cell can be run again.
-
-    Raises:
-        ArtifactError: another live process holds it.
-    """
+    """Close a run that this process has open, so that a notebook's cell can be run again."""
     if folder in _OPEN:
         _OPEN[folder]._close()
-    elif holder := held_by(folder):
-        raise ArtifactError(f"{folder} is in use by process {holder}; wait for it, or choose another run folder.")
 
 
 def _require_run_or_empty(folder: Path) -> None:
@@ -104,7 +98,7 @@ class Run:
         """Start a run in an empty or new folder, or go on with the one that is there.
 
         Args:
-            folder: the run folder; `run_folder` makes one from a notebook's parameters.
+            folder: the run folder; `open_run` takes it from a notebook's parameters.
             kind: what wrote it, such as "01_personalize".
             parameters: plain values; on resuming, those of the run that is there must be equal.
             inputs: name -> file, folder, finished run's folder, or `CompletedRun`; recorded with their hashes.
@@ -332,9 +326,11 @@ class Run:
         if self.complete:
             self.manifest["status"] = "running"
             self._write_manifest()
-        yield
-        if edited:
-            self.finish()
+        try:
+            yield
+        finally:
+            if edited:
+                self.finish()
 
     def _write(self, rel: str | os.PathLike, need_bytes: int, write: Callable[[Path], Any], content: str = "") -> Path:
         name = checked_name(rel)
