@@ -63,7 +63,7 @@ def write_runs(folder, n_images=3, tune_seeds=(0,), subject=SUBJECT, seed=0):
     for i, photo in enumerate(world_photos(demo_subject("cat"), 3)):
         first.write_bytes(f"photos/{i}.png", png(photo))
     first.finish()
-    sources = {"personalized": read_run(folder / "01_personalize")}
+    sources = {"run0": read_run(folder / "01_personalize")}
     run = Run.open(folder / "03_evaluate", "03_evaluate", {"seed": 0}, sources)
     models = [("base", None, None), ("dreambooth", 0, None), *(("dreambooth+ddpo", 0, k) for k in tune_seeds)]
     rows = evaluation.jobs(subject, ACTIVITIES, n_images, models, seed)
@@ -147,7 +147,7 @@ def test_two_different_pictures_in_one_place_are_refused(tmp_path, evaluated):
     write_runs(other, n_images=1)
     folder = other / "03_evaluate"
     scores = read_run(folder).table("scores.csv")
-    changed = Run.open(tmp_path / "again", "03_evaluate", {}, {"personalized": other / "01_personalize"})
+    changed = Run.open(tmp_path / "again", "03_evaluate", {}, {"run0": other / "01_personalize"})
     for image in scores["image"].dropna():
         changed.write_bytes(image, png(render(sample_scene(random.Random(image), demo_subject("cat")))))
     changed.write_table("scores.csv", scores)

@@ -21,7 +21,7 @@ from PIL import Image
 
 from ibkit.adapt import Adapted
 from ibkit.data.photos import read_rgb
-from ibkit.data.subject import PersonalizedSubject, choose_activities
+from ibkit.data.subject import PersonalizedSubject, choose_activities, personalization_of
 from ibkit.device import generator
 from ibkit.errors import ModelError, ParameterError, ScoreError
 from ibkit.evaluate.arms import BASE, REAL, arms_of
@@ -29,7 +29,7 @@ from ibkit.evaluate.stats import METRICS, SEEDS
 from ibkit.model.sample import Sampler, sample
 from ibkit.model.text_to_image import TextToImage
 from ibkit.pocket.world import parts_in, said_in
-from ibkit.runs import CompletedRun, Run, input_of, resolve
+from ibkit.runs import CompletedRun, Run, resolve
 from ibkit.scorers import SCORERS, Scorer, column_of, make_scorer
 from ibkit.scorers.base import batches
 from ibkit.scorers.dino import Dino
@@ -107,7 +107,7 @@ def read_inputs(runs: Sequence[CompletedRun], model: str, revision: str = "") ->
     """
     subject, first, models, made_by = None, None, {}, {}
     for run in runs:
-        personalized = run if run.kind == RUN_KINDS[0] else input_of(run, "run_in", RUN_KINDS[0])
+        personalized = personalization_of(run)
         whose = PersonalizedSubject.read(personalized)
         if whose.base_model not in (model, str(resolve(model))) or (revision and revision != whose.base_revision):
             raise ParameterError(

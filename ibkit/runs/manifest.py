@@ -235,7 +235,7 @@ def read_run(folder: str | os.PathLike, *kinds: str) -> CompletedRun:
     return CompletedRun(folder, manifest)
 
 
-def input_of(run: CompletedRun, name: str, kind: str) -> CompletedRun:
+def input_of(run: CompletedRun, name: str, *kinds: str) -> CompletedRun:
     """The finished run that another one took as an input.
 
     It is looked for at its noted path and, for runs that were moved together, beside the other one; whichever is found
@@ -248,8 +248,8 @@ def input_of(run: CompletedRun, name: str, kind: str) -> CompletedRun:
     places = [resolve(source["path"]), run.folder.parent / Path(source["path"]).name]
     for place in places:
         if (place / MANIFEST).is_file() and identify(place)["sha256"] == source["sha256"]:
-            return read_run(place, kind)
+            return read_run(place, *kinds)
     raise ArtifactError(
-        f"The run of {kind} that {run.folder} started from is neither in {places[0]} nor in {places[1]}: put it back "
-        "beside that run."
+        f"The run of {' or '.join(kinds)} that {run.folder} started from is neither in {places[0]} nor in {places[1]}: "
+        "put it back beside that run."
     )

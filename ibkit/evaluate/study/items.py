@@ -16,7 +16,7 @@ import pandas as pd
 from PIL import Image
 
 from ibkit.data.photos import read_rgb
-from ibkit.data.subject import PersonalizedSubject
+from ibkit.data.subject import PersonalizedSubject, personalization_of
 from ibkit.errors import ParameterError, StudyError
 from ibkit.evaluate.arms import REAL, arms_of
 from ibkit.evaluate.stats import SEEDS, UNIT, as_compared, check_scores, in_words
@@ -94,7 +94,7 @@ def read_evaluated(run: CompletedRun, model: str, revision: str = "") -> Evaluat
         ArtifactError: the 01 run is not to be found, or not finished.
         ParameterError: another base model.
     """
-    personalized = input_of(run, "personalized", "01_personalize")
+    personalized = personalization_of(input_of(run, "run0", "01_personalize", "02_rl_finetune"))
     subject = PersonalizedSubject.read(personalized)
     named = subject.base_model in (model, str(resolve(model)))
     if not named or (revision and revision != subject.base_revision):
