@@ -9,18 +9,15 @@ import pandas as pd
 import pytest
 
 from ibkit.errors import ArtifactError, ParameterError, ScoreError
-from ibkit.evaluate import claims as claims_module
 from ibkit.evaluate.claims import (
     all_claims,
-    claims_as_text,
-    claims_command,
     claims_from,
     claims_from_scores,
+    command,
     evaluate_claims,
     instructbooth,
-    main,
-    summary,
 )
+from ibkit.evaluate.claims.command import claims_as_text, claims_command, main, summary
 from ibkit.evaluate.intervals import Interval
 from ibkit.evaluate.published import PUBLISHED, published
 from ibkit.evaluate.stats import check_scores
@@ -242,9 +239,12 @@ def test_summary_counts_verdicts():
 def test_other_arms_can_play_the_roles_and_give_the_sentences_their_names():
     names = {"dreambooth": "lora_dreambooth", "dreambooth+ddpo": "lora_dreambooth+ddpo"}
     other = check_scores(story().replace({"arm": names}))
-    assert {claim.verdict for claim in claims_from_scores(other)} == {"not tested"}
+    claims = {claim.id: claim for claim in claims_from_scores(other)}  # the only ones that can
     arms = {"personalized": "lora_dreambooth", "tuned": "lora_dreambooth+ddpo"}
-    claims = {claim.id: claim for claim in claims_from_scores(other, arms)}
+    assert claims_from_scores(other, arms) == list(claims.values())
+    both = check_scores(pd.concat([story(), story().replace({"arm": names})]))
+    assert claims_from_scores(both)[0].claim.startswith("DreamBooth loses")  # the paper's own, where they are there
+    assert claims_from_scores(both, arms)[0].claim.startswith("DreamBooth (LoRA) loses")
     assert {claim.verdict for claim in claims.values()} == {"supported"}
     assert claims["C1"].claim == "DreamBooth (LoRA) loses text fidelity against the base model."
     assert claims["C3"].quantity == "DreamBooth (LoRA) + DDPO minus DreamBooth (LoRA), subject fidelity"
@@ -253,6 +253,21 @@ def test_other_arms_can_play_the_roles_and_give_the_sentences_their_names():
     ]
     with pytest.raises(ParameterError, match="No claim has the role 'tuner'; did you mean 'tuned'"):
         claims_from_scores(other, {"tuner": "dreambooth"})
+
+
+@pytest.mark.parametrize(
+    ("there", "cast"),
+    [
+        ({"base", "dreambooth", "dreambooth+ddpo", "real"}, {}),
+        ({"base", "neti"}, {"personalized": "neti"}),
+        ({"base", "neti", "neti+ddpo"}, {"personalized": "neti", "tuned": "neti+ddpo"}),
+        ({"base", "dreambooth", "neti+ddpo"}, {"tuned": "neti+ddpo"}),
+        ({"base", "neti", "custom_diffusion"}, {}),  # nobody can say which
+        ({"base", "neti+ddpo", "neti+dpok"}, {}),
+    ],
+)
+def test_who_stands_in_where_the_papers_arms_are_missing(there, cast):
+    assert stand_ins(there) == cast
 
 
 def test_a_tuning_is_compared_with_the_personalization_it_started_from():
@@ -476,7 +491,7 @@ def test_command_prints_json_with_the_agreed_keys(tmp_path, capsys):
 def test_command_prints_a_plain_table(tmp_path, capsys):
     story().to_csv(tmp_path / "scores.csv", index=False)
     parser = ArgumentParser()
-    claims_module.add_arguments(parser)
+    command.add_arguments(parser)
     assert main(parser.parse_args([str(tmp_path)])) == 0
     printed = capsys.readouterr().out
     assert printed.count("supported  ") == 5 and "−70.0 [" in printed and "Table 1 (people" in printed
@@ -484,7 +499,7 @@ def test_command_prints_a_plain_table(tmp_path, capsys):
 
 
 def test_command_without_a_run_takes_the_newest(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(claims_module, "resolve", lambda path: tmp_path / path)
+    monkeypatch.setattr(command, "resolve", lambda path: tmp_path / path)
     with pytest.raises(ScoreError, match="reference"):
         claims_command()
     evaluated(tmp_path / "outputs" / "mine" / "03_evaluate", story())

@@ -16,22 +16,24 @@ from ibkit.experiments.prompt_ablation import (
     Case,
     FixedNoise,
     arm_rows,
-    efficiency,
     explained_share,
     images_per_prompt,
-    images_to_reach,
-    kept_by_class,
-    learning_curves,
     load_arm,
     load_personalized,
     make_cases,
-    mean_gain,
     on_fixed_noise,
-    pair_runs,
     personalize,
-    reward_spread,
     train_arm,
     train_arms,
+)
+from ibkit.experiments.prompt_curves import (
+    efficiency,
+    images_to_reach,
+    kept_by_class,
+    learning_curves,
+    mean_gain,
+    pair_runs,
+    reward_spread,
 )
 from ibkit.methods import dreambooth
 from ibkit.methods.ddpo import DDPOConfig, epoch_prompts

@@ -11,7 +11,8 @@ from PIL import Image
 
 from ibkit.data.prompts import Prompt, make_prompt, subject_phrase
 from ibkit.errors import ArtifactError, ParameterError
-from ibkit.pocket.world import DEMO_SUBJECTS, Subject, activities_of, check_phrase, reference_scenes
+from ibkit.pocket.words import check_phrase
+from ibkit.pocket.world import DEMO_SUBJECTS, Subject, activities_of, reference_scenes
 from ibkit.runs import CompletedRun, Run, input_of
 
 FILE = "subject.json"

@@ -28,7 +28,7 @@ from ibkit.evaluate.arms import BASE, REAL, arms_of
 from ibkit.evaluate.stats import METRICS, SEEDS
 from ibkit.model.sample import Sampler, sample
 from ibkit.model.text_to_image import TextToImage
-from ibkit.pocket.world import parts_in, said_in
+from ibkit.pocket.words import parts_in, said_in
 from ibkit.runs import CompletedRun, Run, resolve
 from ibkit.scorers import SCORERS, Scorer, column_of, make_scorer
 from ibkit.scorers.base import batches

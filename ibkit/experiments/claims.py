@@ -9,7 +9,7 @@ from ibkit.evaluate.claims import INSTRUCTBOOTH, CannotTest, Claim, Outcome, sig
 from ibkit.evaluate.intervals import Interval
 from ibkit.evaluate.stats import METRICS, PRIMARY
 from ibkit.experiments.detailed_description import MEASURED, compare
-from ibkit.experiments.prompt_ablation import efficiency, kept_by_class
+from ibkit.experiments.prompt_curves import efficiency, kept_by_class
 from ibkit.experiments.subject_analysis import fall, misranked, pose_cost
 
 

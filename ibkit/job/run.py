@@ -193,7 +193,8 @@ def _sigterm_is_ctrl_c() -> Iterator[None]:
 
 def _report(stages: list[Stage], run: Run) -> None:
     """Write the report, and print the claims, what each stage took, and where the report is."""
-    from ibkit.evaluate.claims import claims_as_text, evaluate_claims
+    from ibkit.evaluate.claims import evaluate_claims
+    from ibkit.evaluate.claims.command import claims_as_text
     from ibkit.report import build_report
 
     report = build_report(run.folder)

@@ -86,7 +86,6 @@ def newest_run(*kinds: str) -> CompletedRun:
             continue
         if manifest["kind"] in kinds and manifest["status"] == "complete":
             return read_run(path.parent, *kinds)
-    which = " or ".join(f"notebooks/{kind}.ipynb" for kind in kinds)
     raise ArtifactError(
         f"No run of {' or '.join(kinds)} below {resolve(OUTPUTS)} is finished: run notebooks/{kinds[0]}.ipynb to its "
         "last cell first."

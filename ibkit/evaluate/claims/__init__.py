@@ -13,23 +13,20 @@ user names. Each claim has one measure, fixed beforehand (`stats.PRIMARY`), so t
 paper, or an experiment, is a file with a tuple of claims and a line in `CLAIMS`.
 """
 
-from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
-from json import dumps
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from textwrap import fill
 
 import numpy as np
 import pandas as pd
 
 from ibkit.errors import ParameterError, ScoreError
-from ibkit.evaluate.arms import BASE, arms_of, label_of
+from ibkit.evaluate.arms import BASE, REAL, arms_of, label_of
 from ibkit.evaluate.intervals import ROUNDING, Interval
 from ibkit.evaluate.stats import METRICS, PRIMARY, bootstrap_difference, check_scores, n_trainings, pair_up
 from ibkit.fields import nearest
 from ibkit.registry import Registry
-from ibkit.runs import read_run, resolve
+from ibkit.runs import read_run
 
 SUPPORTED, CONTRADICTED, UNDECIDED, NOT_TESTED = "supported", "contradicted", "undecided", "not tested"
 VERDICTS = (SUPPORTED, CONTRADICTED, UNDECIDED, NOT_TESTED)
@@ -178,7 +175,7 @@ def evaluate_claims(run_or_folder: str | Path, arms: Mapping[str, str] | None = 
     Args:
         run_or_folder: a main run (`outputs/<run>`, with a folder for each notebook), one notebook's own folder, or a
             folder that holds the tables directly (`outputs/reference`).
-        arms: role -> arm, where it is another one than the paper's.
+        arms: role -> arm, where it is another one than the paper's, or than `stand_ins` finds.
 
     Returns:
         One finding for each claim, in the order of `all_claims`.
@@ -232,7 +229,25 @@ def claims_from(tables: Mapping[str, pd.DataFrame], arms: Mapping[str, str] | No
     for role in arms or ():
         if role not in roles:
             raise ParameterError(f"No claim has the role {role!r}{nearest(role, roles)}")
-    return [_test(claim, tables, arms or {}) for claim in all_claims()]
+    there = set(tables[SCORES]["arm"]) if SCORES in tables else set()
+    return [_test(claim, tables, stand_ins(there) | dict(arms or {})) for claim in all_claims()]
+
+
+def stand_ins(there: Collection[str]) -> dict[str, str]:
+    """Role -> arm, where a run has not the paper's arm and only one that can play its role.
+
+    What is tuned is a chain of two methods or more; what is personalized is the chain below it, else the only method.
+    """
+    arms = set(there) - {BASE, REAL}
+    tuned = [arm for arm in arms if "+" in arm]
+    cast = {}
+    if ROLES["tuned"] not in arms and len(tuned) == 1:
+        cast["tuned"] = tuned[0]
+    below = cast.get("tuned", ROLES["tuned"]).rpartition("+")[0]
+    alone = [below] if below in arms else sorted(arms - set(tuned))
+    if ROLES["personalized"] not in arms and len(alone) == 1:
+        cast["personalized"] = alone[0]
+    return cast
 
 
 def claims_from_scores(scores: pd.DataFrame, arms: Mapping[str, str] | None = None) -> list[Finding]:
@@ -372,79 +387,3 @@ def signed(metric: str, interval: Interval) -> str:
     """A difference with its interval, each with its sign."""
     value, low, high = (METRICS[metric].show(x, sign=True) for x in (interval.value, interval.low, interval.high))
     return f"{value} [{low}, {high}]"
-
-
-# --- words, and the command line -----------------------------------------------------------------------------------
-
-
-def claims_as_json(claims: list[Finding]) -> str:
-    """Write claims as a JSON list of objects; a claim that was not tested has null for its numbers."""
-    return dumps([asdict(claim) for claim in claims], indent=2, ensure_ascii=False)
-
-
-def claims_as_text(claims: list[Finding], width: int = 100) -> str:
-    """Write claims as a plain table, with the claim, its source and the numbers behind it below each line."""
-    lines = [f"{'':4}{'verdict':16}{'our figure, 95 % interval':38}{'n':>6}{'seeds':>7}"]
-    for claim in claims:
-        n, seeds = (claim.n, claim.seeds or "–") if claim.value is not None else ("–", "–")
-        lines.append(f"{claim.id:4}{claim.verdict:16}{claim.figure():38}{n:>6}{seeds:>7}")
-        texts = claim.claim, f"{claim.quantity}.", claim.reason, claim.detail, f"Paper: {claim.source}."
-        for text in filter(None, texts):
-            lines.append(fill(text, width, initial_indent=" " * 4, subsequent_indent=" " * 6))
-        lines.append("")
-    return "\n".join(lines).rstrip()
-
-
-def summary(claims: list[Finding]) -> str:
-    """Say in one sentence per verdict which claims got it."""
-    sentences = []
-    for verdict in VERDICTS:
-        those = [f"{claim.id} ({claim.claim.rstrip('.')})" for claim in claims if claim.verdict == verdict]
-        if those:
-            sentences.append(f"{verdict.capitalize()}, {len(those)} of {len(claims)}: {'; '.join(those)}.")
-    return " ".join(sentences)
-
-
-def claims_command(path: str | Path = "", json: bool = False, arms: Mapping[str, str] | None = None) -> int:
-    """Print the claims of a run.
-
-    Args:
-        path: see `evaluate_claims`; empty = the newest evaluated run in outputs/, or outputs/reference without one.
-        json: print a JSON list instead of a table.
-        arms: see `evaluate_claims`.
-
-    Returns:
-        0: the claims could be evaluated, whatever the verdicts.
-    """
-    folder = Path(path) if path else _newest_run()
-    claims = evaluate_claims(folder, arms)
-    print(claims_as_json(claims) if json else f"Claims, tested on {folder}\n\n{claims_as_text(claims)}")
-    return 0
-
-
-def _newest_run() -> Path:
-    outputs = resolve("outputs")
-    evaluated = [table.parent for table in outputs.glob("*/03_evaluate/scores.csv")]
-    newest = max(evaluated, key=lambda stage: (stage / "scores.csv").stat().st_mtime_ns, default=None)
-    return newest.parent if newest else outputs / "reference"
-
-
-def add_arguments(parser: ArgumentParser) -> None:
-    """Add the arguments of `ibkit claims`."""
-    parser.add_argument(
-        "run", nargs="?", default="", metavar="RUN",
-        help="folder of a run, or outputs/reference for the committed results (default: the newest run in outputs/)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--arms", nargs="+", default=[], metavar="ROLE=ARM",
-        help="arms that play a role of the claims, such as tuned=lora_dreambooth+ddpo (default: the paper's)",
-    )  # fmt: skip
-    parser.add_argument("--json", action="store_true", help="print a JSON list of the claims")
-
-
-def main(arguments: Namespace) -> int:
-    """Run `ibkit claims`."""
-    if wrong := [text for text in arguments.arms if "=" not in text]:
-        raise ParameterError(f"--arms {wrong[0]!r} is not of the form ROLE=ARM.")
-    arms = dict(text.split("=", 1) for text in arguments.arms)
-    return claims_command(arguments.run, arguments.json, arms)
