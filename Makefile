@@ -1,6 +1,7 @@
 # make run      set up if needed, then the main job: personalize, RL, evaluate, report   (make run ARGS="--help")
 # make weights  set up if needed, then build the pocket models                          (make weights ARGS="--help")
 # make test     set up if needed, then the tests, on two cores                          (make test ARGS="-k photos -n 0")
+# make check    set up if needed, then the linter, its formatter and the type checker
 # make help     this text            make clean-venv   remove .venv, so that the next call sets it up anew
 # PYTHON=python3.12 chooses the Python that .venv is made from (3.11 or newer).
 
@@ -15,10 +16,10 @@ $(shell rm -f $(STAMP))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help run weights test clean-venv
+.PHONY: help run weights test check clean-venv
 
 help:
-	@sed -n 's/^# //p' Makefile | sed -n '1,5p'
+	@sed -n 's/^# //p' Makefile | sed -n '1,6p'
 
 run: $(STAMP)
 	@$(VENV)/bin/ibkit run $(ARGS)
@@ -28,6 +29,11 @@ weights: $(STAMP)
 
 test: $(STAMP)
 	@$(VENV)/bin/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+check: $(STAMP)
+	@$(VENV)/bin/ruff check .
+	@$(VENV)/bin/ruff format --check .
+	@$(VENV)/bin/mypy
 
 $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \

@@ -12,7 +12,7 @@ import math
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar, cast, get_args
 
 from ibkit.errors import ParameterError
 
@@ -49,7 +49,7 @@ class Field:
     """A field as it was declared, with its name and default; of a nested dataclass the name is dotted."""
 
     name: str
-    type: type
+    type: Any  # a class; named so, the word is no annotation below
     default: Any
     help: str = ""
     source: str = ""
@@ -126,7 +126,8 @@ def fields_of(settings: Any, prefix: str = "") -> list[Field]:
         if not isinstance(settings, type):
             default = getattr(settings, one.name)
         else:
-            default = one.default if one.default is not dataclasses.MISSING else one.default_factory()
+            missing = one.default is dataclasses.MISSING
+            default = one.default_factory() if missing and callable(one.default_factory) else one.default
         if dataclasses.is_dataclass(default):
             rows += fields_of(default, f"{prefix}{one.name}.")
         else:
@@ -174,7 +175,7 @@ def _replaced(settings: T, flat: Mapping[str, Any]) -> T:
     for outer in {name.partition(".")[0] for name in flat if "." in name}:
         inner = {n.partition(".")[2]: v for n, v in flat.items() if n.startswith(f"{outer}.")}
         own[outer] = _replaced(getattr(settings, outer), inner)
-    return dataclasses.replace(settings, **own)
+    return dataclasses.replace(cast(Any, settings), **own)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -16,6 +16,7 @@ from ibkit.evaluate.claims import (
     command,
     evaluate_claims,
     instructbooth,
+    stand_ins,
 )
 from ibkit.evaluate.claims.command import claims_as_text, claims_command, main, summary
 from ibkit.evaluate.intervals import Interval

@@ -68,7 +68,7 @@ def make_stage(name: str, notebook: str, values: dict[str, Any]) -> Stage:
     path = NOTEBOOKS / f"{notebook}.ipynb"
     if not path.is_file():
         raise ArtifactError(f"There is no notebook {path}; run from a checkout of the whole project.")
-    return Stage(name, path, SCHEMAS[notebook].__doc__.partition(": ")[2].rstrip("."), parameters)
+    return Stage(name, path, str(SCHEMAS[notebook].__doc__).partition(": ")[2].rstrip("."), parameters)
 
 
 def defaults() -> dict[str, Any]:
@@ -87,7 +87,7 @@ def given(arguments: Namespace) -> dict[str, Any]:
             exist or has no prompts for the subject.
     """
     known = defaults()
-    settings = {}
+    settings: dict[str, Any] = {}
     for name in SHARED:
         if hasattr(arguments, name):
             value = getattr(arguments, name)

@@ -62,8 +62,9 @@ def class_images(
         index = _read_index(folder)
         for first in range(0, n, batch):
             indices = range(first, min(first + batch, n))
-            found = [_read_unaltered(folder / f"{i:04d}.png", index) for i in indices]
-            if None in found:
+            kept = [_read_unaltered(folder / f"{i:04d}.png", index) for i in indices]
+            found = [data for data in kept if data is not None]
+            if len(found) < len(kept):
                 found = _draw(model, prompt, sampler, seed, indices)
                 for i, data in zip(indices, found, strict=True):
                     _write(folder / f"{i:04d}.png", data)

@@ -281,13 +281,13 @@ def collect(
             made = rollout(model, [p.text for p in asked], schedule, config.sampler.guidance, own, len(asked))
             images = model.decode(made.latents[-1])
             mine.append((made.latents, made.log_probs, images, objectives.score(images, asked)))
-    latents, log_probs, images, scores = zip(*processes.gather(mine), strict=True)
+    latents, log_probs, parts, scores = zip(*processes.gather(mine), strict=True)
     trajectories = Trajectories(
         torch.cat(latents, 1).to(model.device),
         torch.cat(log_probs, 1).to(model.device),
         [p.text for p in prompts],
     )
-    return trajectories, [image for part in images for image in part], torch.cat(scores, 1)
+    return trajectories, [image for part in parts for image in part], torch.cat(scores, 1)
 
 
 def update(
@@ -312,7 +312,9 @@ def update(
     advantages = advantages.to(model.device)
     order = torch.randperm(len(advantages), generator=stream)
     tolerance = ratio_tolerance(model, schedule, config)
-    measured, norms, ratio_first = [], [], 0.0
+    measured: list[torch.Tensor] = []
+    norms: list[float] = []
+    ratio_first = 0.0
     for members in order.split(config.batch):
         steps = torch.stack([torch.randperm(n_steps, generator=stream)[:n_drawn] for _ in members])
         pairs = torch.stack([members.repeat_interleave(n_drawn), steps.flatten()], 1)

@@ -137,7 +137,7 @@ def train(
     def step(number: int) -> dict[str, float]:
         stream = generator(seed, "dreambooth", number)
         z0 = latents[torch.randint(len(latents), (config.batch,), generator=stream)]
-        if with_prior:
+        if prior_latents is not None:
             z0 = torch.cat([z0, prior_latents[torch.randint(len(prior_latents), (config.batch,), generator=stream)]])
         t = torch.randint(len(alphas), (len(z0),), generator=stream).to(model.device)
         noise = torch.randn(z0.shape, generator=stream).to(model.device)

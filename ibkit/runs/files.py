@@ -116,7 +116,7 @@ def save_tensors(tensors: Mapping[str, "torch.Tensor"], path: Path) -> None:
     from safetensors.torch import save_file
 
     try:
-        save_file(tensors, path)
+        save_file(dict(tensors), path)
     except SafetensorError as error:  # its name for a full disk too
         raise OSError(str(error)) from error
 

@@ -110,7 +110,7 @@ class Run:
                 `resume` is False; the run there is of another kind, parameters or inputs; an input is not usable.
         """
         folder = Path(folder).resolve()
-        parameters = json.loads(json.dumps(dict(parameters), default=plain))
+        plainly = json.loads(json.dumps(dict(parameters), default=plain))
         identified = {name: identify(value) for name, value in (inputs or {}).items()}
         if folder in _OPEN and not resume:
             raise ArtifactError(_taken(folder))
@@ -118,7 +118,7 @@ class Run:
         _require_run_or_empty(folder)
         lock = FolderLock(folder)
         try:
-            manifest = cls._prepare(folder, kind, parameters, identified, resume)
+            manifest = cls._prepare(folder, kind, plainly, identified, resume)
             run = cls(folder, lock, manifest, by_hand)
             if manifest["status"] != "complete":
                 manifest["status"] = "running"
@@ -133,7 +133,7 @@ class Run:
     @staticmethod
     def _prepare(folder: Path, kind: str, parameters: dict, inputs: dict, resume: bool) -> dict[str, Any]:
         """The manifest to go on with: a new one, or that of the run in the folder when it may be resumed."""
-        manifest = {
+        manifest: dict[str, Any] = {
             "schema": SCHEMA,
             "kind": kind,
             "status": "running",

@@ -55,7 +55,7 @@ class SubjectMonitor:
             if self.text_scorer:
                 clean = [prompts[i].clean for i in named]
                 numbers["text_monitor"] = self.text_scorer(pictures, texts=clean).mean().item()
-            if self.judge:
+            if self.judge and self.subject.world:
                 numbers |= self._activity_shown("judge_activity", pictures, [prompts[i].activity for i in named])
                 numbers["judge_identity"] = self.judge.identifies(pictures, self.subject.world).mean().item()
         if others and self.judge:
@@ -67,7 +67,7 @@ class SubjectMonitor:
         """The share of pictures that show the activity they were asked for, of those whose prompt names one."""
         said = [said_in(phrase)["activity"] for phrase in phrases]
         named = [i for i, activity in enumerate(said) if activity]
-        if not named:
+        if not named or self.judge is None:
             return {}
         answers = self.judge.agrees([images[i] for i in named], "activity", [said[i] for i in named])
         return {name: answers.mean().item()}

@@ -169,7 +169,7 @@ def _joined(number: int, count: int, port: int, kind: str) -> Iterator[None]:
     """Inside, this process is one of a group, which accelerate sets up from torchrun's environment variables."""
     from accelerate import PartialState
 
-    place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    place: dict[str, Any] = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     place["TORCHELASTIC_USE_AGENT_STORE"] = False  # torchrun's True would let no process serve that address
     threads = max(1, available_cpus() // count)
