@@ -20,7 +20,7 @@ COMMANDS = {  # name: (module, what it does)
     "plan": ("ibkit.job.plan", "predict the time and memory that `ibkit run` will take on this machine"),
     "methods": ("ibkit.job.methods", "the methods there are, and the settings of one with their sources"),
     "export": ("ibkit.job.export", "write what a run made as a folder that diffusers loads"),
-    "claims": ("ibkit.evaluate.claims", "read the papers' claims against a finished run"),
+    "claims": ("ibkit.evaluate.claims.command", "read the papers' claims against a finished run"),
     "tables": ("ibkit.evaluate.tables", "the results of one or more runs as tables, in CSV, Markdown and LaTeX"),
     "data": ("ibkit.data.dreambench", "how to get a published set of subjects and prompts, and whether it is whole"),
     "check": ("ibkit.job.check", "look at this machine: what can run here, and what to do about what cannot"),

@@ -29,7 +29,7 @@ class Common:
     device: str = field("auto", "auto, cpu, cuda, cuda:1, mps")
     seed: int = field(0, "every random stream of the notebook is derived from it", low=0, high=2**31 - 1)
     run_out: str = field("", "folder of this notebook's run; empty = outputs/notebook-<its name>")
-    resume: bool = field(False, "go on with an interrupted run in that folder")
+    resume: bool = field(False, "go on with the run in run_out; where that is empty, equal values always do")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ class Personalize(Measured):
 class RLFinetune(Measured):
     """02_rl_finetune: a personalized model learns from a reward."""
 
-    run_in: str = field("", "folder of a finished 01 run; empty = outputs/notebook-01_personalize")
+    run_in: str = field("", "folder of a finished 01 run; empty = the newest")
     prompts: list[str] = field([], 'activities such as "playing soccer"; empty = the preset\'s')
     method: str = field("ddpo", "how to fine-tune; `ibkit methods` lists what there is")
     settings: dict = field(
@@ -102,12 +102,11 @@ class RLFinetune(Measured):
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluate(Measured):
-    """03_evaluate: base model, DreamBooth and InstructBooth on the same prompts and seeds."""
+    """03_evaluate: the base model and the models of finished runs on the same prompts and seeds."""
 
-    run_dreambooth: str = field("", "folder of a finished 01 run; empty = outputs/notebook-01_personalize")
-    run_rl: list[str] = field([], "folders of finished 02 runs, one a seed; empty = outputs/notebook-02_rl_finetune")
-    prompts: list[str] = field([], "activities to evaluate on; empty = those that RL trained on")
-    n_images: int = field(0, "images for each prompt and method; 0 = the preset's", low=0, high=100_000)
+    runs: list[str] = field([], "folders of finished 01 and 02 runs, of any methods and seeds; empty = the newest run")
+    prompts: list[str] = field([], "activities to evaluate on; empty = those that RL trained on, else the preset's")
+    n_images: int = field(0, "images for each prompt and model; 0 = the preset's", low=0, high=100_000)
     batch_size: int = field(0, "images made at a time; 0 = what suits the model's picture size", low=0, high=1024)
     scorers: list[str] = field(
         [], "metrics such as clip_t, image_reward, clip_i, dino, subject, pick_score; empty = the first five"
@@ -170,10 +169,10 @@ class PromptAblation(Measured):
 class HumanStudy(Common):
     """07_human_study: people compare the methods' pictures; in the pocket world simulated raters stand in."""
 
-    run_evaluate: list[str] = field([], "folders of finished 03 runs; empty = outputs/notebook-03_evaluate")
+    run_evaluate: list[str] = field([], "folders of finished 03 runs; empty = the newest")
     rater: str = field("", "who rates in this notebook, such as a nickname; empty = nobody does")
     ratings: list[str] = field([], "files of ratings to merge, one or more a rater; empty = the simulated raters")
-    n_items: int = field(0, "pictures or pairs a question and method; 0 = all", low=0, high=100_000)
+    n_items: int = field(0, "pictures or pairs a question and arm; 0 = all", low=0, high=100_000)
 
 
 SCHEMAS: dict[str, type[Common]] = {

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from importlib import import_module
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import entry_points
 from typing import Generic, TypeVar
 
 from ibkit.errors import ParameterError
@@ -25,13 +25,14 @@ class Registry(Mapping[str, T], Generic[T]):
     Args:
         group: of entry points, "ibkit.methods".
         noun: for messages, "method".
-        own: name -> "module:attribute", of this package.
+        own: name -> the thing, or "module:attribute", of this package.
     """
 
-    def __init__(self, group: str, noun: str, own: Mapping[str, str]):
+    def __init__(self, group: str, noun: str, own: Mapping[str, T | str]):
         self.group, self.noun = group, noun
         self._own = own
-        self._made: dict[str, T] = {}
+        self._found: dict[str, str] | None = None
+        self._made: dict[str, T] = {name: one for name, one in own.items() if not isinstance(one, str)}
 
     def __getitem__(self, name: str) -> T:
         if name not in self._made:
@@ -41,6 +42,9 @@ class Registry(Mapping[str, T], Generic[T]):
             module, _, attribute = points[name].partition(":")
             self._made[name] = getattr(import_module(module), attribute)
         return self._made[name]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._points()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._points())
@@ -65,10 +69,13 @@ class Registry(Mapping[str, T], Generic[T]):
             ) from error
 
     def _points(self) -> dict[str, str]:
-        found: dict[str, EntryPoint] = {point.name: point for point in entry_points(group=self.group)}
-        for name, point in found.items():
-            if name in self._own:
+        """Name -> where it is, of this package and of all that were installed when it was first asked."""
+        if self._found is None:
+            others = {point.name: point.value for point in entry_points(group=self.group)}
+            if taken := others.keys() & self._own.keys():
+                name = min(taken)
                 raise ParameterError(
-                    f"{point.value} calls itself the {self.noun} {name!r}, which this kit has: give it another name."
+                    f"{others[name]} calls itself the {self.noun} {name!r}, which this kit has: give it another name."
                 )
-        return dict(self._own) | {name: point.value for name, point in found.items()}
+            self._found = {name: str(place) for name, place in self._own.items()} | others
+        return self._found

@@ -89,7 +89,7 @@ def done(jobs):
 def test_the_main_job_runs_the_real_notebooks(done, outputs):
     scores = read_run(outputs / "03_evaluate").table("scores.csv")
     # 2 activities x 2 images x (base; DreamBooth with and without the identifier; the same for each of 2 RL seeds)
-    pictures = scores[scores["method"] != "real"]
+    pictures = scores[scores["arm"] != "real"]
     assert len(pictures) == 2 * 2 * (1 + 2 + 2 * 2) and len(scores) == len(pictures) + 5
     assert (
         pictures[["clip_t", "image_reward", "clip_i", "dino", "judge_activity", "judge_identity"]].notna().all().all()

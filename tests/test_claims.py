@@ -8,17 +8,16 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from ibkit.errors import ArtifactError, ScoreError
-from ibkit.evaluate import claims as claims_module
+from ibkit.errors import ArtifactError, ParameterError, ScoreError
 from ibkit.evaluate.claims import (
-    claims_as_text,
-    claims_command,
+    all_claims,
     claims_from,
     claims_from_scores,
+    command,
     evaluate_claims,
-    main,
-    summary,
+    instructbooth,
 )
+from ibkit.evaluate.claims.command import claims_as_text, claims_command, main, summary
 from ibkit.evaluate.intervals import Interval
 from ibkit.evaluate.published import PUBLISHED, published
 from ibkit.evaluate.stats import check_scores
@@ -29,15 +28,16 @@ UNSEEN = PROMPTS[4:]
 N_IMAGES = 20
 
 
-def images(method, identifier, activity, identity, rl_seed=0):
+def images(arm, identifier, activity, identity, seed=0, tune_seed=None):
     """20 images for each of eight prompts, of which a given share is right: the first ones."""
     rows = []
     for prompt in PROMPTS:
         for image_seed in range(N_IMAGES):
             rows.append(
                 {
-                    "method": method,
-                    "rl_seed": rl_seed,
+                    "arm": arm,
+                    "seed": seed,
+                    "tune_seed": tune_seed,
                     "subject": "cat",
                     "class_noun": "cat",
                     "prompt_id": prompt,
@@ -46,7 +46,7 @@ def images(method, identifier, activity, identity, rl_seed=0):
                     "activity": prompt,
                     "seen": prompt not in UNSEEN,
                     "identifier": identifier,
-                    "image": f"{method}/{prompt}-{image_seed}.png",
+                    "image": f"{arm}/{prompt}-{image_seed}.png",
                     "image_seed": image_seed,
                     "judge_text": int(image_seed < activity * N_IMAGES),
                     "judge_identity": int(image_seed < identity * N_IMAGES),
@@ -59,10 +59,10 @@ def story(ib_activity=0.95, ib_identity=1.0, db_activity=0.3, base_activity=1.0,
     """Scores of a whole experiment, by default one in which the paper is right."""
     return pd.concat(
         [
-            images("base", False, base_activity, 0.05),
+            images("base", False, base_activity, 0.05, seed=None),
             images("dreambooth", True, db_activity, 1.0),
             images("dreambooth", False, 0.85, db_class_identity),
-            *(images("instructbooth", True, ib_activity, ib_identity, rl_seed=seed) for seed in range(n_seeds)),
+            *(images("dreambooth+ddpo", True, ib_activity, ib_identity, tune_seed=seed) for seed in range(n_seeds)),
         ],
         ignore_index=True,
     )
@@ -79,10 +79,10 @@ def by_id(scores):
 def test_all_are_supported_when_the_paper_is_right():
     claims = by_id(story(n_seeds=3))
     assert {claim.verdict for claim in claims.values()} == {"supported"}
-    assert claims["C1"].reason == "The whole interval lies below zero."
+    assert claims["C1"].reason == "The whole interval lies below zero. Of one training: it speaks of that one alone."
     assert claims["C2"].reason == "The whole interval of InstructBooth − DreamBooth lies above zero."
     assert claims["C1"].value == pytest.approx(-0.70) and claims["C1"].high < 0
-    assert (claims["C1"].n, claims["C1"].seeds) == (160, 0)
+    assert (claims["C1"].n, claims["C1"].seeds) == (160, 1)
     assert claims["C2"].value == pytest.approx(0.65 / 0.70)
     assert (claims["C2"].n, claims["C2"].seeds) == (480, 3)
     assert "two thirds won back: yes" in claims["C2"].detail
@@ -120,8 +120,8 @@ def test_pictures_of_one_prompt_say_nothing_about_others():
 def test_few_prompts_are_named_and_decide_only_by_their_interval():
     scores = story()
     two, three = (by_id(scores[scores["prompt_id"].isin(PROMPTS[:n])])["C1"] for n in (2, 3))
-    assert two.verdict == "undecided" and two.reason == "The interval holds zero. Only 2 prompts × subjects; draw more."
-    assert three.verdict == "supported" and three.reason.endswith("Only 3 prompts × subjects, but they decide.")
+    assert two.verdict == "undecided" and "holds zero. Only 2 prompts × subjects; draw more." in two.reason
+    assert three.verdict == "supported" and "Only 3 prompts × subjects, but they decide." in three.reason
     same = scores.assign(judge_identity=np.nan, dino=0.6)
     few = by_id(same[same["prompt_id"].isin(PROMPTS[:4])])["C3"]
     assert few.verdict == "undecided" and "all pairs differ by the same" in few.reason
@@ -133,7 +133,7 @@ def test_c2_needs_a_gain_and_says_whether_two_thirds_are_reached():
     assert verdicts(story(ib_activity=0.1))["C2"] == "contradicted"
     some = by_id(story(ib_activity=0.6))["C2"]
     assert some.verdict == "supported" and some.value == pytest.approx(3 / 7)
-    assert "two thirds won back: no" in some.detail and "Of one RL seed" in some.reason
+    assert "two thirds won back: no" in some.detail and "Of one training" in some.reason
 
 
 def test_c2_is_not_tested_when_nothing_was_lost():
@@ -145,9 +145,9 @@ def test_c2_is_not_tested_when_nothing_was_lost():
 def test_c2_without_a_loss_in_some_resamples_has_no_share(monkeypatch):
     """The loss is certain, but by prompts that are drawn without it too often for a ratio: a sentence, no crash."""
     scores = story(n_seeds=3)
-    lossless = (scores["method"] == "dreambooth") & ~scores["prompt_id"].isin(PROMPTS[:2])
+    lossless = (scores["arm"] == "dreambooth") & ~scores["prompt_id"].isin(PROMPTS[:2])
     scores = scores.assign(judge_text=scores["judge_text"].where(~lossless, 1))
-    monkeypatch.setattr(claims_module, "difference_interval", lambda *_: Interval(0.2, 0.1, 0.3, 160))
+    monkeypatch.setattr(instructbooth, "difference_interval", lambda *_, **__: Interval(0.2, 0.1, 0.3, 160))
     claim = by_id(scores)["C2"]
     assert claim.verdict == "not tested" and claim.value is None
     assert re.search(r"not finite in \d+ of 10000 resamples.* InstructBooth − DreamBooth is \+20.0 \[", claim.reason)
@@ -169,7 +169,7 @@ def test_c4_needs_drift():
 
 def test_c8_asks_for_a_gain_where_rl_was_not_trained():
     scores = story(ib_activity=0.3)
-    won = scores["method"] == "instructbooth"
+    won = scores["arm"] == "dreambooth+ddpo"
     only_seen = scores.assign(judge_text=scores["judge_text"].where(~(won & scores["seen"]), 1))
     claim = by_id(only_seen)["C8"]
     assert claim.verdict == "undecided" and "on seen prompts the gain is +70.0" in claim.detail
@@ -180,14 +180,14 @@ def test_c8_asks_for_a_gain_where_rl_was_not_trained():
 
 def test_what_is_missing_is_not_tested_and_says_why():
     scores = story()
-    without_rl = by_id(scores[scores["method"] != "instructbooth"])
+    without_rl = by_id(scores[scores["arm"] != "dreambooth+ddpo"])
     assert [without_rl[name].verdict for name in ("C2", "C3")] == ["not tested", "not tested"]
-    assert "no images of instructbooth" in without_rl["C3"].reason
-    no_class_prompt = by_id(scores[(scores["method"] != "dreambooth") | scores["identifier"]])
+    assert "no images of dreambooth+ddpo" in without_rl["C3"].reason
+    no_class_prompt = by_id(scores[(scores["arm"] != "dreambooth") | scores["identifier"]])
     assert "class prompt (no identifier)" in no_class_prompt["C4"].reason
     no_scores = by_id(scores.drop(columns=["judge_text", "judge_identity"]))
     assert "None of judge_text, pick_score, clip_t, image_reward was scored" in no_scores["C1"].reason
-    other_seeds = scores.assign(image_seed=scores["image_seed"] + 100 * (scores["method"] == "base"))
+    other_seeds = scores.assign(image_seed=scores["image_seed"] + 100 * (scores["arm"] == "base"))
     assert by_id(other_seeds)["C1"].verdict == "not tested"
 
 
@@ -213,9 +213,9 @@ def test_without_a_judge_the_scorers_stand_in():
 
 
 def test_prompts_without_an_activity_do_not_enter_text_fidelity():
-    plain = images("base", False, 0, 0).assign(judge_text=np.nan, prompt_id="plain", text="a cat")
+    plain = images("base", False, 0, 0, seed=None).assign(judge_text=np.nan, prompt_id="plain", text="a cat")
     plain["image_seed"] = range(len(plain))
-    drifted = plain.assign(method="dreambooth", judge_identity=1)
+    drifted = plain.assign(arm="dreambooth", seed=0, judge_identity=1)
     claims = by_id(pd.concat([story(), plain, drifted]))
     assert claims["C1"].n == 160
     assert claims["C4"].n == 320 and claims["C4"].value == pytest.approx((0.35 + 1) / 2)
@@ -233,12 +233,67 @@ def test_summary_counts_verdicts():
     assert "Supported, 2 of 5: C3" in text and "Undecided, 2 of 5: C1" in text and "Not tested, 1 of 5: C2" in text
 
 
+# --- other arms in the roles, several personalizations --------------------------------------------------------------
+
+
+def test_other_arms_can_play_the_roles_and_give_the_sentences_their_names():
+    names = {"dreambooth": "lora_dreambooth", "dreambooth+ddpo": "lora_dreambooth+ddpo"}
+    other = check_scores(story().replace({"arm": names}))
+    claims = {claim.id: claim for claim in claims_from_scores(other)}  # the only ones that can
+    arms = {"personalized": "lora_dreambooth", "tuned": "lora_dreambooth+ddpo"}
+    assert claims_from_scores(other, arms) == list(claims.values())
+    both = check_scores(pd.concat([story(), story().replace({"arm": names})]))
+    assert claims_from_scores(both)[0].claim.startswith("DreamBooth loses")  # the paper's own, where they are there
+    assert claims_from_scores(both, arms)[0].claim.startswith("DreamBooth (LoRA) loses")
+    assert {claim.verdict for claim in claims.values()} == {"supported"}
+    assert claims["C1"].claim == "DreamBooth (LoRA) loses text fidelity against the base model."
+    assert claims["C3"].quantity == "DreamBooth (LoRA) + DDPO minus DreamBooth (LoRA), subject fidelity"
+    assert [(c.value, c.low, c.high) for c in claims.values()] == [
+        (c.value, c.low, c.high) for c in by_id(story()).values()
+    ]
+    with pytest.raises(ParameterError, match="No claim has the role 'tuner'; did you mean 'tuned'"):
+        claims_from_scores(other, {"tuner": "dreambooth"})
+
+
+@pytest.mark.parametrize(
+    ("there", "cast"),
+    [
+        ({"base", "dreambooth", "dreambooth+ddpo", "real"}, {}),
+        ({"base", "neti"}, {"personalized": "neti"}),
+        ({"base", "neti", "neti+ddpo"}, {"personalized": "neti", "tuned": "neti+ddpo"}),
+        ({"base", "dreambooth", "neti+ddpo"}, {"tuned": "neti+ddpo"}),
+        ({"base", "neti", "custom_diffusion"}, {}),  # nobody can say which
+        ({"base", "neti+ddpo", "neti+dpok"}, {}),
+    ],
+)
+def test_who_stands_in_where_the_papers_arms_are_missing(there, cast):
+    assert stand_ins(there) == cast
+
+
+def test_a_tuning_is_compared_with_the_personalization_it_started_from():
+    """Of two personalizations one shows all, one nothing; each tuning adds a fifth to its own."""
+    parts = [images("base", False, 1.0, 0.05, seed=None)]
+    for seed, level in ((0, 0.8), (1, 0.0)):
+        parts.append(images("dreambooth", True, level, 1.0, seed=seed))
+        parts += [images("dreambooth+ddpo", True, level + 0.2, 1.0, seed=seed, tune_seed=7 + k) for k in range(2)]
+    claims = by_id(pd.concat(parts, ignore_index=True))
+    assert claims["C8"].value == pytest.approx(0.2) and claims["C8"].verdict == "supported"
+    assert (claims["C8"].seeds, claims["C8"].n) == (4, 4 * 80) and (claims["C1"].seeds, claims["C1"].n) == (2, 320)
+    only_first = by_id(pd.concat([parts[0], parts[1], *parts[5:]], ignore_index=True))
+    assert only_first["C8"].verdict == "not tested"  # the tunings are of the other personalization
+
+
+def test_every_claim_has_a_place_of_its_own():
+    ids = [(claim.paper, claim.id) for claim in all_claims()]
+    assert len(set(ids)) == len(ids) and ids == [("InstructBooth", f"C{i}") for i in range(1, 10)]
+
+
 # --- claims that other notebooks test ------------------------------------------------------------------------------
 
 
 def claim_of(name, table):
     """The one claim that reads this table."""
-    return {claim.id: claim for claim in claims_from({name: table})}[
+    return {claim.id: claim for claim in claims_from({f"{name}.csv": table})}[
         {"description": "C5", "changes": "C6", "prompt_kinds": "C7", "votes": "C9"}[name]
     ]
 
@@ -341,10 +396,11 @@ def votes(n_for_instructbooth):
             "subject": "cat",
             "prompt_id": prompt,
             "image_seed": i,
-            "rl_seed": 0,
-            "method": "",
-            "method_a": "dreambooth",
-            "method_b": "instructbooth",
+            "seed": 0,
+            "tune_seed": 0,
+            "arm": "",
+            "arm_a": "dreambooth",
+            "arm_b": "dreambooth+ddpo",
             "answer": "b" if i < n_for_instructbooth else "a",
             "item": f"{prompt}-{i}",
         }
@@ -361,7 +417,7 @@ def test_c9_asks_what_most_raters_prefer():
     assert claim.figure().startswith("90 % [")
     assert claim_of("votes", votes(5)).verdict == "undecided"
     assert claim_of("votes", votes(1)).verdict == "contradicted"
-    others = votes(9).assign(method_a="base")
+    others = votes(9).assign(arm_a="base")
     assert claim_of("votes", others).verdict == "not tested"
 
 
@@ -400,7 +456,7 @@ def test_folders_without_scores_are_refused(tmp_path):
     (tmp_path / "scores.csv").write_text("")
     with pytest.raises(ScoreError, match="not a readable CSV"):
         evaluate_claims(tmp_path)
-    (tmp_path / "scores.csv").write_text("method,score\nbase,1\n")
+    (tmp_path / "scores.csv").write_text("arm,score\nbase,1\n")
     with pytest.raises(ScoreError, match="lacks the columns"):
         evaluate_claims(tmp_path)
 
@@ -435,7 +491,7 @@ def test_command_prints_json_with_the_agreed_keys(tmp_path, capsys):
 def test_command_prints_a_plain_table(tmp_path, capsys):
     story().to_csv(tmp_path / "scores.csv", index=False)
     parser = ArgumentParser()
-    claims_module.add_arguments(parser)
+    command.add_arguments(parser)
     assert main(parser.parse_args([str(tmp_path)])) == 0
     printed = capsys.readouterr().out
     assert printed.count("supported  ") == 5 and "−70.0 [" in printed and "Table 1 (people" in printed
@@ -443,7 +499,7 @@ def test_command_prints_a_plain_table(tmp_path, capsys):
 
 
 def test_command_without_a_run_takes_the_newest(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(claims_module, "resolve", lambda path: tmp_path / path)
+    monkeypatch.setattr(command, "resolve", lambda path: tmp_path / path)
     with pytest.raises(ScoreError, match="reference"):
         claims_command()
     evaluated(tmp_path / "outputs" / "mine" / "03_evaluate", story())
@@ -459,8 +515,8 @@ def test_text_table_shows_claims_that_were_not_tested():
 
 
 def test_published_numbers_stand_beside_ours():
-    assert [number.value for number in published("instructbooth", "image_reward")] == [1.196, 0.651]
+    assert [number.value for number in published("dreambooth+ddpo", "image_reward")] == [1.196, 0.651]
     assert [number.value for number in published("dreambooth", "judge_text")] == [0.813]
     assert published("base", "clip_t") == []
     # 5 methods × (2 + 4) numbers in tables 1 and 2, and 3 methods × 4 in table 3.
-    assert len(PUBLISHED) == 42 and len({(n.method, n.metric, n.table) for n in PUBLISHED}) == 42
+    assert len(PUBLISHED) == 42 and len({(n.arm, n.metric, n.table) for n in PUBLISHED}) == 42

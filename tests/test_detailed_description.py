@@ -103,7 +103,7 @@ def test_looking_changes_nothing_that_is_learned(run, tokenizer, tmp_path):
     assert calls == [arm] * 3
     history = ablation.histories(run, [arm])
     assert list(history.loc[history["dino"].notna(), "step"]) == [1, 3, 5]
-    assert set(history["method"]) == {"with_description"} and set(history["train_seed"]) == {1}
+    assert set(history["arm"]) == {"with_description"} and set(history["train_seed"]) == {1}
 
 
 def test_a_finished_arm_is_not_trained_again(run, tiny):
@@ -245,9 +245,9 @@ def test_compare_has_both_arms_and_their_difference():
 
 def test_the_way_is_compared_look_by_look():
     rows = [
-        {"method": method, "train_seed": seed, "step": step, "dino": value + seed + step,
+        {"arm": arm, "train_seed": seed, "step": step, "dino": value + seed + step,
          "judge_activity": share, "judge_identity": 1.0}
-        for method, value, share in (("with_description", 0.3, 1.0), ("without_description", 0.1, 0.0))
+        for arm, value, share in (("with_description", 0.3, 1.0), ("without_description", 0.1, 0.0))
         for seed in (0, 1) for step in (9, 19)
     ]  # fmt: skip
     between = [rows[0] | {"step": 10, "dino": np.nan, "judge_activity": np.nan, "judge_identity": np.nan}]
@@ -255,9 +255,7 @@ def test_the_way_is_compared_look_by_look():
     assert found.loc["dino", ["difference", "low", "high"]].tolist() == [pytest.approx(0.2)] * 3
     assert (found.loc["dino", "n"], found.loc["dino", "seeds"]) == (4, 2)
     assert (found.loc["both", "with"], found.loc["both", "without"]) == (1, 0)  # harmonic: neither can be missing
-    assert "both" not in set(
-        ablation.along_training(pd.DataFrame(rows)[["method", "train_seed", "step", "dino"]]).metric
-    )
+    assert "both" not in set(ablation.along_training(pd.DataFrame(rows)[["arm", "train_seed", "step", "dino"]]).metric)
 
 
 # --- the shape question
@@ -385,7 +383,7 @@ def test_figures_of_the_comparison_hold_their_data():
     figure, data = attention_figures.differences(ablation.compare(table), ablation.by_seed(table))
     assert list(data["difference"].round(6)) == [0.2] * 3 and list(data["train_seed"].dropna()) == [0, 1]
     history = pd.DataFrame(
-        {"method": "with_description", "train_seed": 0, "step": range(4), "dino": [np.nan, 0.1, np.nan, 0.3]}
+        {"arm": "with_description", "train_seed": 0, "step": range(4), "dino": [np.nan, 0.1, np.nan, 0.3]}
     )
     figure, data = attention_figures.training_looks(history)
     assert list(data["steps"]) == [2, 4] and list(data["value"]) == [0.1, 0.3]

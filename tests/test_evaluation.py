@@ -17,20 +17,18 @@ from ibkit.data.subject import PersonalizedSubject, demo_subject, world_photos
 from ibkit.device import generator
 from ibkit.errors import ArtifactError, ModelError, ParameterError, ScoreError
 from ibkit.evaluate.score import (
-    NO_RL_SEED,
     drift,
     evaluators,
     generate,
     image_seeds,
     jobs,
-    main_metrics,
     make_scorers,
     prompt_ids,
     read_inputs,
     real_photos,
     score,
 )
-from ibkit.evaluate.stats import METRICS, as_compared, check_scores, pair_up
+from ibkit.evaluate.stats import METRICS, as_compared, check_scores, one_seed, pair_up, primary_metrics
 from ibkit.model.sample import Sampler, sample
 from ibkit.model.text_to_image import load_model
 from ibkit.runs import Run, read_run
@@ -41,6 +39,12 @@ from tests.tiny import tiny_model
 ACTIVITIES = ["playing soccer", "riding a bike"]
 SUBJECT = PersonalizedSubject("cat", "cat", "sks", "", "pocket", "", demo_subject("cat"))
 SAMPLER = Sampler(3, 2.0, 1.0)
+MODELS = [
+    ("base", None, None),
+    ("dreambooth", 0, None),
+    ("dreambooth+ddpo", 0, 0),
+    ("dreambooth+ddpo", 0, 7),
+]
 
 
 class Brightness(Scorer):
@@ -66,7 +70,7 @@ SCORERS = {"clip_t": Brightness(), "dino": Likeness()}
 
 @pytest.fixture
 def rows():
-    return jobs(SUBJECT, ACTIVITIES, 3, [0, 7], seed=5)
+    return jobs(SUBJECT, ACTIVITIES, 3, MODELS, seed=5)
 
 
 @pytest.fixture
@@ -86,30 +90,32 @@ def test_every_scorer_is_a_metric_with_a_label():
     assert set(map(scorers_base.column_of, scorers_base.SCORERS)) <= set(METRICS)
 
 
-def test_every_method_has_its_rows(rows):
-    counts = rows.groupby(["method", "rl_seed", "identifier"]).size().to_dict()
+def test_every_arm_has_its_rows(rows):
+    seeds = rows[["seed", "tune_seed"]].fillna(-1)
+    counts = rows.assign(**seeds).groupby(["arm", "seed", "tune_seed", "identifier"]).size().to_dict()
     assert counts == {
-        ("base", NO_RL_SEED, False): 6,
-        ("dreambooth", NO_RL_SEED, True): 6,
-        ("dreambooth", NO_RL_SEED, False): 6,
-        ("instructbooth", 0, True): 6,
-        ("instructbooth", 0, False): 6,
-        ("instructbooth", 7, True): 6,
-        ("instructbooth", 7, False): 6,
+        ("base", -1, -1, False): 6,
+        ("dreambooth", 0, -1, True): 6,
+        ("dreambooth", 0, -1, False): 6,
+        ("dreambooth+ddpo", 0, 0, True): 6,
+        ("dreambooth+ddpo", 0, 0, False): 6,
+        ("dreambooth+ddpo", 0, 7, True): 6,
+        ("dreambooth+ddpo", 0, 7, False): 6,
     }
     assert rows["image"].is_unique
     assert rows["image"].iloc[0] == "images/base/playing-soccer-class-000.png"
-    assert rows["image"].iloc[-1] == "images/instructbooth-seed7/riding-a-bike-class-002.png"
-    assert set(jobs(SUBJECT, ACTIVITIES, 1, [])["method"]) == {"base", "dreambooth"}
-    trained = jobs(SUBJECT, ACTIVITIES, 1, [], trained=["riding a bike"])
+    assert rows["image"].iloc[-1] == "images/dreambooth+ddpo-seed0-tune7/riding-a-bike-class-002.png"
+    without_rl = jobs(SUBJECT, ACTIVITIES, 1, MODELS[:2])
+    assert set(without_rl["arm"]) == {"base", "dreambooth"} and without_rl["seen"].isna().all()
+    trained = jobs(SUBJECT, ACTIVITIES, 1, MODELS, trained=["riding a bike"])
     assert trained.groupby("activity")["seen"].unique().map(list).to_dict() == {
         "playing soccer": [False],
         "riding a bike": [True],
     }
 
 
-def test_methods_share_prompts_and_noise(rows):
-    cells = rows.groupby(["method", "rl_seed", "identifier", "prompt_id"])["image_seed"].agg(tuple)
+def test_arms_share_prompts_and_noise(rows):
+    cells = rows.groupby(["arm", "tune_seed", "identifier", "prompt_id"], dropna=False)["image_seed"].agg(tuple)
     assert cells.nunique() == 1 and list(cells.iloc[0]) == image_seeds(5, 3)
     assert rows.groupby("activity")["prompt_id"].unique().map(tuple).to_dict() == {
         "playing soccer": ("playing-soccer",),
@@ -121,10 +127,19 @@ def test_methods_share_prompts_and_noise(rows):
     assert set(texts["text"]) == {"a cat playing soccer", "a cat riding a bike"}
 
 
-def test_the_statistics_pair_methods_without_rl_with_every_rl_seed(rows):
+def test_the_statistics_pair_what_is_not_tuned_with_every_tuning(rows):
     table = as_compared(check_scores(rows.assign(clip_t=np.arange(len(rows)) / 100)))
-    pairs = pair_up({m: table[table["method"] == m] for m in ("base", "dreambooth", "instructbooth")}, "clip_t")
-    assert {m: p.shape for m, p in pairs.items()} == {"base": (1, 6), "dreambooth": (1, 6), "instructbooth": (2, 6)}
+    pairs = pair_up({m: table[table["arm"] == m] for m in ("base", "dreambooth", "dreambooth+ddpo")}, "clip_t")
+    assert {m: p.shape for m, p in pairs.items()} == {"base": (1, 6), "dreambooth": (1, 6), "dreambooth+ddpo": (2, 6)}
+
+
+def test_one_seed_is_of_the_personalization_that_all_arms_share(rows):
+    later = [("dreambooth", 1, None), ("dreambooth+ddpo", 1, 3), ("dreambooth+ddpo", 1, 4)]
+    alone = one_seed(jobs(SUBJECT, ACTIVITIES, 1, [*MODELS[:2], *later]))
+    assert set(zip(alone["arm"], alone["image"].str.split("/").str[1], strict=True)) == {
+        ("base", "base"), ("dreambooth", "dreambooth-seed1"), ("dreambooth+ddpo", "dreambooth+ddpo-seed1-tune3")
+    }  # fmt: skip
+    assert len(one_seed(rows)) == 3 * 2 * 5 and 7 not in set(one_seed(rows)["tune_seed"])
 
 
 def test_noise_is_that_of_no_other_seed_and_of_no_training_stream():
@@ -143,67 +158,60 @@ def test_prompt_names_stay_apart():
 @pytest.mark.parametrize(("activities", "n_images"), [([], 3), (ACTIVITIES, 0)])
 def test_an_evaluation_of_nothing_is_refused(activities, n_images):
     with pytest.raises(ParameterError, match="at least one activity and one image"):
-        jobs(SUBJECT, activities, n_images, [0])
+        jobs(SUBJECT, activities, n_images, MODELS)
 
 
 # --- making them ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
-def load_method(tokenizer):
-    """A tiny model for each method and seed; remembers what was loaded."""
+def load_arm(tokenizer):
+    """A tiny model for each arm and seed; remembers what was loaded."""
 
-    def load(method, rl_seed):
-        load.calls.append((method, rl_seed))
-        return tiny_model(tokenizer, seed=len(method) + rl_seed)
+    def load(key):
+        load.calls.append(key)
+        return tiny_model(tokenizer, seed=MODELS.index(key))
 
     load.calls = []
     return load
 
 
-def make(folder, rows, load_method, resume=False, **options):
+def make(folder, rows, load_arm, resume=False, **options):
     run = Run.open(folder, "03_evaluate", {}, resume=resume)
-    generate(run, rows, load_method, SAMPLER, batch_size=4, **options)
+    generate(run, rows, load_arm, SAMPLER, batch_size=4, **options)
     run.finish()
     return {path: (run.folder / path).read_bytes() for path in rows["image"]}
 
 
-def test_a_resumed_run_makes_only_what_is_missing_and_makes_the_same(tmp_path, rows, load_method):
-    first = make(tmp_path / "run", rows, load_method)
-    assert load_method.calls == [
-        ("base", NO_RL_SEED),
-        ("dreambooth", NO_RL_SEED),
-        ("instructbooth", 0),
-        ("instructbooth", 7),
-    ]
+def test_a_resumed_run_makes_only_what_is_missing_and_makes_the_same(tmp_path, rows, load_arm):
+    first = make(tmp_path / "run", rows, load_arm)
+    assert load_arm.calls == MODELS
     removed = rows["image"].iloc[8]
     before = {path: (tmp_path / "run" / path).stat().st_mtime_ns for path in rows["image"]}
     (tmp_path / "run" / removed).unlink()
-    load_method.calls.clear()
+    load_arm.calls.clear()
     counted = []
     with pytest.warns(UserWarning, match="missing"):
-        again = make(tmp_path / "run", rows, load_method, resume=True, on_image=counted.append)
+        again = make(tmp_path / "run", rows, load_arm, resume=True, on_image=counted.append)
     assert again == first
-    assert load_method.calls == [("dreambooth", NO_RL_SEED)] and counted == [len(rows) - 1, len(rows)]
+    assert load_arm.calls == [("dreambooth", 0, None)] and counted == [len(rows) - 1, len(rows)]
     after = {path: (tmp_path / "run" / path).stat().st_mtime_ns for path in rows["image"]}
     assert [path for path in after if after[path] != before[path]] == [removed]
     assert read_run(tmp_path / "run").path(removed).is_file()
 
 
-def test_a_picture_is_what_its_row_says(tmp_path, rows, load_method, tokenizer):
-    pictures = make(tmp_path / "run", rows.iloc[:6], load_method)
+def test_a_picture_is_what_its_row_says(tmp_path, rows, load_arm, tokenizer):
+    pictures = make(tmp_path / "run", rows.iloc[:6], load_arm)
     row = rows.iloc[4]
-    alone = sample(tiny_model(tokenizer, seed=len("base") + NO_RL_SEED), [row.prompt], [int(row.image_seed)], SAMPLER)[
-        0
-    ]
+    (alone,) = sample(tiny_model(tokenizer, seed=0), [row.prompt], [int(row.image_seed)], SAMPLER)
     made = np.asarray(Image.open(io.BytesIO(pictures[row.image]))).astype(int)
     assert np.abs(made - np.asarray(alone)).max() <= 1  # rounding may differ with the batch, nothing else does
     assert pictures[rows["image"].iloc[0]] != pictures[rows["image"].iloc[1]]
 
 
-def test_progress_counts_up_to_all(tmp_path, rows, load_method):
+def test_progress_counts_up_to_all(tmp_path, rows, load_arm):
     counted = []
-    make(tmp_path / "run", rows.iloc[:12], load_method, on_image=counted.append)
+    make(tmp_path / "run", rows.iloc[:12], load_arm, on_image=counted.append)
     assert counted == [0, 4, 6, 10, 12]
 
 
@@ -232,7 +240,7 @@ def test_scores_are_columns_whatever_the_batch(scored_folder, rows, judge):
     assert table["clip_t"].to_numpy() == pytest.approx(expected, abs=1e-6)
     assert table["judge_place"].isna().all() and table["judge_activity"].isin((0, 1)).all()
     pd.testing.assert_frame_equal(table, score(rows, scored_folder, photos, SUBJECT, SCORERS, judge))
-    assert main_metrics(check_scores(table)) == ("judge_text", "judge_identity")
+    assert primary_metrics(check_scores(table)) == {"text": "judge_text", "subject": "judge_identity"}
 
 
 def test_references_of_another_subject_are_refused(scored_folder, rows):
@@ -250,13 +258,11 @@ class Embedding:
 
 def test_drift_is_the_distance_from_the_base_models_picture_of_the_same_noise(scored_folder, rows):
     values = drift(rows, scored_folder, Embedding(), batch_size=5)
-    personalized = (rows["method"] != "base") & ~rows["identifier"]
+    personalized = (rows["arm"] != "base") & ~rows["identifier"]
     assert values.notna().equals(personalized)
     light = {path: np.asarray(Image.open(scored_folder / path)).mean() / 255 for path in rows["image"]}
     row = rows[personalized].iloc[-1]
-    base = rows[
-        (rows["method"] == "base") & (rows["prompt_id"] == row.prompt_id) & (rows["image_seed"] == row.image_seed)
-    ]
+    base = rows[(rows["arm"] == "base") & (rows["prompt_id"] == row.prompt_id) & (rows["image_seed"] == row.image_seed)]
     expected = 1 - np.cos(light[row.image] - light[base["image"].item()])
     assert values[row.name] == pytest.approx(expected, abs=1e-6)
 
@@ -273,7 +279,7 @@ def test_real_photos_are_compared_with_the_others_only():
     assert rows["dino"].tolist() == pytest.approx(
         [(np.cos(0.2) + np.cos(1)) / 2, (np.cos(0.2) + np.cos(0.8)) / 2, (np.cos(1) + np.cos(0.8)) / 2]
     )
-    assert set(rows["method"]) == {"real"} and "clip_t" not in rows
+    assert set(rows["arm"]) == {"real"} and "clip_t" not in rows
     assert real_photos(photos[:1], SUBJECT, {"dino": Cosine()}).empty
 
 
@@ -281,9 +287,8 @@ def test_photos_of_a_user_have_no_truth_to_judge_by(scored_folder, rows, judge):
     subject = replace(SUBJECT, world=None)
     table = score(rows, scored_folder, world_photos(SUBJECT.world, 2), subject, SCORERS, judge)
     assert not [name for name in table.columns if name.startswith("judge_")]
-    assert main_metrics(check_scores(table)) == ("clip_t", "dino")
-    with pytest.raises(ScoreError, match="nothing measures subject fidelity"):
-        main_metrics(table.drop(columns="dino"))
+    assert primary_metrics(check_scores(table)) == {"text": "clip_t", "subject": "dino"}
+    assert primary_metrics(table.drop(columns="dino")) == {"text": "clip_t"}
 
 
 def test_a_prompt_is_shown_when_all_that_it_names_is(scored_folder, rows, judge, monkeypatch):
@@ -347,60 +352,76 @@ def test_without_the_judge_both_axes_need_a_scorer():
 
 @pytest.fixture
 def runs(tmp_path, tiny):
-    """A finished 01 run of a tiny model, and a function that makes an RL run on it."""
+    """Functions that make finished runs of a tiny model: 01, and 02 on one of these."""
     tiny.save_pipeline(tmp_path / "model")
-    first = Run.open(tmp_path / "01", "01_personalize", {"seed": 0})
-    base = load_model(str(tmp_path / "model"))
-    start = Adapted.of(base)
-    attach(base, "unet", "dreambooth", {}, generator(0))
-    personalized = start.then(first, "dreambooth.safetensors", base, "dreambooth", "dreambooth", 0)
-    personalized.write(first)
-    for i, photo in enumerate(world_photos(SUBJECT.world, 3)):
-        photo.save(first.path(f"photos/{i:03d}.png"))
-    first.note_output("photos")
-    replace(SUBJECT, base_model=str(tmp_path / "model")).save(first)
-    first.finish()
 
-    def rl_run(name, seed, trained_on=first.folder, prompts=()):
-        run = Run.open(
-            tmp_path / name, "02_rl_finetune", {"seed": seed, "prompts": prompts}, inputs={"run_in": trained_on}
-        )
+    def personalize(name="01", seed=0, moved=0.0, **words):
+        run = Run.open(tmp_path / name, "01_personalize", {"seed": seed})
+        model = load_model(str(tmp_path / "model"))
+        start = Adapted.of(model)
+        for p in attach(model, "unet", "dreambooth", {}, generator(0)).values():
+            p.data.add_(moved)
+        start.then(run, "dreambooth.safetensors", model, "dreambooth", "dreambooth", seed).write(run)
+        for i, photo in enumerate(world_photos(SUBJECT.world, 3)):
+            photo.save(run.path(f"photos/{i:03d}.png"))
+        run.note_output("photos")
+        replace(SUBJECT, base_model=str(tmp_path / "model"), **words).save(run)
+        run.finish()
+        return read_run(run.folder)
+
+    def tune(name, seed, start, prompts=(), subject_reward=""):
+        parameters = {"seed": seed, "prompts": prompts, "reward": "image_reward", "subject_reward": subject_reward}
+        run = Run.open(tmp_path / name, "02_rl_finetune", parameters, inputs={"run_in": start})
+        personalized = Adapted.read(start)
         model = personalized.build()
         for p in attach(model, "lora", "ddpo", {"rank": 2}, generator(seed)).values():
             p.data.normal_(0, 0.3, generator=generator(seed, "trained"))
         personalized.then(run, "ddpo.safetensors", model, "ddpo", "ddpo", seed).write(run)
         run.finish()
-        return run.folder
+        return read_run(run.folder)
 
-    return tmp_path, rl_run
+    return str(tmp_path / "model"), personalize, tune
 
 
-def test_runs_that_belong_together_are_read(runs):
-    folder, rl_run = runs
-    both = [rl_run("02-a", 3), rl_run("02-b", 4, prompts=["dancing"])]
-    inputs = read_inputs(folder / "01", both, str(folder / "model"))
+def test_a_tuning_brings_what_it_started_from(runs):
+    model, personalize, tune = runs
+    first = personalize()
+    both = [tune("02-a", 3, first), tune("02-b", 4, first, prompts=["dancing"], subject_reward="subject")]
+    inputs = read_inputs(both, model)
     assert inputs.activities([], ("sleeping",)) == ["sleeping", "dancing"]
     assert inputs.activities(["playing tennis"], ("sleeping",)) == ["playing tennis"]
     with pytest.raises(ParameterError, match="knows no cat 'playing chess'"):
         inputs.activities(["playing chess"], ())
-    assert list(inputs.rl) == [3, 4] and len(inputs.references) == 3
+    keys = [("base", None, None), ("dreambooth", 0, None), ("dreambooth+ddpo", 0, 3), ("dreambooth+ddpo", 0, 4)]
+    assert list(inputs.models) == keys and len(inputs.references) == 3
     assert inputs.references[0].tobytes() == world_photos(SUBJECT.world, 1)[0].tobytes()
-    pictures = [
-        sample(inputs.load_method(method, rl_seed, "cpu"), ["a sks cat"], [1], SAMPLER)[0].tobytes()
-        for method, rl_seed in (("base", -1), ("dreambooth", -1), ("instructbooth", 3), ("instructbooth", 4))
-    ]
+    assert inputs.rewards == {"dreambooth+ddpo": {"image_reward", "subject_score"}}
+    pictures = [sample(inputs.load_arm(key, "cpu"), ["a sks cat"], [1], SAMPLER)[0].tobytes() for key in keys]
     assert pictures[0] == pictures[1] and len(set(pictures)) == 3
 
 
-def test_runs_that_do_not_belong_together_are_refused(runs, tmp_path):
-    folder, rl_run = runs
-    model = str(folder / "model")
+def test_no_rl_run_is_needed_and_several_personalizations_stand_side_by_side(runs):
+    model, personalize, tune = runs
+    first, second = personalize("01-a", 0, 0.01), personalize("01-b", 1, 0.02)
+    inputs = read_inputs([first, second], model)
+    assert list(inputs.models) == [("base", None, None), ("dreambooth", 0, None), ("dreambooth", 1, None)]
+    assert inputs.trained(("sleeping",)) == [] and inputs.activities([], ("sleeping",)) == ["sleeping"]
+    more = read_inputs([first, tune("02", 1, second)], model)  # its personalization need not be named
+    assert list(more.models) == [*inputs.models, ("dreambooth+ddpo", 1, 1)]
+
+
+def test_runs_that_do_not_belong_together_are_refused(runs):
+    model, personalize, tune = runs
+    first = personalize()
     with pytest.raises(ParameterError, match="personalized the model .*not 'sd15'"):
-        read_inputs(folder / "01", [], "sd15")
-    with pytest.raises(ParameterError, match="both RL runs of seed 3"):
-        read_inputs(folder / "01", [rl_run("02-a", 3), rl_run("02-b", 3)], model)
-    Run.open(tmp_path / "other", "01_personalize", {"seed": 1}).finish()
-    with pytest.raises(ArtifactError, match="was not trained on the model in"):
-        read_inputs(folder / "01", [rl_run("02-c", 5, tmp_path / "other")], model)
-    with pytest.raises(ArtifactError, match="one of 02_rl_finetune is needed"):
-        read_inputs(folder / "01", [folder / "01"], model)
+        read_inputs([first], "sd15")
+    with pytest.raises(ParameterError, match=r"different models that are both dreambooth with the seeds \[0\]"):
+        read_inputs([first, personalize("01-b", 0, 0.01)], model)
+    with pytest.raises(ParameterError, match="about different subjects.*'a sks cat', 'a qzx cat'"):
+        read_inputs([first, personalize("01-c", 1, identifier="qzx")], model)
+    with pytest.raises(ParameterError, match="nothing to evaluate"):
+        read_inputs([], model)
+    tuned = tune("02", 5, first)
+    shutil.rmtree(first.folder)
+    with pytest.raises(ArtifactError, match="run of 01_personalize that .*02 started from is neither in"):
+        read_inputs([tuned], model)

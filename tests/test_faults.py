@@ -10,11 +10,10 @@ import pytest
 import torch
 
 from benchmarks.faults import run_trials
-from ibkit import runs
 from ibkit.adapt import state
 from ibkit.errors import ArtifactError
 from ibkit.methods.ddpo import train
-from ibkit.runs import Checkpoints
+from ibkit.runs import Checkpoints, checkpoints, files
 from tests.test_ddpo import CONFIG, PROMPTS, brightness
 from tests.tiny import only_checkpoint, tiny_model
 
@@ -62,10 +61,10 @@ def test_a_disk_that_is_full_at_a_checkpoint_keeps_the_one_before(tokenizer, tmp
 
     def free(path):
         saved.append(1)
-        return usage(2**40, 0, 2**40 if len(saved) < 2 else runs.DISK_RESERVE_BYTES)
+        return usage(2**40, 0, 2**40 if len(saved) < 2 else files.DISK_RESERVE_BYTES)
 
     with monkeypatch.context() as patch, pytest.raises(ArtifactError, match="is full.*free some space, then resume"):
-        patch.setattr(runs.shutil, "disk_usage", free)
+        patch.setattr(files.shutil, "disk_usage", free)
         trained(tokenizer, tmp_path)
     assert Checkpoints(tmp_path / "checkpoints").latest()[0] == 1
     assert equal(trained(tokenizer, tmp_path), expected)
@@ -90,7 +89,7 @@ def test_ctrl_c_within_a_save_leaves_a_checkpoint_that_goes_on(tokenizer, tmp_pa
     which drops an old checkpoint too.
     """
     train(tiny_model(tokenizer), PROMPTS, brightness, dataclasses.replace(THREE, n_epochs=2), tmp_path / "before")
-    save = runs._save_tensors
+    save = checkpoints.save_tensors
 
     def half(tensors, path):
         save(tensors, path)
@@ -112,7 +111,7 @@ def test_ctrl_c_within_a_save_leaves_a_checkpoint_that_goes_on(tokenizer, tmp_pa
             return call
 
         with monkeypatch.context() as patch:
-            patch.setattr(runs, "_save_tensors", interrupted(save, half))
+            patch.setattr(checkpoints, "save_tensors", interrupted(save, half))
             for name in ("rename", "replace"):
                 patch.setattr(os, name, interrupted(getattr(os, name), lambda *paths: None))
             try:

@@ -21,21 +21,18 @@ from ibkit.job.stages import JOB, SHARED, WIRED, Stage, defaults, given, plan
 from ibkit.methods.records import METHODS
 from ibkit.params import schema
 from ibkit.progress import Progress, duration
-from ibkit.runs import Run, read_run
+from ibkit.runs import Run, read_run, writing
 from tests.test_report import score_table
 
 ROOT = Path(main_job.__file__).parent.parent
 
 OPEN = """
-from dataclasses import asdict
 from ibkit.params import collect
-from ibkit.runs import Run, run_folder
+from ibkit.runs import open_run
 parameters = collect("{kind}", globals())
-inputs = {{name: value for name in ("run_in", "run_dreambooth") if (value := getattr(parameters, name, ""))}}
-inputs |= {{f"run_rl{{i}}": folder for i, folder in enumerate(getattr(parameters, "run_rl", []))}}
-run = Run.open(
-    run_folder("{kind}", parameters.run_out), "{kind}", asdict(parameters), inputs=inputs, resume=parameters.resume
-)
+inputs = {{"run_in": parameters.run_in}} if getattr(parameters, "run_in", "") else {{}}
+inputs |= {{f"run{{i}}": folder for i, folder in enumerate(getattr(parameters, "runs", []))}}
+run = open_run("{kind}", parameters, inputs)
 print("opened " + "{kind}")
 """
 FINISH = "run.finish()"
@@ -65,7 +62,7 @@ def places(tmp_path, monkeypatch):
     for kind in JOB:
         notebook(tmp_path / "notebooks", kind, copy if kind == "03_evaluate" else NOTE, FINISH)
     yield tmp_path
-    for run in list(runs._OPEN.values()):
+    for run in list(writing._OPEN.values()):
         run._close()
 
 
@@ -118,8 +115,7 @@ def test_the_job_runs_every_notebook_in_order_and_reports(places, capsys):
     assert tuned.path("seed.txt").read_text() == "7"
     assert read_run(folder / "01_personalize").parameters["class_noun"] == "dog"
     evaluation = read_run(folder / "03_evaluate").parameters
-    assert evaluation["run_dreambooth"] == str(folder / "01_personalize")
-    assert evaluation["run_rl"] == [str(folder / name) for name in names[1:3]]
+    assert evaluation["runs"] == [str(folder / name) for name in names[:3]]
 
     whole = read_run(folder, "run")
     assert set(whole.outputs) == {*(f"{name}.ipynb" for name in names), "report.html"}
@@ -303,7 +299,7 @@ def test_a_stage_is_done_only_with_the_same_parameters_inputs_and_files(places):
         (["-p", "02_rl_finetune.method=ddpo"], "the main job sets method of 02_rl_finetune itself; use --tune"),
         (["-p", "00_start_here.seed=3"], "00_start_here is not part of the main job"),
         (["-p", "02_rl_finetune.seed=3"], "use --tune-seeds"),
-        (["-p", "03_evaluate.run_rl=['x']"], "the main job sets run_rl of 03_evaluate itself"),
+        (["-p", "03_evaluate.runs=['x']"], "the main job sets runs of 03_evaluate itself"),
         (["--subject-reward", "dinno"], "There is no reward 'dinno'; did you mean 'dino'?"),
         (["--set", "ddpo.combine=product"], "'combine' must be one of 'synergy', 'sum', 'harmonic', not 'product'"),
         (["--seed", "-1"], "'seed' must be a whole number from 0"),

@@ -304,9 +304,7 @@ def test_a_scorer_as_reward_reads_the_clean_prompt_and_sees_the_photos():
     assert reward.levels(PROMPTS).isnan().all()
 
 
-@pytest.mark.parametrize(
-    "name, said", [("image_rewad", "did you mean 'image_reward'"), ("zzz", "it is one of align_i")]
-)
+@pytest.mark.parametrize("name, said", [("image_rewad", "did you mean 'image_reward'"), ("zzz", "it is one of clip_t")])
 def test_an_unknown_reward_is_refused_with_the_nearest(name, said):
     with pytest.raises(ParameterError, match=f"no reward '{name}'; {said}"):
         RewardSpec(name)

@@ -16,22 +16,24 @@ from ibkit.experiments.prompt_ablation import (
     Case,
     FixedNoise,
     arm_rows,
-    efficiency,
     explained_share,
     images_per_prompt,
-    images_to_reach,
-    kept_by_class,
-    learning_curves,
     load_arm,
     load_personalized,
     make_cases,
-    mean_gain,
     on_fixed_noise,
-    pair_runs,
     personalize,
-    reward_spread,
     train_arm,
     train_arms,
+)
+from ibkit.experiments.prompt_curves import (
+    efficiency,
+    images_to_reach,
+    kept_by_class,
+    learning_curves,
+    mean_gain,
+    pair_runs,
+    reward_spread,
 )
 from ibkit.methods import dreambooth
 from ibkit.methods.ddpo import DDPOConfig, epoch_prompts
@@ -435,6 +437,13 @@ def test_figures_hand_back_what_they_draw():
     drawn = pd.DataFrame({"dreambooth_steps": [9, 9], "prompt": ["a", "b"], "reward": [0.0, 1.0], "shown": [0.0, 1.0]})
     figure, data = reward_spread(drawn)
     assert data is drawn and len(figure.axes) == 1
+
+
+def test_equal_rewards_give_an_equal_figure():
+    drawn = pd.DataFrame({"dreambooth_steps": 9, "prompt": "a", "reward": [0.0, 0.5, 1.0], "shown": [0.0, 1.0, 1.0]})
+    places = [[dots.get_offsets() for dots in reward_spread(drawn)[0].axes[0].collections] for _ in range(2)]
+    assert all(np.array_equal(*pair) for pair in zip(*places, strict=True))
+    assert len(np.unique(places[0][1][:, 1])) == 2  # apart from each other
 
 
 def test_the_notebook(tmp_path):

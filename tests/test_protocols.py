@@ -10,7 +10,8 @@ from ibkit.data.protocols import class_nouns, names, read_protocol
 from ibkit.errors import ParameterError
 from ibkit.job import run as main_job
 from ibkit.job.stages import given
-from ibkit.pocket.world import CLASSES, HELD_OUT, check_phrase
+from ibkit.pocket.words import check_phrase
+from ibkit.pocket.world import CLASSES, HELD_OUT
 from tests.test_dreambench import folder  # noqa: F401, a fixture
 from tests.test_photos import DREAMBENCH
 

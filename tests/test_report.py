@@ -26,15 +26,15 @@ RATES = {
     ("base", False): (0.97, 0.05),
     ("dreambooth", True): (0.4, 0.98),
     ("dreambooth", False): (0.85, 0.3),
-    ("instructbooth", True): (0.9, 0.97),
+    ("dreambooth+ddpo", True): (0.9, 0.97),
 }
 ODD = '<script>alert("cat & mouse")</script>'
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
-def scene(method, prompt_id, image_seed):
-    """A small picture that differs by method, prompt and seed."""
-    hue = {"base": "#888888", "dreambooth": "#d55e00", "instructbooth": "#0072b2"}[method]
+def scene(arm, prompt_id, image_seed):
+    """A small picture that differs by arm, prompt and seed."""
+    hue = {"base": "#888888", "dreambooth": "#d55e00", "dreambooth+ddpo": "#0072b2"}[arm]
     picture = Image.new("RGB", (64, 64), {"soccer": "#9ccc65", "bike": "#b0bec5", "forest": "#2e7d32"}[prompt_id])
     x = 12 + 6 * (image_seed % 4)
     ImageDraw.Draw(picture).ellipse((x, 20, x + 26, 50), fill=hue, outline="black")
@@ -44,13 +44,14 @@ def scene(method, prompt_id, image_seed):
 def score_table(n_images=20):
     rng = np.random.default_rng(0)
     rows = []
-    for (method, identifier), (activity, identity) in RATES.items():
+    for (arm, identifier), (activity, identity) in RATES.items():
         for prompt_id, text in PROMPTS.items():
             for image_seed in range(n_images):
                 rows.append(
                     {
-                        "method": method,
-                        "rl_seed": 0 if method == "instructbooth" else -1,
+                        "arm": arm,
+                        "seed": None if arm == "base" else 0,
+                        "tune_seed": 0 if arm == "dreambooth+ddpo" else None,
                         "subject": "cat",
                         "class_noun": "cat",
                         "prompt_id": prompt_id,
@@ -58,7 +59,7 @@ def score_table(n_images=20):
                         "text": text,
                         "activity": prompt_id,
                         "identifier": identifier,
-                        "image": f"images/{method}-{prompt_id}-{image_seed}.png",
+                        "image": f"images/{arm}-{prompt_id}-{image_seed}.png",
                         "image_seed": image_seed,
                         "clip_t": rng.normal(0.2 + 0.1 * activity, 0.02),
                         "dino": rng.normal(0.3 + 0.4 * identity, 0.05),
@@ -108,9 +109,9 @@ def make_run(folder):
     third.write_table("scores.csv", scores)
     compared = as_compared(check_scores(scores))
     for row in compared[compared["image_seed"] < 4].itertuples():
-        scene(row.method, row.prompt_id, row.image_seed).save(third.path(row.image))
+        scene(row.arm, row.prompt_id, row.image_seed).save(third.path(row.image))
     third.note_output("images")
-    third.save_figure(*swap(figures.method_grid(compared, third.folder), "figures/grid"))
+    third.save_figure(*swap(figures.picture_grid(compared, third.folder), "figures/grid"))
     third.save_figure(*swap(figures.fidelity_plane(compared), "figures/plane"))
     third.save_figure(*swap(figures.prompt_bars(compared), "figures/bars"))
     third.save_figure(*swap(figures.prompt_bars(compared, "clip_t"), "figures/clip_by_prompt"))
@@ -171,13 +172,13 @@ def test_page_is_well_formed_and_accessible(page):
     assert {link["href"][1:] for link in page.all("a")} <= ids
 
 
-def test_only_methods_with_rl_have_seeds():
+def test_only_trained_arms_have_seeds():
     table = score_table(2)
-    photos = table[table["method"] == "dreambooth"].assign(method="real", prompt_id="photo").head(2)
+    photos = table[table["arm"] == "dreambooth"].assign(arm="real", seed=None, prompt_id="photo").head(2)
     photos["image_seed"] = [0, 1]
     blocks = _results(pd.concat([table, photos]), SimpleNamespace(metrics={}))
-    seeds = {(row["method"], row["seeds"]) for block in blocks for row in block["rows"]}
-    assert seeds == {("base", "–"), ("dreambooth", "–"), ("instructbooth", 1), ("real", "–")}
+    seeds = {(row["arm"], row["seeds"]) for block in blocks for row in block["rows"]}
+    assert seeds == {("base", "–"), ("dreambooth", 1), ("dreambooth+ddpo", 1), ("real", "–")}
 
 
 def test_page_needs_nothing_from_outside(page, report):
@@ -233,6 +234,14 @@ def test_a_run_without_scores_or_figures_still_reports(tmp_path):
     assert "no claim was tested" in text and "saved no figures" in text and "subject pot" in text
 
 
+def test_a_run_edited_by_hand_says_so(tmp_path):
+    run = Run.open(tmp_path / "01_personalize", "01_personalize", {}, by_hand=True)
+    run.finish()
+    assert "edited by hand" not in build_report(tmp_path).read_text(encoding="utf-8")
+    run.write_text("note.txt", "one cell, run again")
+    assert "01_personalize, edited by hand after its end" in build_report(tmp_path).read_text(encoding="utf-8")
+
+
 def test_nothing_or_unfinished_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match="nothing to report"):
         build_report(tmp_path)
@@ -247,16 +256,16 @@ def test_nothing_or_unfinished_is_refused(tmp_path):
 
 def test_grid_pairs_the_smallest_shared_seeds():
     table = as_compared(check_scores(score_table(6)))
-    table = table[~((table["method"] == "base") & (table["image_seed"] == 1))]
-    pictures = table.assign(image=[scene(r.method, r.prompt_id, r.image_seed) for r in table.itertuples()])
-    _, data = figures.method_grid(pictures, n_seeds=3)
+    table = table[~((table["arm"] == "base") & (table["image_seed"] == 1))]
+    pictures = table.assign(image=[scene(r.arm, r.prompt_id, r.image_seed) for r in table.itertuples()])
+    _, data = figures.picture_grid(pictures, n_seeds=3)
     assert len(data) == 3 * 3 * 3
-    assert data.groupby(["method", "prompt_id"])["image_seed"].agg(list).map(tuple).unique().tolist() == [(0, 2, 3)]
-    assert data["method"].drop_duplicates().tolist() == ["base", "dreambooth", "instructbooth"]
+    assert data.groupby(["arm", "prompt_id"])["image_seed"].agg(list).map(tuple).unique().tolist() == [(0, 2, 3)]
+    assert data["arm"].drop_duplicates().tolist() == ["base", "dreambooth", "dreambooth+ddpo"]
 
 
 def test_curves_keep_every_point_and_average_seeds():
-    runs = pd.concat([history(5).assign(rl_seed=seed) for seed in (1, 2)]).drop(columns="judge_identity")
+    runs = pd.concat([history(5).assign(tune_seed=seed) for seed in (1, 2)]).drop(columns="judge_identity")
     figure, data = figures.learning_curves(runs)
     assert set(data["series"]) == {"reward", "reward_identifier", "reward_class", "monitor", "judge_activity"}
     assert len(data) == 5 * 2 * 5
@@ -267,7 +276,7 @@ def test_curves_keep_every_point_and_average_seeds():
 def test_plane_and_bars_draw_the_intervals_of_the_table():
     compared = as_compared(check_scores(score_table()))
     _, plane = figures.fidelity_plane(compared)
-    assert plane["method"].tolist() == ["base", "dreambooth", "instructbooth"]
+    assert plane["arm"].tolist() == ["base", "dreambooth", "dreambooth+ddpo"]
     assert (plane["text_low"] <= plane["text_value"]).all() and (plane["subject_value"] <= plane["subject_high"]).all()
     _, bars = figures.prompt_bars(compared)
     assert len(bars) == 9 and bars["n"].eq(20).all() and set(bars["text"]) == set(PROMPTS.values())

@@ -17,9 +17,9 @@ from PIL import Image
 
 from ibkit import runs
 from ibkit.errors import ArtifactError
-from ibkit.runs import Checkpoints, Run, hash_file, hash_json, hash_tree, read_run
+from ibkit.runs import Checkpoints, Run, files, hash_file, hash_json, hash_tree, read_run, writing
 
-ROOT = Path(runs.__file__).parent.parent
+ROOT = Path(runs.__file__).parents[2]
 PARAMETERS = {"seed": 0, "n_steps": 10, "prompts": ["playing soccer"], "resume": False, "run_out": ""}
 
 
@@ -46,7 +46,7 @@ def start_python(code: str, *arguments) -> subprocess.Popen:
 def let_go():
     """Close the runs that a test leaves open."""
     yield
-    for run in list(runs._OPEN.values()):
+    for run in list(writing._OPEN.values()):
         run._close()
 
 
@@ -68,7 +68,7 @@ def test_what_is_written_is_what_is_read(tmp_path):
     run.finish()
     assert run.complete
 
-    read = read_run(tmp_path / "run", kind="01_personalize")
+    read = read_run(tmp_path / "run", "01_personalize")
     assert read.parameters == PARAMETERS
     assert read.metrics == {"reward": 2.5, "epochs": 3}
     assert read.path("images/0.png").read_bytes() == b"\x89PNG"
@@ -195,7 +195,7 @@ def test_reading_an_unfinished_run_is_refused_and_says_why(tmp_path):
 
 def test_reading_a_run_of_another_kind_is_refused(tmp_path):
     with pytest.raises(ArtifactError, match="one of 01_personalize, and one of 02_rl_finetune is needed"):
-        read_run(finished(tmp_path / "run"), kind="02_rl_finetune")
+        read_run(finished(tmp_path / "run"), "02_rl_finetune")
 
 
 def test_an_altered_output_is_refused_by_name(tmp_path):
@@ -377,7 +377,7 @@ def test_resuming_makes_damaged_outputs_again_and_says_so(tmp_path):
 
 def test_resuming_with_other_versions_says_so(tmp_path, monkeypatch):
     open_run(tmp_path / "run")._close()
-    monkeypatch.setattr(runs, "_versions", lambda: {"torch": "9.9"})
+    monkeypatch.setattr(writing, "versions", lambda: {"torch": "9.9"})
     with pytest.warns(UserWarning, match=r"goes on with other versions: .*torch was '.*' and is '9\.9'"):
         open_run(tmp_path / "run", resume=True)
 
@@ -460,7 +460,7 @@ def test_runs_that_were_renamed_together_are_gone_on_with(tmp_path):
 
 def test_going_on_with_another_device_says_so(tmp_path, monkeypatch):
     open_run(tmp_path / "run")._close()
-    monkeypatch.setattr(runs, "_device", lambda name: "another")
+    monkeypatch.setattr(writing, "device_of", lambda name: "another")
     with pytest.warns(UserWarning, match="the device was .* and is 'another'"):
         open_run(tmp_path / "run", resume=True)
 
@@ -483,8 +483,6 @@ def test_relative_paths_start_at_the_checkout(tmp_path, monkeypatch):
     assert runs.resolve("outputs/x") == ROOT / "outputs/x"
     assert runs.resolve(tmp_path) == tmp_path
     assert runs.resolve("~/x") == Path.home() / "x"
-    assert runs.run_folder("01_personalize") == ROOT / "outputs/notebook-01_personalize"
-    assert runs.run_folder("01_personalize", "outputs/mine") == ROOT / "outputs/mine"
 
 
 def test_a_json_hash_follows_the_value_not_its_spelling():
@@ -510,7 +508,7 @@ def disk(monkeypatch):
     """The disk's free bytes, as everybody sees them."""
     usage = namedtuple("usage", "total used free")
     free = {"bytes": 2**40}
-    monkeypatch.setattr(runs.shutil, "disk_usage", lambda path: usage(2**40, 0, free["bytes"]))
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: usage(2**40, 0, free["bytes"]))
     return free
 
 
@@ -518,7 +516,7 @@ def test_a_full_disk_is_refused_before_anything_changes(tmp_path, disk):
     run = open_run(tmp_path / "run")
     run.write_text("a.txt", "old")
     checkpoints = Checkpoints(tmp_path / "checkpoints")
-    disk["bytes"] = runs.DISK_RESERVE_BYTES
+    disk["bytes"] = files.DISK_RESERVE_BYTES
     for write in (
         lambda: run.write_text("a.txt", "new"),
         lambda: run.write_tensors("b.safetensors", {"w": torch.zeros(4)}),
@@ -535,10 +533,10 @@ def test_a_full_disk_is_refused_before_anything_changes(tmp_path, disk):
 
 
 def test_disk_is_measured_against_what_is_needed(tmp_path, disk):
-    disk["bytes"] = runs.DISK_RESERVE_BYTES + 1000
-    runs.require_disk(tmp_path / "not" / "made" / "yet", 1000)
+    disk["bytes"] = files.DISK_RESERVE_BYTES + 1000
+    files.require_disk(tmp_path / "not" / "made" / "yet", 1000)
     with pytest.raises(ArtifactError, match="is full"):
-        runs.require_disk(tmp_path, 1001)
+        files.require_disk(tmp_path, 1001)
 
 
 def test_a_disk_that_fills_up_during_a_write_leaves_the_old_file(tmp_path, monkeypatch):
@@ -549,7 +547,7 @@ def test_a_disk_that_fills_up_during_a_write_leaves_the_old_file(tmp_path, monke
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(runs.os, "fsync", no_space)
+        patch.setattr(files.os, "fsync", no_space)
         with pytest.raises(ArtifactError, match=r"Cannot write .*a\.txt: No space left on device"):
             run.write_text("a.txt", "new")
     assert (tmp_path / "run/a.txt").read_text() == "old" and not list((tmp_path / "run").rglob("*.tmp"))
@@ -563,6 +561,7 @@ def test_a_disk_that_fills_up_during_a_write_leaves_the_old_file(tmp_path, monke
 KILL = """
 import os, pathlib, shutil, signal, sys
 from ibkit import runs
+from ibkit.runs import files, writing
 import torch, safetensors.torch
 
 def kill_at(n):

@@ -30,7 +30,7 @@ from transformers import (
     ViTModel,
 )
 
-from ibkit.errors import IbkitError, ModelError, ScoreError
+from ibkit.errors import IbkitError, ModelError, ParameterError, ScoreError
 from ibkit.scorers import SCORERS, Scorer, make_scorer
 from ibkit.scorers.align import AlignEncoder, AlignI, AlignT, Harmonic
 from ibkit.scorers.base import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, from_hub, rgb_square, to_pixel_values
@@ -804,7 +804,7 @@ def test_every_scorer_is_described_and_unknown_ones_are_refused(all_scorers, tmp
     assert sorted(scorer.name for scorer in all_scorers) == sorted(SCORERS.keys() - {"weak_reward"})
     for scorer in all_scorers:
         assert "px" in scorer.evaluator and scorer.needs
-    with pytest.raises(ScoreError, match="clip_t"):
+    with pytest.raises(ParameterError, match="no scorer 'clip_x'; did you mean 'clip_[ti]'"):
         make_scorer("clip_x")
     for name in SCORERS:
         with pytest.raises(ModelError, match="no weights folder"):

@@ -5,23 +5,25 @@ import pandas as pd
 import pytest
 
 from ibkit.errors import ScoreError
+from ibkit.evaluate.arms import arms_of
 from ibkit.evaluate.intervals import wilson_interval
 from ibkit.evaluate.stats import (
     METRICS,
     as_compared,
     bootstrap_difference,
     check_scores,
-    in_method_order,
+    n_trainings,
+    pair_up,
     summarise,
     unit_matrix,
 )
 
 
-def tidy(method, values, prompts, *, rl_seed=0, identifier=True, metric="judge_activity", subject="cat"):
+def tidy(arm, values, prompts, *, seed=0, tune_seed=None, identifier=True, metric="judge_activity", subject="cat"):
     """One row per image; the image seed counts within its prompt."""
     rows = pd.DataFrame({"prompt_id": prompts, metric: values})
     rows["image_seed"] = rows.groupby("prompt_id").cumcount()
-    return rows.assign(method=method, rl_seed=rl_seed, identifier=identifier, subject=subject)
+    return rows.assign(arm=arm, seed=seed, tune_seed=tune_seed, identifier=identifier, subject=subject)
 
 
 # --- the score table -----------------------------------------------------------------------------------------------
@@ -51,7 +53,7 @@ def test_difference_uses_only_what_both_have():
 def test_difference_of_several_rl_seeds_against_one_set_of_images():
     prompts = np.repeat(["p1", "p2"], 10)
     db = tidy("dreambooth", [0] * 20, prompts)
-    ib = pd.concat(tidy("instructbooth", [seed] * 20, prompts, rl_seed=seed) for seed in (0, 1))
+    ib = pd.concat(tidy("dreambooth+ddpo", [seed] * 20, prompts, tune_seed=seed) for seed in (0, 1))
     interval = bootstrap_difference(ib, db, "judge_activity")
     assert interval.value == 0.5 and interval.n == 40
     assert (interval.low, interval.high) == (-1.0, 1.0)  # two prompts, two seeds: the seeds alone leave all open
@@ -59,7 +61,7 @@ def test_difference_of_several_rl_seeds_against_one_set_of_images():
 
 def test_pairs_that_all_agree_do_not_claim_certainty():
     rows = tidy("a", [1] * 60, np.repeat(["p1", "p2"], 30))
-    interval = bootstrap_difference(rows, rows.assign(method="b"), "judge_activity")
+    interval = bootstrap_difference(rows, rows.assign(arm="b"), "judge_activity")
     assert interval.value == 0 and interval.low < -0.05 and interval.high > 0.05
 
 
@@ -71,33 +73,31 @@ def test_unit_matrix_refuses_doubles():
 
 def test_compared_rows_are_base_by_class_and_others_by_identifier():
     rows = pd.concat(
-        tidy(method, [1], ["p"], identifier=identifier)
-        for method in ("base", "dreambooth")
-        for identifier in (True, False)
+        tidy(arm, [1], ["p"], identifier=identifier) for arm in ("base", "dreambooth") for identifier in (True, False)
     )
     kept = as_compared(check_scores(rows))
-    assert list(zip(kept["method"], kept["identifier"], strict=True)) == [("base", False), ("dreambooth", True)]
+    assert list(zip(kept["arm"], kept["identifier"], strict=True)) == [("base", False), ("dreambooth", True)]
 
 
 def test_summary_has_a_row_per_method_and_metric():
     rows = pd.concat(
         [
             tidy("base", [1] * 8 + [0] * 2, ["p1"] * 5 + ["p2"] * 5, identifier=False),
-            tidy("instructbooth", [1] * 10, ["p1"] * 5 + ["p2"] * 5, rl_seed=1),
-            tidy("instructbooth", [1] * 10, ["p1"] * 5 + ["p2"] * 5, rl_seed=2),
+            tidy("dreambooth+ddpo", [1] * 10, ["p1"] * 5 + ["p2"] * 5, tune_seed=1),
+            tidy("dreambooth+ddpo", [1] * 10, ["p1"] * 5 + ["p2"] * 5, tune_seed=2),
         ]
     ).assign(clip_t=0.25)
-    table = summarise(rows).set_index(["method", "metric"])
+    table = summarise(rows).set_index(["arm", "metric"])
     assert len(table) == 4
     assert table.loc[("base", "judge_activity"), "value"] == pytest.approx(0.8)
-    assert table.loc[("instructbooth", "judge_activity"), ["n", "seeds"]].tolist() == [20, 2]
-    per_prompt = summarise(rows, ("method", "prompt_id"), ["judge_activity"])
-    cell = per_prompt.query("method == 'base' and prompt_id == 'p2'").iloc[0]
+    assert table.loc[("dreambooth+ddpo", "judge_activity"), ["n", "seeds"]].tolist() == [20, 2]
+    per_prompt = summarise(rows, ("arm", "prompt_id"), ["judge_activity"])
+    cell = per_prompt.query("arm == 'base' and prompt_id == 'p2'").iloc[0]
     assert (cell["low"], cell["high"]) == pytest.approx((wilson_interval(3, 5).low, wilson_interval(3, 5).high))
 
 
 def test_summary_of_seeds_with_gaps():
-    rows = pd.concat([tidy("x", [1, 0], ["p1", "p2"]), tidy("x", [1], ["p1"], rl_seed=1)])
+    rows = pd.concat([tidy("x", [1, 0], ["p1", "p2"]), tidy("x", [1], ["p1"], tune_seed=1)])
     assert summarise(rows).iloc[0]["n"] == 3
 
 
@@ -123,4 +123,39 @@ def test_values_are_shown_in_their_unit():
     assert METRICS["judge_activity"].show(0.912) == "91.2 %"
     assert METRICS["judge_activity"].show(-0.05, sign=True) == "−5.0"
     assert METRICS["clip_t"].show(0.3101) == "0.310"
-    assert in_method_order(["zeta", "instructbooth", "base", "alpha"]) == ["base", "instructbooth", "alpha", "zeta"]
+    assert list(arms_of(["zeta", "dreambooth+ddpo", "base", "alpha"])) == ["base", "dreambooth+ddpo", "alpha", "zeta"]
+
+
+def trainings(arm, *keys, n=2):
+    """One score each for two units, the same for both, of trainings by (seed, tune_seed, score)."""
+    return pd.concat(
+        tidy(arm, [score] * n, [f"p{i}" for i in range(n)], seed=seed, tune_seed=tuning) for seed, tuning, score in keys
+    )
+
+
+def test_tunings_meet_their_own_personalization_and_the_base_model_all():
+    tables = {
+        "base": trainings("base", (None, None, 9)),
+        "dreambooth": trainings("dreambooth", (0, None, 1), (1, None, 2), (2, None, 3)),
+        "ddpo": trainings("dreambooth+ddpo", (0, 5, 10), (0, 6, 11), (1, 5, 20)),
+        "dpok": trainings("dreambooth+dpok", (0, 7, 100), (1, 5, 200)),
+    }
+    pairs = pair_up(tables, "judge_activity")
+    assert {name: pair.iloc[:, 0].tolist() for name, pair in pairs.items()} == {
+        "base": [9], "dreambooth": [1, 1, 2], "ddpo": [10, 11, 20], "dpok": [100, 100, 200]
+    }  # fmt: skip
+    assert pairs["ddpo"].index.tolist() == [(0, 5), (0, 6), (1, 5)] and n_trainings(pairs) == 3
+    apart = {"a": tables["dreambooth"], "b": trainings("dreambooth+ddpo", (9, 9, 1))}
+    assert pair_up(apart, "judge_activity")["b"].empty
+    with pytest.raises(ScoreError, match="No image of the two arms"):
+        bootstrap_difference(apart["a"], apart["b"], "judge_activity")
+
+
+def test_tunings_are_resampled_within_their_personalization():
+    """Personalizations differ, tunings of one do not: the interval is that of the personalizations' means."""
+    nested = [(seed, tuning, value) for seed, value in enumerate((1.2, 2.7, 6.1)) for tuning in range(4)]
+    rows = trainings("dreambooth+ddpo", *nested).rename(columns={"judge_activity": "dino"})
+    alone = trainings("dreambooth+ddpo", *nested[::4]).rename(columns={"judge_activity": "dino"})
+    many, few = (summarise(table, metrics=["dino"]).iloc[0] for table in (rows, alone))
+    assert (many["seeds"], few["seeds"]) == (12, 3) and many["value"] == pytest.approx(few["value"])
+    assert many["high"] - many["low"] == pytest.approx(few["high"] - few["low"], rel=1e-6)

@@ -19,27 +19,26 @@ from ibkit.errors import ArtifactError, ParameterError, StudyError
 from ibkit.evaluate import score as evaluation
 from ibkit.evaluate.published import EVALUATORS
 from ibkit.evaluate.stats import mean_interval
-from ibkit.evaluate.study import votes as study
+from ibkit.evaluate.study.agreement import (
+    bradley_terry,
+    fleiss_kappa,
+    kappas,
+    separated_groups,
+    strengths,
+    win_matrix,
+)
+from ibkit.evaluate.study.items import QUESTIONS, make_items, read_evaluated, study_name
 from ibkit.evaluate.study.page import RatingPage
 from ibkit.evaluate.study.ratings import RatingSession, append_line, merge_ratings, ratings_file, read_ratings, tasks_of
 from ibkit.evaluate.study.simulated import Sight, _prefer, load_raters, simulate
 from ibkit.evaluate.study.votes import (
-    QUESTIONS,
     VOTE_COLUMNS,
-    bradley_terry,
     check_votes,
-    fleiss_kappa,
-    kappas,
     load_votes,
     majority,
-    make_items,
     preference_rate,
     preferences,
-    read_evaluated,
-    separated_groups,
     shares,
-    strengths,
-    win_matrix,
 )
 from ibkit.pocket.build.autoencoder import new_autoencoder, redraw
 from ibkit.pocket.build.common import Budget
@@ -55,7 +54,7 @@ SUBJECT = PersonalizedSubject("orange cat", "cat", "sks", "", "pocket", "", demo
 ACTIVITIES = ["playing soccer", "riding a bike"]
 
 
-def write_runs(folder, n_images=3, rl_seeds=(0,), subject=SUBJECT, seed=0):
+def write_runs(folder, n_images=3, tune_seeds=(0,), subject=SUBJECT, seed=0):
     """A finished 01 and 03 run whose pictures are renders: the base model draws another cat doing as asked, DreamBooth
     the cat at rest, InstructBooth the cat doing as asked.
     """
@@ -64,20 +63,21 @@ def write_runs(folder, n_images=3, rl_seeds=(0,), subject=SUBJECT, seed=0):
     for i, photo in enumerate(world_photos(demo_subject("cat"), 3)):
         first.write_bytes(f"photos/{i}.png", png(photo))
     first.finish()
-    sources = {"run_dreambooth": read_run(folder / "01_personalize")}
+    sources = {"run0": read_run(folder / "01_personalize")}
     run = Run.open(folder / "03_evaluate", "03_evaluate", {"seed": 0}, sources)
-    rows = evaluation.jobs(subject, ACTIVITIES, n_images, list(rl_seeds), seed)
+    models = [("base", None, None), ("dreambooth", 0, None), *(("dreambooth+ddpo", 0, k) for k in tune_seeds)]
+    rows = evaluation.jobs(subject, ACTIVITIES, n_images, models, seed)
     rng = random.Random("pictures of the test")
     for row in rows.itertuples():
-        who = sample_subject(rng, "cat") if row.method == "base" else demo_subject("cat")
-        activity = NO_ACTIVITY if row.method == "dreambooth" else row.activity
+        who = sample_subject(rng, "cat") if row.arm == "base" else demo_subject("cat")
+        activity = NO_ACTIVITY if row.arm == "dreambooth" else row.activity
         run.write_bytes(row.image, png(render(sample_scene(rng, who, activity, "park"))))
     # as notebook 03 writes it: the real photos have a row, and no picture that anybody drew
-    real = {"method": "real", "rl_seed": -1, "subject": subject.name, "class_noun": "cat", "prompt_id": "photo"}
+    real = {"arm": "real", "subject": subject.name, "class_noun": "cat", "prompt_id": "photo"}
     real |= {"identifier": True, "image_seed": 0}
     run.write_table("scores.csv", pd.concat([rows, pd.DataFrame([real])], ignore_index=True).assign(clip_t=0.5))
     run.finish()
-    return run.folder
+    return read_run(run.folder)
 
 
 def png(picture):
@@ -98,78 +98,84 @@ def items(evaluated):
 
 def vote_rows(answers, question="preference", raters="ABCDEFG", **fixed):
     """Votes by hand: answers[item][rater], one noise an item, all of one prompt."""
-    methods = {"method": "", "method_a": "dreambooth", "method_b": "instructbooth"}
+    arms = {"arm": "", "arm_a": "dreambooth", "arm_b": "dreambooth+ddpo"}
     if question != "preference":
-        methods = {"method": "dreambooth", "method_a": "", "method_b": ""}
+        arms = {"arm": "dreambooth", "arm_a": "", "arm_b": ""}
     return pd.DataFrame(
         [
             {"rater": rater, "simulated": False, "question": question, "subject": "cat", "prompt_id": f"p{i % 2}"}
-            | {"image_seed": i, "rl_seed": 0, **methods, "answer": answer, "item": f"{question}{i}"} | fixed
+            | {"image_seed": i, "seed": 0, "tune_seed": 0, **arms, "answer": answer, "item": f"{question}{i}"} | fixed
             for i, given in enumerate(answers)
             for rater, answer in zip(raters, given, strict=False)
         ]
-    )[VOTE_COLUMNS]  # fmt: skip
+    )[VOTE_COLUMNS].astype({"seed": "Int64", "tune_seed": "Int64"})  # fmt: skip
 
 
 # --- items ---------------------------------------------------------------------------------------------------------
 
 
 def test_every_picture_and_pair_is_asked_once(items):
-    counts = items.groupby(["question", "method", "method_a", "method_b"]).size().to_dict()
+    counts = items.groupby(["question", "arm", "arm_a", "arm_b"]).size().to_dict()
     assert counts == (
-        {(q, m, "", ""): 6 for q in ("subject", "text") for m in ("base", "dreambooth", "instructbooth")}
-        | {("preference", "", "base", "dreambooth"): 6, ("preference", "", "base", "instructbooth"): 6}
-        | {("preference", "", "dreambooth", "instructbooth"): 6}
+        {(q, m, "", ""): 6 for q in ("subject", "text") for m in ("base", "dreambooth", "dreambooth+ddpo")}
+        | {("preference", "", "base", "dreambooth"): 6, ("preference", "", "base", "dreambooth+ddpo"): 6}
+        | {("preference", "", "dreambooth", "dreambooth+ddpo"): 6}
     )
     assert items["item"].is_unique
-    pair = items[(items["question"] == "preference") & (items["method_a"] == "base")].iloc[0]
+    pair = items[(items["question"] == "preference") & (items["arm_a"] == "base")].iloc[0]
     assert "/base/" in pair["image_a"] and pair["image_a"].rsplit("-", 1)[1] == pair["image_b"].rsplit("-", 1)[1]
 
 
-def test_a_method_without_rl_meets_every_rl_seed_and_n_items_is_spread(tmp_path):
-    two = make_items([read_evaluated(write_runs(tmp_path, n_images=3, rl_seeds=(0, 5)), "pocket")])
-    count = two.groupby(["question", "method", "method_a", "method_b"]).size()
-    assert count["preference", "", "dreambooth", "instructbooth"] == 12 and count["text", "dreambooth", "", ""] == 6
-    few = make_items([read_evaluated(tmp_path / "03_evaluate", "pocket")], n_items=4)
-    cells = few.groupby(["question", "method", "method_a", "method_b"])
+def test_what_is_not_tuned_meets_every_tuning_and_n_items_is_spread(tmp_path):
+    two = make_items([read_evaluated(write_runs(tmp_path, n_images=3, tune_seeds=(0, 5)), "pocket")])
+    count = two.groupby(["question", "arm", "arm_a", "arm_b"]).size()
+    assert count["preference", "", "dreambooth", "dreambooth+ddpo"] == 12 and count["text", "dreambooth", "", ""] == 6
+    few = make_items([read_evaluated(read_run(tmp_path / "03_evaluate"), "pocket")], n_items=4)
+    cells = few.groupby(["question", "arm", "arm_a", "arm_b"])
     assert set(cells.size()) == {4}
-    pair = few[(few["method_a"] == "dreambooth") & (few["method_b"] == "instructbooth")]
-    assert pair.groupby(["prompt_id", "rl_seed"]).size().tolist() == [1, 1, 1, 1]
+    pair = few[(few["arm_a"] == "dreambooth") & (few["arm_b"] == "dreambooth+ddpo")]
+    assert pair.groupby(["prompt_id", "tune_seed"]).size().tolist() == [1, 1, 1, 1]
     # the seeds keep the same noises, so that they stay crossed with them
     assert pair.groupby("prompt_id")["image_seed"].nunique().tolist() == [1, 1]
     assert set(few["item"]) <= set(two["item"])
 
 
 def test_two_different_pictures_in_one_place_are_refused(tmp_path, evaluated):
-    other = write_runs(tmp_path, seed=0, rl_seeds=(0,))
+    other = write_runs(tmp_path, seed=0, tune_seeds=(0,))
     assert len(make_items([evaluated, read_evaluated(other, "pocket")])) == 54  # the very same pictures: once
     other = tmp_path / "other"
     write_runs(other, n_images=1)
     folder = other / "03_evaluate"
     scores = read_run(folder).table("scores.csv")
-    changed = Run.open(tmp_path / "again", "03_evaluate", {}, {"run_dreambooth": other / "01_personalize"})
+    changed = Run.open(tmp_path / "again", "03_evaluate", {}, {"run0": other / "01_personalize"})
     for image in scores["image"].dropna():
         changed.write_bytes(image, png(render(sample_scene(random.Random(image), demo_subject("cat")))))
     changed.write_table("scores.csv", scores)
     changed.finish()
     with pytest.raises(StudyError, match="different pictures of 'orange cat' by"):
-        make_items([evaluated, read_evaluated(tmp_path / "again", "pocket")])
+        make_items([evaluated, read_evaluated(read_run(tmp_path / "again"), "pocket")])
 
 
 def test_the_01_run_is_found_beside_a_moved_03_run_and_missed_by_a_sentence(tmp_path):
     write_runs(tmp_path / "before")
     (tmp_path / "before").rename(tmp_path / "after")
-    assert read_evaluated(tmp_path / "after" / "03_evaluate", "pocket").subject == SUBJECT
-    assert len(read_evaluated(tmp_path / "after" / "03_evaluate", "pocket").references) == 3
+    assert read_evaluated(read_run(tmp_path / "after" / "03_evaluate"), "pocket").subject == SUBJECT
+    assert len(read_evaluated(read_run(tmp_path / "after" / "03_evaluate"), "pocket").references) == 3
     with pytest.raises(ParameterError, match="evaluated the model 'pocket'"):
-        read_evaluated(tmp_path / "after" / "03_evaluate", "sd15")
+        read_evaluated(read_run(tmp_path / "after" / "03_evaluate"), "sd15")
     (tmp_path / "after" / "01_personalize").rename(tmp_path / "elsewhere")
-    with pytest.raises(ArtifactError, match="put it back beside the 03 run"):
-        read_evaluated(tmp_path / "after" / "03_evaluate", "pocket")
+    with pytest.raises(ArtifactError, match="put it back beside that run"):
+        read_evaluated(read_run(tmp_path / "after" / "03_evaluate"), "pocket")
 
 
-def test_no_rl_seed_is_the_evaluations_own():
-    assert study.NO_RL_SEED == evaluation.NO_RL_SEED
+def test_each_tuning_is_paired_with_the_personalization_it_started_from(evaluated):
+    keys = [("base", None, None), ("dreambooth", 0, None), ("dreambooth", 1, None), ("dreambooth+ddpo", 1, 4)]
+    rows = evaluation.jobs(SUBJECT, ACTIVITIES, 1, keys)
+    pictures = rows.assign(path=rows["image"], sha256=rows["image"]).drop(columns="image")
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr("ibkit.evaluate.study.items._pictures", lambda one: pictures[pictures["identifier"]])
+        pairs = make_items([evaluated]).query("question == 'preference'")
+    assert set(pairs["image_a"].str.split("/").str[1]) == {"dreambooth-seed1"} and set(pairs["seed"]) == {1}
 
 
 # --- rating --------------------------------------------------------------------------------------------------------
@@ -195,7 +201,7 @@ def test_each_answer_is_on_the_disk_before_the_next_question(items, tmp_path):
     (line,) = session.path.read_text().splitlines()
     line = json.loads(line)
     assert (line["item"], line["answer"], line["seconds"], line["shown"]) == (first.item, "no", 2.5, "a")
-    assert line["rater"] == "Ann" and line["study"] == study.study_name(items) and line["time"].endswith("+00:00")
+    assert line["rater"] == "Ann" and line["study"] == study_name(items) and line["time"].endswith("+00:00")
 
 
 def test_undo_is_a_line_of_its_own_and_the_session_resumes(items, tmp_path):
@@ -298,8 +304,8 @@ def test_merged_ratings_are_votes(items, tmp_path):
     raters = raters.set_index("rater")
     assert raters.loc["Ben", "left"] == 1 and 0 < raters.loc["Ann", "left"] < 1
     assert raters.loc["Ann", "votes"] == len(items)
-    assert preference_rate(votes[votes["rater"] == "Ann"]).value == 1
-    assert preference_rate(votes[votes["rater"] == "Ann"], "dreambooth", "instructbooth").value == 0
+    assert preference_rate(votes[votes["rater"] == "Ann"], "dreambooth+ddpo", "dreambooth").value == 1
+    assert preference_rate(votes[votes["rater"] == "Ann"], "dreambooth", "dreambooth+ddpo").value == 0
 
 
 def test_one_rater_in_two_files(items, tmp_path):
@@ -365,7 +371,7 @@ def test_the_page_asks_saves_undoes_and_ends(items, evaluated, tmp_path, fast_cl
         if session.current.question == "preference":
             assert page.first.description == "Left" and len(page.pictures.children) == 2 and page.photos.children
         state = "".join(str(w.get_state()) for w in widgets_below(page.box))
-        assert not any(word in state.lower() for word in ("dreambooth", "instructbooth", "'base'", str(tmp_path)))
+        assert not any(word in state.lower() for word in ("dreambooth", "dreambooth+ddpo", "'base'", str(tmp_path)))
         page.first.click()
     assert "Thank you, Ann" in page.headline.value
     page.first.click()  # a click on a hidden button changes nothing and says why
@@ -429,7 +435,7 @@ def test_majority_by_hand():
 def test_shares_count_a_tie_half_and_say_so():
     votes = vote_rows([["yes", "yes"], ["no", "no"], ["yes", "no"], ["yes", "yes"]], "text")
     (row,) = shares(majority(votes)).to_dict("records")
-    assert (row["value"], row["n"], row["ties"], row["method"]) == (2.5 / 4, 4, 1, "dreambooth")
+    assert (row["value"], row["n"], row["ties"], row["arm"]) == (2.5 / 4, 4, 1, "dreambooth")
     assert row["low"] <= 2.5 / 4 <= row["high"]
 
 
@@ -442,9 +448,9 @@ def test_shares_have_the_intervals_of_the_statistics_room():
 
 
 def test_all_alike_still_has_a_width_even_with_gaps():
-    second = vote_rows(["aaa"] * 6, rl_seed=1)
+    second = vote_rows(["aaa"] * 6, tune_seed=1)
     votes = pd.concat([vote_rows(["aaa"] * 8), second.assign(item=second["item"] + " of seed 1")])
-    rate = preference_rate(votes, "dreambooth", "instructbooth")
+    rate = preference_rate(votes, "dreambooth", "dreambooth+ddpo")
     assert rate.value == 1 and rate.n == 14
     # Two prompts, whose eight pairs are worth √(2 · 8) at the most, by (z / t of one degree of freedom)².
     n = 4 * (1.959964 / 12.7062) ** 2
@@ -455,9 +461,10 @@ def test_preferences_add_up():
     table = preferences(majority(vote_rows(["ab", "aa", "bb", "bb"])))
     assert table.set_index("outcome")["value"].to_dict() == {"a": 0.25, "tie": 0.25, "b": 0.5}
     assert (table["low"] <= table["value"]).all() and (table["value"] <= table["high"]).all()
-    assert preference_rate(vote_rows(["ab", "aa", "bb", "bb"])).value == pytest.approx(0.5 + 0.25 / 2)
-    with pytest.raises(StudyError, match="No vote compares instructbooth with neti"):
-        preference_rate(vote_rows(["ab"]), worse="neti")
+    rate = preference_rate(vote_rows(["ab", "aa", "bb", "bb"]), "dreambooth+ddpo", "dreambooth")
+    assert rate.value == pytest.approx(0.5 + 0.25 / 2)
+    with pytest.raises(StudyError, match="No vote compares dreambooth with neti"):
+        preference_rate(vote_rows(["ab"]), "dreambooth", "neti")
 
 
 def test_votes_survive_their_file(tmp_path):
@@ -513,14 +520,14 @@ def test_kappas_take_the_items_that_all_rated():
     assert pairs["observed"] == pytest.approx(2 / 3) and pairs["expected"] == pytest.approx(26 / 36)
     assert kappas(vote_rows(["a", "b"])).empty
     assert np.isnan([text["kappa"], text["low"]]).all() and (pairs["low"], pairs["high"]) == (-1, 1)
-    assert text["observed"] == 1 and pairs["methods"] == "dreambooth – instructbooth"
+    assert text["observed"] == 1 and pairs["arms"] == "dreambooth – dreambooth+ddpo"
 
 
 # --- Bradley–Terry -------------------------------------------------------------------------------------------------
 
 
 def test_strengths_by_hand():
-    # two methods: the maximum is the share of wins
+    # two arms: the maximum is the share of wins
     np.testing.assert_allclose(bradley_terry(np.array([[0, 3], [1, 0]])), [0.75, 0.25], atol=1e-8)
     # a ring of wins: nobody is stronger
     np.testing.assert_allclose(bradley_terry(np.array([[0, 1, 0], [0, 0, 1], [1, 0, 0]])), [1 / 3] * 3, atol=1e-8)
@@ -552,17 +559,17 @@ def test_unconnected_methods_have_no_strengths():
     groups = separated_groups(np.array([[0, 1, 5], [1, 0, 5], [0, 0, 0]]))
     assert sorted(groups) == [[0, 1], [2]]
     decided = majority(vote_rows(["aaa", "aab"]))
-    assert win_matrix(decided).loc["dreambooth", "instructbooth"] == 2
+    assert win_matrix(decided).loc["dreambooth", "dreambooth+ddpo"] == 2
     with pytest.raises(StudyError, match="no chain of wins leads back and forth between"):
         strengths(decided)
 
 
 def test_strengths_of_votes_have_intervals():
     answers = [random.Random(i).choices("ab", [1, 3], k=3) for i in range(40)]
-    table = strengths(majority(vote_rows(answers)), n_resamples=300).set_index("method")
-    rate = preference_rate(vote_rows(answers))
-    assert table.loc["instructbooth", "value"] == pytest.approx(rate.value)
-    assert table.loc["instructbooth", "low"] == pytest.approx(rate.low, abs=0.06)
+    table = strengths(majority(vote_rows(answers)), n_resamples=300).set_index("arm")
+    rate = preference_rate(vote_rows(answers), "dreambooth+ddpo", "dreambooth")
+    assert table.loc["dreambooth+ddpo", "value"] == pytest.approx(rate.value)
+    assert table.loc["dreambooth+ddpo", "low"] == pytest.approx(rate.low, abs=0.06)
     assert table["value"].sum() == pytest.approx(1) and table.loc["dreambooth", "n"] == 40
 
 
@@ -573,13 +580,11 @@ def test_simulated_raters_see_what_was_drawn(items):
     raters = {name: Judge.load(name=name) for name in RATERS[:3]}
     votes, reasons = simulate(items, {"orange cat": SUBJECT}, raters)
     assert list(votes.columns) == VOTE_COLUMNS and len(votes) == 3 * len(items) and votes["simulated"].all()
-    share = shares(majority(votes)).set_index(["question", "method"])["value"]
-    assert (
-        share["text", "base"] >= 5 / 6 and share["text", "dreambooth"] == 0 and share["text", "instructbooth"] >= 5 / 6
-    )
+    share = shares(majority(votes)).set_index(["question", "arm"])["value"]
+    assert share["text", "dreambooth"] == 0 and min(share["text", "base"], share["text", "dreambooth+ddpo"]) >= 5 / 6
     assert share["subject", "dreambooth"] >= 5 / 6 and share["subject", "base"] <= 1 / 2
-    assert preference_rate(votes).value >= 5 / 6
-    pair = votes[(votes["method_a"] == "dreambooth") & (votes["method_b"] == "instructbooth")]
+    assert preference_rate(votes, "dreambooth+ddpo", "dreambooth").value >= 5 / 6
+    pair = votes[(votes["arm_a"] == "dreambooth") & (votes["arm_b"] == "dreambooth+ddpo")]
     decided = pair.merge(reasons, on=["rater", "item"])["decided_by"]
     assert (decided == "text").mean() >= 5 / 6
     again, _ = simulate(items, {"orange cat": SUBJECT}, raters)
@@ -652,7 +657,7 @@ def test_what_a_judge_trains_on_is_redrawn_and_turned_a_little():
 def test_the_reference_votes_are_those_of_seven_simulated_raters():
     votes = load_votes(str(ROOT / "outputs" / "reference" / "votes.csv"))
     assert votes["simulated"].all() and votes["rater"].nunique() == 7
-    rate = preference_rate(votes)
+    rate = preference_rate(votes, "dreambooth+ddpo", "dreambooth")
     assert 0 <= rate.low <= rate.value <= rate.high <= 1 and rate.n == 60
     assert set(kappas(votes)["question"]) == {"subject", "text", "preference"}
 
@@ -663,7 +668,7 @@ def test_the_reference_votes_are_those_of_seven_simulated_raters():
 def test_the_notebook_runs_to_its_end_with_the_page_in_it(tmp_path):
     evaluated = write_runs(tmp_path, n_images=2)
     out = tmp_path / "study"
-    words = ["-y", f"{{run_evaluate: ['{evaluated}'], run_out: '{out}', rater: Ann, device: cpu}}"]
+    words = ["-y", f"{{run_evaluate: ['{evaluated.folder}'], run_out: '{out}', rater: Ann, device: cpu}}"]
     command = [sys.executable, "-m", "papermill", ROOT / "notebooks" / "07_human_study.ipynb", tmp_path / "out.ipynb"]
     command += ["-k", "python3", "--start-timeout", "300", *words]
     result = subprocess.run(
@@ -674,6 +679,9 @@ def test_the_notebook_runs_to_its_end_with_the_page_in_it(tmp_path):
     votes = load_votes(run.path("votes.csv"))
     assert len(votes) == 7 * 36 and votes["simulated"].all() and votes["rater"].nunique() == 7
     assert {f"figures/{name}.png" for name in ("questionnaire", "table1", "agreement", "figure4")} <= set(run.outputs)
-    assert run.metrics["preference_rate"]["dreambooth"]["value"] == preference_rate(votes).value
+    assert (
+        run.metrics["preference_rate"]["dreambooth"]["value"]
+        == preference_rate(votes, "dreambooth+ddpo", "dreambooth").value
+    )
     assert "application/vnd.jupyter.widget-view+json" in (tmp_path / "out.ipynb").read_text()
     assert not (tmp_path / "study-ratings").exists()  # nobody clicked

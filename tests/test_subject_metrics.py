@@ -366,12 +366,12 @@ class TestHead:
     def test_loss(self):
         eye = torch.eye(3)
         who = torch.arange(3)
-        sharp = build.identity_loss(eye, eye, who, 0.1)
+        sharp = subject_head.identity_loss(eye, eye, who, 0.1)
         assert sharp.item() == pytest.approx(np.log(1 + 4 * np.exp(-10)), rel=1e-3)
-        assert build.identity_loss(eye, eye.roll(1, 0), who, 0.1) > 9
+        assert subject_head.identity_loss(eye, eye.roll(1, 0), who, 0.1) > 9
         # A third picture of an individual is neither right nor wrong: it changes nothing but how many there are.
         z = torch.nn.functional.normalize(torch.randn(2, 4, generator=torch.Generator().manual_seed(0)))
-        twice = build.identity_loss(z[[0, 0, 1]], z[[0, 0, 1]], torch.tensor([5, 5, 8]), 1.0)
+        twice = subject_head.identity_loss(z[[0, 0, 1]], z[[0, 0, 1]], torch.tensor([5, 5, 8]), 1.0)
         cosine = float(z[0] @ z[1])
         of_0, of_1 = (np.log(1 + n * np.exp(cosine - 1)) for n in (2, 4))
         assert twice.item() == pytest.approx((2 * of_0 + of_1) / 3, rel=1e-4)

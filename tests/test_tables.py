@@ -9,9 +9,9 @@ import pytest
 
 from ibkit.cli import main
 from ibkit.errors import ScoreError
-from ibkit.evaluate.claims import evaluate_claims, primary_metrics
+from ibkit.evaluate.claims import evaluate_claims
 from ibkit.evaluate.intervals import Interval
-from ibkit.evaluate.stats import check_scores
+from ibkit.evaluate.stats import check_scores, primary_metrics
 from ibkit.evaluate.tables import (
     all_tables,
     as_latex,
@@ -31,7 +31,7 @@ from tests.test_claims import images, story
 def scores():
     rng = np.random.default_rng(0)
     rows = story()
-    real = images("real", True, 1, 1).assign(prompt_id="photo", judge_text=np.nan, seen=np.nan).iloc[:3]
+    real = images("real", True, 1, 1, seed=None).assign(prompt_id="photo", judge_text=np.nan, seen=np.nan).iloc[:3]
     rows = pd.concat([rows, real.assign(image_seed=range(3))], ignore_index=True)
     return check_scores(rows.assign(dino=0.4 + rng.normal(0, 0.05, len(rows))))
 
@@ -62,15 +62,15 @@ def test_seen_and_unseen_prompts_stand_apart(scores):
 
 
 def test_a_difference_is_one_only_where_its_interval_says_so(scores):
-    table = differences(scores).set_index(["method", "metric"])
-    assert set(table.index.get_level_values("method")) == {"base", "instructbooth"}
-    assert table.loc[("instructbooth", "judge_text"), "verdict"] == "higher"
+    table = differences(scores).set_index(["arm", "metric"])
+    assert set(table.index.get_level_values("arm")) == {"base", "dreambooth+ddpo"}
+    assert table.loc[("dreambooth+ddpo", "judge_text"), "verdict"] == "higher"
     assert table.loc[("base", "judge_identity"), "verdict"] == "lower"
-    tuned = scores["method"] == "instructbooth"
-    centred = scores["dino"] - tuned * table.loc[("instructbooth", "dino"), "value"]
+    tuned = scores["arm"] == "dreambooth+ddpo"
+    centred = scores["dino"] - tuned * table.loc[("dreambooth+ddpo", "dino"), "value"]
     for shift in (0.001, -0.001):  # on either side of zero, and within what chance does
-        found = differences(scores.assign(dino=centred + shift * tuned), metrics=["dino"]).set_index("method")
-        row = found.loc["instructbooth"]
+        found = differences(scores.assign(dino=centred + shift * tuned), metrics=["dino"]).set_index("arm")
+        row = found.loc["dreambooth+ddpo"]
         assert row["value"] == pytest.approx(shift) and row["low"] < 0 < row["high"]
         assert row["verdict"] == "not told apart"
 
@@ -81,11 +81,11 @@ def test_metrics_that_are_not_primary_are_corrected_for_their_number(scores):
         np.random.default_rng(0),
         ("image_reward", "clip_t", "pick_score", "align_t", "clip_i", "dino", "align_i"),
     )
-    paired = scores["method"].isin(("dreambooth", "instructbooth")) & scores["identifier"]
+    paired = scores["arm"].isin(("dreambooth", "dreambooth+ddpo")) & scores["identifier"]
     alone, corrected, n = 0, 0, 40
     for _ in range(n):
         by_prompt = {name: rng.normal(size=(2, 8)) for name in names}
-        which = (scores["method"] == "instructbooth").astype(int), pd.factorize(scores["prompt_id"])[0] % 8
+        which = (scores["arm"] == "dreambooth+ddpo").astype(int), pd.factorize(scores["prompt_id"])[0] % 8
         noise = {name: by_prompt[name][which] + rng.normal(0, 0.1, len(scores)) for name in names}
         table = differences(scores.assign(**noise)[paired], metrics=names)
         alone += ((table["low"] > 0) | (table["high"] < 0)).any()
@@ -95,10 +95,11 @@ def test_metrics_that_are_not_primary_are_corrected_for_their_number(scores):
 
 
 def test_the_primary_metrics_are_not_corrected(scores):
-    assert primary_metrics(scores) == ["judge_text", "judge_identity"]
-    assert primary_metrics(scores.drop(columns=["judge_text"]).assign(image_reward=1.0, clip_t=0.3)) == [
-        "clip_t", "judge_identity"
-    ]  # fmt: skip
+    assert primary_metrics(scores) == {"text": "judge_text", "subject": "judge_identity"}
+    assert primary_metrics(scores.drop(columns=["judge_text"]).assign(image_reward=1.0, clip_t=0.3)) == {
+        "text": "clip_t",
+        "subject": "judge_identity",
+    }
     table = differences(scores).set_index("metric")
     assert table.loc["judge_text", "primary"].all() and not table.loc["dino", "primary"].any()
     said = differences_in_words(differences(scores))
@@ -126,8 +127,8 @@ def test_a_table_of_what_was_not_measured_is_refused(scores):
             table(scores, metrics=["dinos"])
     with pytest.raises(ScoreError, match="no metric 'clip_t'; they have judge_text, judge_identity, dino"):
         differences(scores, metrics=["clip_t"])
-    with pytest.raises(ScoreError, match="no rows of 'dreambooth' to compare .*there are: base, instructbooth"):
-        differences(scores[scores["method"] != "dreambooth"])
+    with pytest.raises(ScoreError, match=r"no rows of 'dreambooth' to compare .*there are: base, dreambooth\+ddpo"):
+        differences(scores[scores["arm"] != "dreambooth"], "dreambooth")
 
 
 @pytest.mark.parametrize(
@@ -138,11 +139,17 @@ def test_a_table_of_what_was_not_measured_is_refused(scores):
             "higher",
             "higher",
             "lower",
-            r"higher: clip_t; .* not higher: judge_text \(lower\). .*Some of the others confirm",
+            r"higher: clip_t; .* not certain to be higher: judge_text \(lower\). .*Some of the others confirm",
         ),
         ("higher", "not told apart", "lower", "higher: none; .*None confirms"),
-        ("not told apart", "higher", "higher", r"image_reward did not rise \(not told apart\): there is no gain to"),
-        (None, "higher", "higher", "image_reward was not measured, so .* is not known. .*higher: judge_text, clip_t"),
+        (
+            "not told apart",
+            "higher",
+            "higher",
+            r"image_reward may have risen or not \(not told apart\): no gain",
+        ),
+        ("lower", "higher", "higher", r"image_reward fell \(lower\): no gain is certain"),
+        (None, "higher", "higher", "image_reward was not measured, so .* unknown. .*higher: judge_text, clip_t"),
     ],
 )
 def test_a_gain_is_confirmed_only_where_the_reward_rose(reward, clip_t, judge_text, words):
@@ -150,7 +157,28 @@ def test_a_gain_is_confirmed_only_where_the_reward_rose(reward, clip_t, judge_te
     table = pd.DataFrame([{"metric": m, "verdict": v} for m, v in verdicts.items() if v is not None])
     said = confirmed(table, {"image_reward"})
     assert re.search(words, said) and "dino" not in said and "judge_class" not in said
-    assert ("confirm" in said) == (reward == "higher") or "no gain to confirm" in said
+    assert ("confirm" in said) == (reward == "higher") or "none can be confirmed" in said
+
+
+def test_a_reward_of_the_subject_needs_a_witness_of_the_subject():
+    verdicts = dict.fromkeys(("image_reward", "subject_score", "clip_t", "dino"), "higher")
+    rewards = {"image_reward", "subject_score"}
+    table = pd.DataFrame(verdicts.items(), columns=["metric", "verdict"])
+    assert confirmed(table, rewards).endswith("All of the others confirm the gain in text and subject.")
+    blind = table[table["metric"] != "dino"]
+    assert confirmed(blind, rewards).endswith("Nothing else measures the subject: not confirmed.")
+    fell = confirmed(table.replace({"verdict": {"higher": "lower"}}), rewards)
+    assert "image_reward fell (lower); subject_score fell (lower): no gain is certain" in fell
+
+
+def test_every_personalization_is_set_beside_the_base_model_and_its_own_tunings(scores):
+    names = {"dreambooth": "neti", "dreambooth+ddpo": "neti+ddpo"}
+    others = scores[(scores["arm"] != "base") & (scores["arm"] != "real")].replace({"arm": names})
+    table = differences(pd.concat([scores, others]), metrics=["judge_text"])
+    assert table[["arm", "against"]].to_numpy().tolist() == [
+        ["base", "dreambooth"], ["dreambooth+ddpo", "dreambooth"], ["base", "neti"], ["neti+ddpo", "neti"]
+    ]  # fmt: skip
+    assert set(differences(scores, "base")["arm"]) == {"dreambooth", "dreambooth+ddpo"}
 
 
 def test_three_formats_say_the_same(scores):
@@ -165,7 +193,7 @@ def test_three_formats_say_the_same(scores):
 
 def test_without_dreambooth_there_are_the_other_tables(tmp_path, scores, capsys):
     (tmp_path / "run").mkdir()
-    scores[scores["method"] != "dreambooth"].to_csv(tmp_path / "run" / "scores.csv", index=False)
+    scores[scores["arm"] != "dreambooth"].to_csv(tmp_path / "run" / "scores.csv", index=False)
     assert main(["tables", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
     assert "No table of differences" in capsys.readouterr().out
     assert {path.stem for path in (tmp_path / "out").iterdir()} == {"fidelity", "seen_and_unseen", "scores"}

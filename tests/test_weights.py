@@ -22,6 +22,7 @@ from ibkit.pocket.build.reward import ranks
 from ibkit.pocket.build.tokenizer import learn_merges
 from ibkit.pocket.build.unet import TextToLatent, new_scheduler
 from ibkit.pocket.draw import render
+from ibkit.pocket.words import vocabulary
 from ibkit.pocket.world import (
     ACTIVITIES,
     DEMO_SUBJECTS,
@@ -32,7 +33,6 @@ from ibkit.pocket.world import (
     sample_mixture,
     sample_scene,
     sample_subject,
-    vocabulary,
 )
 from ibkit.runs import hash_file
 from ibkit.scorers import make_scorer

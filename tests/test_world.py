@@ -11,6 +11,7 @@ import pytest
 
 from ibkit.pocket.build.data import GROUP, MIXED_GROUP, grades, is_better, mixed_group, scene_group
 from ibkit.pocket.draw import render, subject_mask
+from ibkit.pocket.words import caption, check_phrase, parts_in, said_in, vocabulary
 from ibkit.pocket.world import (
     ACCESSORIES,
     ACTIVITIES,
@@ -29,18 +30,13 @@ from ibkit.pocket.world import (
     Subject,
     View,
     activities_of,
-    caption,
-    check_phrase,
     doing,
     line_up,
     mixtures_of,
-    parts_in,
     reference_scenes,
-    said_in,
     sample_mixture,
     sample_scene,
     sample_subject,
-    vocabulary,
 )
 
 DIGEST = """

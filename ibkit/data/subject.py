@@ -11,8 +11,9 @@ from PIL import Image
 
 from ibkit.data.prompts import Prompt, make_prompt, subject_phrase
 from ibkit.errors import ArtifactError, ParameterError
-from ibkit.pocket.world import DEMO_SUBJECTS, Subject, activities_of, check_phrase, reference_scenes
-from ibkit.runs import CompletedRun, Run
+from ibkit.pocket.words import check_phrase
+from ibkit.pocket.world import DEMO_SUBJECTS, Subject, activities_of, reference_scenes
+from ibkit.runs import CompletedRun, Run, input_of
 
 FILE = "subject.json"
 
@@ -70,6 +71,15 @@ class PersonalizedSubject:
             return PersonalizedSubject(**values, world=Subject(**world) if world else None)
         except (ValueError, KeyError, TypeError) as error:
             raise ArtifactError(f"{path} does not describe a subject ({error}); run 01_personalize again.") from error
+
+
+def personalization_of(run: CompletedRun) -> CompletedRun:
+    """The run of 01 behind one of 01 or 02: it holds the subject and the photos.
+
+    Raises:
+        ArtifactError: it is not to be found, or not finished.
+    """
+    return run if run.kind == "01_personalize" else input_of(run, "run_in", "01_personalize")
 
 
 def choose_activities(subject: PersonalizedSubject, asked: Sequence[str], usual: Sequence[str]) -> list[str]:

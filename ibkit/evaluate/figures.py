@@ -20,26 +20,9 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from PIL import Image
 
 from ibkit.data.photos import read_rgb
-from ibkit.evaluate.stats import METRICS, in_method_order, method_label, summarise
+from ibkit.evaluate.arms import BLUE, GREEN, GREY, ORANGE, arms_of
+from ibkit.evaluate.stats import METRICS, summarise
 
-# Okabe and Ito's palette: told apart with every common colour blindness. A method keeps its colour and marker in
-# every figure, so that neither the legend nor the colour is needed twice.
-METHOD_COLOURS = {
-    "base": "#5b5f66",
-    "dreambooth": "#d55e00",
-    "instructbooth": "#0072b2",
-    "textual_inversion": "#cc79a7",
-    "custom_diffusion": "#009e73",
-    "neti": "#b8860b",
-}
-METHOD_MARKERS = {
-    "base": "s",
-    "dreambooth": "^",
-    "instructbooth": "o",
-    "textual_inversion": "D",
-    "custom_diffusion": "P",
-    "neti": "X",
-}
 INK, FAINT = "#1f2328", "#d8dbe0"
 HOUSE_STYLE = seaborn.axes_style("whitegrid") | {
     "figure.facecolor": "white",
@@ -67,14 +50,14 @@ HOUSE_STYLE = seaborn.axes_style("whitegrid") | {
 # What the columns of history.csv are called: reward panel, and the panel of what the reward does not see.
 REWARD_SERIES = {
     "reward": ("All prompts", INK, "-"),
-    "reward_identifier": ("With identifier", METHOD_COLOURS["instructbooth"], "--"),
-    "reward_class": ("Without identifier", METHOD_COLOURS["base"], ":"),
+    "reward_identifier": ("With identifier", BLUE, "--"),
+    "reward_class": ("Without identifier", GREY, ":"),
 }
 MONITOR_SERIES = {
-    "monitor": ("Subject fidelity (monitor)", METHOD_COLOURS["dreambooth"], "-"),
-    "text_monitor": ("Text fidelity (not optimised)", METHOD_COLOURS["base"], "-"),
-    "judge_activity": ("Activity shown (simulated judge)", METHOD_COLOURS["instructbooth"], "--"),
-    "judge_identity": ("Same subject (simulated judge)", METHOD_COLOURS["custom_diffusion"], ":"),
+    "monitor": ("Subject fidelity (monitor)", ORANGE, "-"),
+    "text_monitor": ("Text fidelity (not optimised)", GREY, "-"),
+    "judge_activity": ("Activity shown (simulated judge)", BLUE, "--"),
+    "judge_identity": ("Same subject (simulated judge)", GREEN, ":"),
 }
 
 
@@ -147,40 +130,38 @@ def picture_wall(columns: Mapping[str, Sequence[Image.Image]], title: str = "") 
     return figure, pd.DataFrame(places, columns=["column", "row"])
 
 
-def method_grid(
+def picture_grid(
     images: pd.DataFrame, root: str | Path = ".", n_seeds: int = 4, title: str = ""
 ) -> tuple[Figure, pd.DataFrame]:
-    """Show every method on the same prompts and the same noise: a row for each prompt, a block for each method.
+    """Show every arm on the same prompts and the same noise: a row for each prompt, a block for each arm.
 
     Args:
-        images: one row per image with method, prompt_id, text, image_seed, and image: a path below `root`, or a
-            picture. Give one row for each (method, prompt_id, image_seed): select the RL seed and subject before.
+        images: one row per image with arm, prompt_id, text, image_seed, and image: a path below `root`, or a
+            picture. Give one row for each (arm, prompt_id, image_seed): choose by `stats.one_seed` and
+            the subject before.
         root: folder the paths are relative to.
-        n_seeds: pictures a method gets for a prompt; the smallest seeds that all methods have.
+        n_seeds: pictures an arm gets for a prompt; the smallest seeds that all arms have.
         title: above the grid.
 
     Returns:
-        The figure, and one row a picture: row, column, method, prompt_id, text, image_seed, image.
+        The figure, and one row a picture: row, column, arm, prompt_id, text, image_seed, image.
     """
-    methods = in_method_order(images["method"].unique())
+    arms = arms_of(images["arm"].unique())
     prompts = images.drop_duplicates("prompt_id")[["prompt_id", "text"]]
-    cells = images.set_index(["method", "prompt_id", "image_seed"])["image"].sort_index()
+    cells = images.set_index(["arm", "prompt_id", "image_seed"])["image"].sort_index()
     drawn = []
     for row, (prompt_id, text) in enumerate(prompts.itertuples(index=False)):
-        seeds = [
-            set(cells.loc[(method, prompt_id)].index) if (method, prompt_id) in cells.index else set()
-            for method in methods
-        ]
+        seeds = [set(cells.loc[(arm, prompt_id)].index) if (arm, prompt_id) in cells.index else set() for arm in arms]
         shared = sorted(set.intersection(*[have for have in seeds if have]))[:n_seeds]
-        for block, (method, have) in enumerate(zip(methods, seeds, strict=True)):
+        for block, (arm, have) in enumerate(zip(arms, seeds, strict=True)):
             for place, image_seed in enumerate(shared if have else []):
-                drawn.append((row, block * n_seeds + place, method, prompt_id, text, image_seed))
-    data = pd.DataFrame(drawn, columns=["row", "column", "method", "prompt_id", "text", "image_seed"])
+                drawn.append((row, block * n_seeds + place, arm, prompt_id, text, image_seed))
+    data = pd.DataFrame(drawn, columns=["row", "column", "arm", "prompt_id", "text", "image_seed"])
 
     with matplotlib.rc_context(HOUSE_STYLE):
-        # A label column, then for each method its pictures and a gap; every length is in inches.
+        # A label column, then for each arm its pictures and a gap; every length is in inches.
         label, picture, gap, head = 1.4, 0.74, 0.1, 0.55 if title else 0.3
-        widths = [label] + ([picture] * n_seeds + [gap]) * len(methods)
+        widths = [label] + ([picture] * n_seeds + [gap]) * len(arms)
         between = 0.06 * sum(widths) / len(widths)
         width = sum(widths) + between * (len(widths) - 1)
         height = (picture + between) * len(prompts) + head
@@ -196,14 +177,15 @@ def method_grid(
         for cell in data.itertuples():
             block = cell.column // n_seeds
             axis = figure.add_subplot(grid[cell.row, 1 + cell.column + block])
-            _draw_picture(axis, _picture(cells.loc[(cell.method, cell.prompt_id, cell.image_seed)], Path(root)))
+            _draw_picture(axis, _picture(cells.loc[(cell.arm, cell.prompt_id, cell.image_seed)], Path(root)))
             if cell.row == 0 and cell.column % n_seeds == 0:
-                colour = METHOD_COLOURS.get(cell.method, INK)
-                axis.set_title(method_label(cell.method), color=colour, fontsize=10, pad=5)
+                axis.set_title(
+                    textwrap.fill(arms[cell.arm].label, 10 * n_seeds), color=arms[cell.arm].colour, fontsize=10, pad=5
+                )
         _head(figure, title)
     data["image"] = [
         str(value) if isinstance(value, str | Path) else ""
-        for value in (cells.loc[(c.method, c.prompt_id, c.image_seed)] for c in data.itertuples())
+        for value in (cells.loc[(c.arm, c.prompt_id, c.image_seed)] for c in data.itertuples())
     ]
     return figure, data
 
@@ -212,19 +194,19 @@ def learning_curves(history: pd.DataFrame, title: str = "") -> tuple[Figure, pd.
     """Draw the reward beside what the reward does not see: the subject monitor and the judge.
 
     Args:
-        history: one row per epoch as in `history.csv` (epoch, reward, …), with `rl_seed` if it holds several runs;
+        history: one row per epoch as in `history.csv` (epoch, reward, …), with `tune_seed` if it holds several runs;
             several runs are drawn as mean and standard deviation, as in the paper's figure 16. Of a single run the
             guard's alarm and best epoch are marked.
         title: above the figure.
 
     Returns:
-        The figure, and one row a point: panel, series, epoch, value (and rl_seed if it was given).
+        The figure, and one row a point: panel, series, epoch, value (and tune_seed if it was given).
     """
     panels = [
         ("Reward", "reward of the epoch's images", REWARD_SERIES),
         ("What the reward does not see", "share of images, or similarity", MONITOR_SERIES),
     ]
-    names = ["epoch"] + (["rl_seed"] if "rl_seed" in history.columns else [])
+    names = ["epoch"] + (["tune_seed"] if "tune_seed" in history.columns else [])
     parts = []
     with matplotlib.rc_context(HOUSE_STYLE):
         figure = NotebookFigure(figsize=(9.6, 4.4), layout="constrained")
@@ -239,7 +221,7 @@ def learning_curves(history: pd.DataFrame, title: str = "") -> tuple[Figure, pd.
                 )
             axis.set(title=panel, xlabel="epoch", ylabel=label)
             axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-            if "rl_seed" not in names:
+            if "tune_seed" not in names:
                 _mark_guard(axis, history)
             if axis.get_legend():  # below, where no curve runs
                 axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
@@ -275,11 +257,11 @@ def trajectory(
         The figure, and `steps`.
     """
     panels = {
-        "Log-probability of the step": {"log_prob": METHOD_COLOURS["base"]},
-        "Ratio, new over old policy": {"ratio": METHOD_COLOURS["instructbooth"]},
+        "Log-probability of the step": {"log_prob": GREY},
+        "Ratio, new over old policy": {"ratio": BLUE},
         "Gradient cut, share of episodes": {
-            "clip_high": METHOD_COLOURS["instructbooth"],
-            "clip_low": METHOD_COLOURS["dreambooth"],
+            "clip_high": BLUE,
+            "clip_low": ORANGE,
         },
     }
     with matplotlib.rc_context(HOUSE_STYLE):
@@ -306,7 +288,7 @@ def trajectory(
 def fidelity_plane(
     scores: pd.DataFrame, text: str = "judge_text", subject: str = "judge_identity", title: str = ""
 ) -> tuple[Figure, pd.DataFrame]:
-    """Place every method on the plane of text fidelity against subject fidelity, with 95 % intervals.
+    """Place every arm on the plane of text fidelity against subject fidelity, with 95 % intervals.
 
     Args:
         scores: a checked score table, usually through `stats.as_compared`.
@@ -315,28 +297,27 @@ def fidelity_plane(
         title: above the figure.
 
     Returns:
-        The figure, and one row a method: method, n, and for text and subject: metric, value, low, high.
+        The figure, and one row an arm: arm, n, and for text and subject: metric, value, low, high.
     """
-    table = summarise(scores, ("method",), (text, subject)).set_index(["method", "metric"])
-    methods = [m for m in in_method_order(scores["method"].unique()) if {(m, text), (m, subject)} <= set(table.index)]
+    table = summarise(scores, ("arm",), (text, subject)).set_index(["arm", "metric"])
+    arms = arms_of(name for name in scores["arm"].unique() if {(name, text), (name, subject)} <= set(table.index))
     rows = []
     with matplotlib.rc_context(HOUSE_STYLE):
         figure = NotebookFigure(figsize=(5.6, 4.4), layout="constrained")
         axis = figure.subplots()
-        for method in methods:
-            x, y = table.loc[(method, text)], table.loc[(method, subject)]
+        for arm, look in arms.items():
+            x, y = table.loc[(arm, text)], table.loc[(arm, subject)]
             rows.append(
-                {"method": method, "n": int(x["n"])}
+                {"arm": arm, "n": int(x["n"])}
                 | {
                     f"{side}_{part}": cell[part]
                     for side, cell in (("text", x), ("subject", y))
                     for part in ("value", "low", "high")
                 }
             )
-            colour = METHOD_COLOURS.get(method, INK)
             axis.errorbar(
-                x["value"], y["value"], xerr=_whiskers(x), yerr=_whiskers(y), fmt=METHOD_MARKERS.get(method, "o"),
-                color=colour, markersize=9, capsize=3, elinewidth=1.4, label=method_label(method),
+                x["value"], y["value"], xerr=_whiskers(x), yerr=_whiskers(y), fmt=look.marker,
+                color=look.colour, markersize=9, capsize=3, elinewidth=1.4, label=look.label,
             )  # fmt: skip
         axis.set(
             xlabel=f"Text fidelity: {METRICS[text].label} →", ylabel=f"Subject fidelity: {METRICS[subject].label} →"
@@ -350,7 +331,7 @@ def fidelity_plane(
 
 
 def prompt_bars(scores: pd.DataFrame, metric: str = "judge_text", title: str = "") -> tuple[Figure, pd.DataFrame]:
-    """Draw one metric for every prompt, a bar for each method, with 95 % intervals.
+    """Draw one metric for every prompt, a bar for each arm, with 95 % intervals.
 
     Args:
         scores: a checked score table with a column `text`, usually through `stats.as_compared`.
@@ -358,29 +339,28 @@ def prompt_bars(scores: pd.DataFrame, metric: str = "judge_text", title: str = "
         title: above the figure.
 
     Returns:
-        The figure, and one row a bar: method, prompt_id, text, metric, value, low, high, n, seeds.
+        The figure, and one row a bar: arm, prompt_id, text, metric, value, low, high, n, seeds.
     """
-    data = summarise(scores, ("method", "prompt_id"), (metric,))
+    data = summarise(scores, ("arm", "prompt_id"), (metric,))
     texts = scores.drop_duplicates("prompt_id").set_index("prompt_id")["text"]
     prompts = list(dict.fromkeys(data["prompt_id"]))
-    methods = in_method_order(data["method"].unique())
-    bar = 0.8 / max(len(methods), 1)
+    arms = arms_of(data["arm"].unique())
+    bar = 0.8 / max(len(arms), 1)
     with matplotlib.rc_context(HOUSE_STYLE):
         figure = NotebookFigure(figsize=(max(5.5, 1.5 * len(prompts) + 1.5), 3.6), layout="constrained")
         axis = figure.subplots()
-        for place, method in enumerate(methods):
-            part = data[data["method"] == method].set_index("prompt_id").reindex(prompts)
-            x = np.arange(len(prompts)) + (place - (len(methods) - 1) / 2) * bar
+        for place, (arm, look) in enumerate(arms.items()):
+            part = data[data["arm"] == arm].set_index("prompt_id").reindex(prompts)
+            x = np.arange(len(prompts)) + (place - (len(arms) - 1) / 2) * bar
             whiskers = np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(0)
-            colour = METHOD_COLOURS.get(method, INK)
-            axis.bar(x, part["value"], bar * 0.9, color=colour, label=method_label(method))
+            axis.bar(x, part["value"], bar * 0.9, color=look.colour, hatch=look.hatch, edgecolor="w", label=look.label)
             axis.errorbar(x, part["value"], yerr=whiskers, fmt="none", color=INK, capsize=2, elinewidth=1)
         axis.set_xticks(range(len(prompts)), [textwrap.fill(str(texts[prompt]), 16) for prompt in prompts])
         axis.grid(False, axis="x")
         axis.axhline(0, color=INK, linewidth=0.8)
         axis.set(ylabel=METRICS[metric].label, title=title)
         _percent_axes(axis, False, METRICS[metric].is_share)
-        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=len(methods))
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.2), ncols=min(len(arms), 4))
     return figure, data.merge(texts, left_on="prompt_id", right_index=True)
 
 

@@ -56,6 +56,7 @@ def mean_interval(
     values: Sequence[float] | np.ndarray,
     groups: Groups | None = None,
     *,
+    seeds: Groups | None = None,
     n_resamples: int = 10_000,
     level: float = 0.95,
     seed: int = 0,
@@ -69,6 +70,7 @@ def mean_interval(
             cell that was not measured. Shares are scores that are all 0, ½ or 1.
         groups: the N group labels (prompts), or several such columns from the outermost in (subjects, prompts);
             None resamples images.
+        seeds: labels of the S rows in the same way, where they are more than one seed each; None: every row is a seed.
         n_resamples: R.
         level: how often the interval shall hold the truth.
         seed: makes the interval repeatable.
@@ -79,7 +81,7 @@ def mean_interval(
     Raises:
         ScoreError: no values, an infinite value, or labels of another length.
     """
-    data = _Data({"values": values}, groups)
+    data = _Data({"values": values}, groups, seeds)
     interval = data.interval(lambda values: values, n_resamples, level, seed)
     scores = data.matrices["values"]
     scores = scores[np.isfinite(scores)]
@@ -102,6 +104,7 @@ def difference_interval(
     b: np.ndarray,
     groups: Groups | None = None,
     *,
+    seeds: Groups | None = None,
     n_resamples: int = 10_000,
     level: float = 0.95,
     seed: int = 0,
@@ -111,7 +114,7 @@ def difference_interval(
     Differences of shares get Bonett and Price's interval (2012): one pair more is taken to favour a, and one b, so that
     pairs which all agree do not claim certainty.
     """
-    data = _Data({"a": a, "b": b}, groups)
+    data = _Data({"a": a, "b": b}, groups, seeds)
     interval = data.interval(lambda a, b: a - b, n_resamples, level, seed)
     pairs = (data.matrices["a"] - data.matrices["b"])[:, data.valid]
     pairs = pairs[np.isfinite(pairs)]
@@ -146,8 +149,7 @@ def bootstrap_statistic(
         statistic: takes the means as keyword arrays of shape (R,) by those names and returns shape (R,); not finite
             where the statistic has no value.
         groups: as in `mean_interval`.
-        seeds: labels of the S rows in the same way, where they are more than one seed each; None: every row is a seed.
-        n_resamples, level, seed: as in `mean_interval`.
+        seeds, n_resamples, level, seed: as in `mean_interval`.
 
     Raises:
         ScoreError: empty columns, columns or labels of different lengths, or a statistic that is not finite on the

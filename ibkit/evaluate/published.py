@@ -15,13 +15,13 @@ class PublishedNumber:
     """One published value.
 
     Attributes:
-        method: the kit's name of the method.
+        arm: the kit's name of it.
         metric: the kit's name of the metric (`people_text` and `people_subject`: shares of "yes" of human raters).
         value: as printed; shares as fractions of 1.
         table: the number of the table in the paper.
     """
 
-    method: str
+    arm: str
     metric: str
     value: float
     table: int
@@ -45,7 +45,7 @@ EVALUATORS = {
 # The paper's measure that stands closest to each of ours: the judge plays the part of the raters.
 COUNTERPART = {"judge_text": "people_text", "judge_identity": "people_subject"}
 
-_METHODS = ("custom_diffusion", "dreambooth", "neti", "textual_inversion", "instructbooth")
+_ARMS = ("custom_diffusion", "dreambooth", "neti", "textual_inversion", "dreambooth+ddpo")
 _COLUMNS: dict[int, dict[str, tuple[float, ...]]] = {
     1: {
         "people_text": (0.915, 0.813, 0.855, 0.600, 0.973),
@@ -61,22 +61,22 @@ _COLUMNS: dict[int, dict[str, tuple[float, ...]]] = {
 _DREAMBENCH = {
     "textual_inversion": (0.257, -1.337, 0.203, 0.537),
     "dreambooth": (0.297, 0.052, 0.214, 0.648),
-    "instructbooth": (0.306, 0.651, 0.217, 0.661),
+    "dreambooth+ddpo": (0.306, 0.651, 0.217, 0.661),
 }
 
 PUBLISHED: tuple[PublishedNumber, ...] = tuple(
-    PublishedNumber(method, metric, value, table)
+    PublishedNumber(arm, metric, value, table)
     for table, columns in _COLUMNS.items()
     for metric, values in columns.items()
-    for method, value in zip(_METHODS, values, strict=True)
+    for arm, value in zip(_ARMS, values, strict=True)
 ) + tuple(
-    PublishedNumber(method, metric, value, 3)
-    for method, values in _DREAMBENCH.items()
+    PublishedNumber(arm, metric, value, 3)
+    for arm, values in _DREAMBENCH.items()
     for metric, value in zip(("clip_t", "image_reward", "pick_score", "dino"), values, strict=True)
 )
 
 
-def published(method: str, metric: str) -> list[PublishedNumber]:
-    """Return the published values that stand beside our `metric` of `method`, in the order of the tables."""
+def published(arm: str, metric: str) -> list[PublishedNumber]:
+    """Return the published values that stand beside our `metric` of `arm`, in the order of the tables."""
     wanted = COUNTERPART.get(metric, metric)
-    return [number for number in PUBLISHED if number.method == method and number.metric == wanted]
+    return [number for number in PUBLISHED if number.arm == arm and number.metric == wanted]

@@ -1,7 +1,7 @@
 """The images of the evaluation: which ones, making them, scoring them (InstructBooth, section 3.3 and appendix C).
 
-The unit of every comparison is one prompt with one noise: all methods draw the same prompts from the same noise, so
-what differs between two pictures of a pair is the method. The table has one row an image; `jobs` lists the rows,
+The unit of every comparison is one prompt with one noise: all arms draw the same prompts from the same noise, so
+what differs between two pictures of a pair is the arm. The table has one row an image; `jobs` lists the rows,
 `generate` makes the pictures, `score` adds a column for each metric.
 """
 
@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,15 +21,15 @@ from PIL import Image
 
 from ibkit.adapt import Adapted
 from ibkit.data.photos import read_rgb
-from ibkit.data.subject import PersonalizedSubject, choose_activities
+from ibkit.data.subject import PersonalizedSubject, choose_activities, personalization_of
 from ibkit.device import generator
-from ibkit.errors import ArtifactError, ModelError, ParameterError, ScoreError
-from ibkit.evaluate.claims import SUBJECT_METRICS, TEXT_METRICS
-from ibkit.evaluate.stats import METRICS
+from ibkit.errors import ModelError, ParameterError, ScoreError
+from ibkit.evaluate.arms import BASE, REAL, arms_of
+from ibkit.evaluate.stats import METRICS, SEEDS
 from ibkit.model.sample import Sampler, sample
 from ibkit.model.text_to_image import TextToImage
-from ibkit.pocket.world import parts_in, said_in
-from ibkit.runs import CompletedRun, Run, identify, read_run, resolve
+from ibkit.pocket.words import parts_in, said_in
+from ibkit.runs import CompletedRun, Run, resolve
 from ibkit.scorers import SCORERS, Scorer, column_of, make_scorer
 from ibkit.scorers.base import batches
 from ibkit.scorers.dino import Dino
@@ -37,27 +37,44 @@ from ibkit.scorers.judge import Judge, things_taken
 from ibkit.scorers.subject import PatchMatch, SubjectFidelity
 
 DEFAULT_SCORERS = ("clip_t", "image_reward", "clip_i", "dino", "subject")
-# What rl_seed is for a method without RL: no seed is negative, and statistics compare it with every RL seed.
-NO_RL_SEED = -1
+RUN_KINDS = ("01_personalize", "02_rl_finetune")  # whose models can be evaluated
 JUDGED = ("class", "activity", "pose", "things", "place", "accessory", "identity")
 SAID = ("activity", "place", "accessory")  # what `judge_text` joins
+Key = tuple[str, int | None, int | None]  # arm, seed of the personalization, seed of the tuning
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The finished runs that are evaluated: who (`subject`), DreamBooth (`personalized`), and RL by its seed."""
+    """What is evaluated.
+
+    Attributes:
+        subject: who all of it is about; personalized: a run of 01 that holds the photos.
+        models: (arm, seed of the personalization, seed of the tuning) -> model, base model first; None where a chain
+            has no such stage.
+        tunings: runs of 02.
+    """
 
     subject: PersonalizedSubject
     personalized: CompletedRun
-    rl: dict[int, CompletedRun]
+    models: Mapping[Key, Adapted]
+    tunings: Sequence[CompletedRun]
 
     @property
     def references(self) -> list[Image.Image]:
-        """The subject's photos, as DreamBooth was trained on them."""
+        """The subject's photos, as the models were trained on them."""
         return [read_rgb(path) for path in sorted(self.personalized.path("photos").glob("*.png"))]
 
+    @property
+    def rewards(self) -> dict[str, set[str]]:
+        """What each tuned arm was trained to raise, as columns of the scores."""
+        found: dict[str, set[str]] = {}
+        for run in self.tunings:
+            names = filter(None, (run.parameters["reward"], run.parameters["subject_reward"]))
+            found.setdefault(Adapted.read(run).arm, set()).update(map(column_of, names))
+        return found
+
     def activities(self, asked: Sequence[str], usual: Sequence[str]) -> list[str]:
-        """The activities asked for, else those that RL was trained on (`usual`: the preset's, where it took these).
+        """The activities asked for, else those that RL was trained on, else the usual ones (the preset's).
 
         Raises:
             ParameterError: an activity that the subject's class does not have in the pocket world.
@@ -65,51 +82,65 @@ class Inputs:
         return choose_activities(self.subject, asked or self.trained(usual), usual)
 
     def trained(self, usual: Sequence[str]) -> list[str]:
-        """The activities that RL was trained on; `usual` is what the preset trains on."""
-        prompts = [run.parameters["prompts"] for run in self.rl.values()]
+        """The activities that RL was trained on; `usual` is what the preset trains on. Without RL, none."""
+        prompts = [run.parameters["prompts"] for run in self.tunings]
         chosen = [activity for given in prompts for activity in choose_activities(self.subject, given, usual)]
         return list(dict.fromkeys(chosen))
 
-    def load_method(self, method: str, rl_seed: int, device: torch.device | str) -> TextToImage:
-        """The model of a method; the RL seed says which adapter is put on the personalized model."""
-        adapted = Adapted.read(self.rl[rl_seed] if method == "instructbooth" else self.personalized)
-        return (replace(adapted, deltas=()) if method == "base" else adapted).build(device)
+    def load_arm(self, key: Key, device: torch.device | str) -> TextToImage:
+        """The model of an arm and its seeds."""
+        return self.models[key].build(device)
 
 
-def read_inputs(run_dreambooth: str | Path, run_rl: Sequence[str | Path], model: str, revision: str = "") -> Inputs:
-    """Read the runs to evaluate and make sure that they belong together.
+def read_inputs(runs: Sequence[CompletedRun], model: str, revision: str = "") -> Inputs:
+    """Take the runs to evaluate and make sure that they belong together.
+
+    Each brings what it started from: a tuning its personalization, and every run the base model.
 
     Args:
-        run_dreambooth: folder of a finished 01 run.
-        run_rl: folders of finished 02 runs, each of another seed.
-        model, revision: the base model that the user named; it must be the one that was personalized.
+        runs: of 01 and 02, of any methods and seeds.
+        model, revision: the base model that the user named; it must be the one that was trained.
 
     Raises:
-        ArtifactError: a run is not finished, or an RL run started from another personalized model.
-        ParameterError: two RL runs of one seed, or another base model.
+        ArtifactError: the 01 run of a tuning is gone.
+        ParameterError: runs of different subjects or base models, or two models of one name and seed.
     """
-    personalized = read_run(resolve(run_dreambooth), "01_personalize")
-    subject = PersonalizedSubject.read(personalized)
-    if subject.base_model not in (model, str(resolve(model))) or (revision and revision != subject.base_revision):
-        raise ParameterError(
-            f"{personalized.folder} personalized the model {subject.base_model!r} (revision "
-            f"{subject.base_revision or 'not pinned'}), not {model!r}: give the same model and revision here."
-        )
-    identity, rl = identify(personalized)["sha256"], {}
-    for folder in run_rl:
-        run = read_run(resolve(folder), "02_rl_finetune")
-        if identity not in [source["sha256"] for source in run.manifest["inputs"].values()]:
-            raise ArtifactError(
-                f"The RL run in {run.folder} was not trained on the model in {personalized.folder}: "
-                "name the 01 run that it started from, or run 02_rl_finetune again."
-            )
-        seed = run.parameters["seed"]
-        if seed in rl:
+    subject, first, models, made_by = None, None, {}, {}
+    for run in runs:
+        personalized = personalization_of(run)
+        whose = PersonalizedSubject.read(personalized)
+        if whose.base_model not in (model, str(resolve(model))) or (revision and revision != whose.base_revision):
             raise ParameterError(
-                f"{rl[seed].folder} and {run.folder} are both RL runs of seed {seed}: name one of them."
+                f"{personalized.folder} personalized the model {whose.base_model!r} (revision "
+                f"{whose.base_revision or 'not pinned'}), not {model!r}: give the same model and revision here."
             )
-        rl[seed] = run
-    return Inputs(subject, personalized, rl)
+        subject, first = subject or whose, first or personalized
+        if whose != subject or _photos(personalized) != _photos(first):
+            raise ParameterError(
+                f"{first.folder} and {personalized.folder} are about different subjects, photos or words for them "
+                f"({subject.instance_prompt!r}, {whose.instance_prompt!r}): evaluate each in a run of its own."
+            )
+        adapted = Adapted.read(run)
+        for n in range(len(adapted.deltas) + 1):
+            chain = replace(adapted, deltas=adapted.deltas[:n])
+            seeds = [delta.seed for delta in chain.deltas]
+            key = (chain.arm, seeds[0] if seeds else None, seeds[-1] if n > 1 else None)
+            if key in models and models[key].key != chain.key:
+                raise ParameterError(
+                    f"{made_by[key]} and {run.folder} have different models that are both {chain.arm} with the seeds "
+                    f"{seeds}: name one of them."
+                )
+            models[key], made_by[key] = models.get(key, chain), made_by.get(key, run.folder)
+    if subject is None or first is None:
+        raise ParameterError("There is nothing to evaluate: name finished runs of 01 or 02 in runs.")
+    order = arms_of(arm for arm, _, _ in models)
+    keys = sorted(models, key=lambda key: (order[key[0]].order, *(-1 if seed is None else seed for seed in key[1:])))
+    return Inputs(subject, first, {key: models[key] for key in keys}, [run for run in runs if run.kind == RUN_KINDS[1]])
+
+
+def _photos(run: CompletedRun) -> dict[str, str]:
+    """Name and hash of the photos in a run of 01."""
+    return {n: entry["sha256"] for n, entry in run.manifest["outputs"].items() if n.startswith("photos/")}
 
 
 def image_seeds(seed: int, n_images: int) -> list[int]:
@@ -121,58 +152,59 @@ def jobs(
     subject: PersonalizedSubject,
     activities: Sequence[str],
     n_images: int,
-    rl_seeds: Sequence[int],
+    models: Iterable[Key],
     seed: int = 0,
-    trained: Sequence[str] = (),
+    trained: Sequence[str] | None = None,
 ) -> pd.DataFrame:
     """List the images of the evaluation, one row each, without scores.
 
-    The base model draws the class prompt ("a cat …"); every other method the prompt with the identifier ("a sks
+    The base model draws the class prompt ("a cat …"); every other arm the prompt with the identifier ("a sks
     cat …") and, for language drift, the class prompt too.
 
     Args:
         activities: such as "playing soccer"; one named twice counts once.
-        n_images: noise seeds for each prompt and method.
-        rl_seeds: of the RL runs; empty evaluates base and DreamBooth only.
+        n_images: noise seeds for each prompt and model.
+        models: (arm, seed, tune_seed) of each, as in `Inputs.models`.
         seed: the notebook's, from which the noise seeds are derived.
         trained: activities that RL was trained on; the others test what it learned beyond them (paper, figures 6-9).
+            None: there was no RL.
 
     Returns:
-        Table with method, rl_seed (-1 without RL), subject, class_noun, prompt_id, prompt (what the model reads),
-        text (what scorers read), activity, seen (whether RL was trained on it), identifier, image (path below the run
-        folder), image_seed. Batches are cut from its order.
+        Table with arm, seed and tune_seed (of the personalization and the tuning; missing where there is none),
+        subject, class_noun, prompt_id, prompt (what the model reads), text (what scorers read), activity, seen (whether
+        RL was trained on it; missing without RL), identifier, image (path below the run folder), image_seed. Batches
+        are cut from its order.
 
     Raises:
         ParameterError: no activity, or no image.
     """
     if not activities or n_images < 1:
         raise ParameterError("An evaluation needs at least one activity and one image: give prompts and n_images.")
-    models = [("base", NO_RL_SEED, (False,)), ("dreambooth", NO_RL_SEED, (True, False))]
-    models += [("instructbooth", rl_seed, (True, False)) for rl_seed in rl_seeds]
     seeds, ids, rows = image_seeds(seed, n_images), prompt_ids(activities), []
-    for method, rl_seed, kinds in models:
-        folder = method if rl_seed == NO_RL_SEED else f"{method}-seed{rl_seed}"
-        for identifier in kinds:
+    for arm, personal, tuning in models:
+        folder = arm + f"-seed{personal}" * (personal is not None) + f"-tune{tuning}" * (tuning is not None)
+        for identifier in (False,) if arm == BASE else (True, False):
             for activity, prompt_id in ids.items():
                 prompt, name = subject.prompt(activity, identifier), "identifier" if identifier else "class"
                 rows += [
                     {
-                        "method": method,
-                        "rl_seed": rl_seed,
+                        "arm": arm,
+                        "seed": personal,
+                        "tune_seed": tuning,
                         "subject": subject.name,
                         "class_noun": subject.class_noun,
                         "prompt_id": prompt_id,
                         "prompt": prompt.text,
                         "text": prompt.clean,
                         "activity": activity,
-                        "seen": activity in trained,
+                        "seen": None if trained is None else activity in trained,
                         "identifier": identifier,
                         "image": f"images/{folder}/{prompt_id}-{name}-{i:03d}.png",
                         "image_seed": image_seed,
                     }
                     for i, image_seed in enumerate(seeds)
                 ]
-    return pd.DataFrame(rows)
+    return pd.DataFrame(rows).astype({"seed": "Int64", "tune_seed": "Int64", "seen": "boolean"})
 
 
 def prompt_ids(activities: Sequence[str]) -> dict[str, str]:
@@ -191,7 +223,7 @@ def prompt_ids(activities: Sequence[str]) -> dict[str, str]:
 def generate(
     run: Run,
     rows: pd.DataFrame,
-    load_method: Callable[[str, int], TextToImage],
+    load_arm: Callable[[Key], TextToImage],
     sampler: Sampler,
     batch_size: int,
     on_image: Callable[[int], None] | None = None,
@@ -204,20 +236,22 @@ def generate(
 
     Args:
         rows: from `jobs`.
-        load_method: (method, rl_seed) -> model; called once for each that has pictures to make.
+        load_arm: (arm, seed, tune_seed) -> model; called once for each that has pictures to make.
         batch_size: pictures made at a time.
         on_image: called with the number of pictures that are there, of len(rows); first with those there already.
     """
     n_done = sum(run.has(path) for path in rows["image"])
     if on_image:
         on_image(n_done)
-    for (method, rl_seed), group in rows.groupby(["method", "rl_seed"], sort=False):
+    for values, group in rows.groupby(["arm", *SEEDS], sort=False, dropna=False):
+        arm, *seeds = values
+        key = (arm, *(None if pd.isna(seed) else int(seed) for seed in seeds))
         model = None  # the model before is let go of before the next one is loaded
         for part in batches(group, batch_size):
             missing = {path for path in part["image"] if not run.has(path)}
             if not missing:
                 continue
-            model = model or load_method(method, rl_seed)
+            model = model or load_arm(key)
             pictures = sample(model, list(part["prompt"]), list(part["image_seed"]), sampler, batch_size)
             for path, picture in zip(part["image"], pictures, strict=True):
                 if path in missing:
@@ -330,8 +364,8 @@ def drift(scores: pd.DataFrame, folder: str | Path, dino: Dino, batch_size: int 
         One number for each row of a personalized model without the identifier, NaN for the others.
     """
     key = ["prompt_id", "image_seed"]
-    base = scores[(scores["method"] == "base") & ~scores["identifier"]].set_index(key)["image"]
-    asked = scores[(scores["method"] != "base") & ~scores["identifier"]]
+    base = scores[(scores["arm"] == BASE) & ~scores["identifier"]].set_index(key)["image"]
+    asked = scores[(scores["arm"] != BASE) & ~scores["identifier"]]
     paths = list(dict.fromkeys([*base, *asked["image"]]))
     embedded = {}
     for part in batches(paths, batch_size):
@@ -347,7 +381,7 @@ def drift(scores: pd.DataFrame, folder: str | Path, dino: Dino, batch_size: int 
 def real_photos(
     photos: Sequence[Image.Image], subject: PersonalizedSubject, scorers: Mapping[str, Scorer]
 ) -> pd.DataFrame:
-    """Rows of the method "real": each photo of the subject scored against the others, the ceiling of a subject metric.
+    """Rows of the arm "real": each photo of the subject scored against the others, the ceiling of a subject metric.
 
     Of the R cosines of a photo with all photos, whose mean is m, the one with itself is 1; the others' mean is
     (R·m − 1)/(R − 1).
@@ -362,14 +396,16 @@ def real_photos(
         if n > 1 and scorer.needs == {"references"}
     }
     keys = {
-        "method": "real",
-        "rl_seed": NO_RL_SEED,
+        "arm": REAL,
+        "seed": None,
+        "tune_seed": None,
         "subject": subject.name,
         "class_noun": subject.class_noun,
         "prompt_id": "photo",
         "identifier": True,
     }
-    return pd.DataFrame([keys | {"image_seed": i} | {k: v[i] for k, v in columns.items()} for i in range(n) if columns])
+    rows = [keys | {"image_seed": i} | {k: v[i] for k, v in columns.items()} for i in range(n) if columns]
+    return pd.DataFrame(rows, columns=[*keys, "image_seed", *columns]).astype(dict.fromkeys(SEEDS, "Int64"))
 
 
 def _judge(judge: Judge, images: list[Image.Image], subject: PersonalizedSubject, activities: list[str]) -> dict:
@@ -410,18 +446,3 @@ def evaluators(scorers: Mapping[str, Scorer], judge: Judge | None = None) -> dic
             f"activity's things it takes {taken:.1%} for the activity (n = {n})"
         )
     return words
-
-
-def main_metrics(scores: pd.DataFrame) -> tuple[str, str]:
-    """The columns that stand for text and subject fidelity, chosen as the claims do: the judge's, else a scorer's.
-
-    Raises:
-        ScoreError: nothing was measured on one of the axes.
-    """
-    chosen = []
-    for kind, metrics in (("text", TEXT_METRICS), ("subject", SUBJECT_METRICS)):
-        there = [name for name in metrics if name in scores.columns and scores[name].notna().any()]
-        if not there:
-            raise ScoreError(f"The scores have none of {', '.join(metrics)}: nothing measures {kind} fidelity.")
-        chosen.append(there[0])
-    return chosen[0], chosen[1]

@@ -1,4 +1,4 @@
-"""The tidy score table: from one row an image to one number a method, with its interval (`evaluate.intervals`)."""
+"""The tidy score table: from one row an image to one number an arm, with its interval (`evaluate.intervals`)."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,7 +8,9 @@ import numpy as np
 import pandas as pd
 
 from ibkit.errors import ScoreError
+from ibkit.evaluate.arms import BASE
 from ibkit.evaluate.intervals import Interval, difference_interval, mean_interval
+from ibkit.registry import Registry
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Metric:
         return (text if sign else text.lstrip("+")) + (" %" if self.is_share and not sign else "")
 
 
-METRICS: dict[str, Metric] = {
+METRICS: Registry[Metric] = Registry("ibkit.metrics", "metric", {
     "judge_text": Metric("Prompt shown (simulated judge)", "text", is_share=True),
     "judge_activity": Metric("Activity shown (simulated judge)", "text", is_share=True),
     "judge_pose": Metric("Right pose (simulated judge)", "text", is_share=True),
@@ -54,31 +56,30 @@ METRICS: dict[str, Metric] = {
     "align_i": Metric("ALIGN-I", "subject"),
     "harmonic": Metric("λ-harmonic mean of ALIGN-I and ALIGN-T", "text and subject"),
     "drift": Metric("Drift of the class prompt (1 − DINO to the base model)", "drift"),
-}
+})  # fmt: skip
 
-KEYS = ("method", "rl_seed", "subject", "prompt_id", "identifier", "image_seed")
-# A unit is one noise seed of one prompt of one subject: what two methods are compared on.
+SEEDS = ("seed", "tune_seed")  # of the personalization and of the tuning; empty where there is none
+KEYS = ("arm", *SEEDS, "subject", "prompt_id", "identifier", "image_seed")
+# A unit is one noise seed of one prompt of one subject: what two arms are compared on.
 UNIT = ("subject", "prompt_id", "image_seed")
-METHOD_LABELS = {
-    "base": "Base model",
-    "dreambooth": "DreamBooth",
-    "instructbooth": "InstructBooth",
-    "textual_inversion": "Textual Inversion",
-    "custom_diffusion": "Custom Diffusion",
-    "neti": "NeTI",
-    "real": "Real photos",
+NO_SEED = -1  # in the index of a matrix, where an index of integers holds no gap
+
+# The first metric of an axis that was measured stands for it: the judge knows the truth; the others stand in where
+# there is no ground truth, ImageReward last, since it is usually what RL raised. Fixed, so that none is chosen by its
+# result.
+PRIMARY = {
+    "text": ("judge_text", "pick_score", "clip_t", "image_reward"),
+    "subject": ("judge_identity", "dino", "clip_i"),
 }
 
 
-def method_label(method: str) -> str:
-    """Return the method's name as people write it."""
-    return METHOD_LABELS.get(method, method.replace("_", " "))
-
-
-def in_method_order(methods: Sequence[str]) -> list[str]:
-    """Order methods as the story goes (base, DreamBooth, InstructBooth); unknown ones follow by name."""
-    known = list(METHOD_LABELS)
-    return sorted(set(methods), key=lambda method: (known.index(method) if method in known else len(known), method))
+def primary_metrics(scores: pd.DataFrame) -> dict[str, str]:
+    """The one metric of text and the one of subject fidelity that claims read, by axis, where scores have one."""
+    found = {
+        axis: [name for name in names if name in scores.columns and scores[name].notna().any()]
+        for axis, names in PRIMARY.items()
+    }
+    return {axis: there[0] for axis, there in found.items() if there}
 
 
 def check_scores(scores: pd.DataFrame, where: str = "the score table") -> pd.DataFrame:
@@ -86,7 +87,7 @@ def check_scores(scores: pd.DataFrame, where: str = "the score table") -> pd.Dat
 
     Raises:
         ScoreError: a key column is missing, there are no rows, a judge's answer is not 0 or 1, or the same image of
-            the same method stands there twice with different scores.
+            the same arm stands there twice with different scores.
     """
     missing = [name for name in KEYS if name not in scores.columns]
     if missing:
@@ -95,7 +96,7 @@ def check_scores(scores: pd.DataFrame, where: str = "the score table") -> pd.Dat
         raise ScoreError(f"{where} has no rows: run notebook 03_evaluate to the end.")
     scores = scores.copy()
     metrics = [name for name in METRICS if name in scores.columns]
-    for name in ("rl_seed", "image_seed", *metrics):
+    for name in (*SEEDS, "image_seed", *metrics):
         try:
             scores[name] = pd.to_numeric(scores[name])
         except (ValueError, TypeError) as error:
@@ -104,6 +105,11 @@ def check_scores(scores: pd.DataFrame, where: str = "the score table") -> pd.Dat
             raise ScoreError(f"The column {name} of {where} holds an infinite value.")
         if name in METRICS and METRICS[name].is_share and not scores[name].dropna().isin((0, 1)).all():
             raise ScoreError(f"The column {name} of {where} must hold 0, 1 or nothing.")
+    for name in SEEDS:
+        try:
+            scores[name] = scores[name].astype("Int64")
+        except (ValueError, TypeError) as error:
+            raise ScoreError(f"The column {name} of {where} must hold whole numbers or nothing ({error}).") from error
     answers = scores["identifier"].astype(str).str.strip().str.lower()
     if not answers.isin(("true", "false")).all():
         raise ScoreError(f"The column identifier of {where} must hold True or False.")
@@ -113,42 +119,69 @@ def check_scores(scores: pd.DataFrame, where: str = "the score table") -> pd.Dat
         if not answers.isin(("true", "false", "")).all():
             raise ScoreError(f"The column seen of {where} must hold True, False or nothing.")
         scores["seen"] = answers.map({"true": True, "false": False}).astype("boolean")
-    # The same base images may be listed once per RL seed run; they are still one set of images.
+    # The same base images may be listed once per evaluation; they are still one set of images.
     scores = scores.drop_duplicates(subset=[*KEYS, *metrics])
     twice = scores[scores.duplicated(subset=list(KEYS), keep=False)]
     if len(twice):
         row = twice.iloc[0]
         raise ScoreError(
-            f"{where} lists {row['method']}, prompt {row['prompt_id']}, image seed {row['image_seed']} (RL seed "
-            f"{row['rl_seed']}) more than once with different scores: keep one evaluation of each image."
+            f"{where} lists {row['arm']} ({in_words(row)}), prompt {row['prompt_id']}, image seed {row['image_seed']} "
+            "more than once with different scores: keep one evaluation of each image."
         )
     return scores.reset_index(drop=True)
 
 
 def as_compared(scores: pd.DataFrame) -> pd.DataFrame:
     """Keep the rows the paper compares: the base model with the class prompt, the others with the identifier."""
-    return scores[scores["identifier"] == (scores["method"] != "base")]
+    return scores[scores["identifier"] == (scores["arm"] != BASE)]
+
+
+def in_words(seeds: Mapping[str, object]) -> str:
+    """The seeds of a row, for messages: "seed 0, tune_seed 3"."""
+    said = [f"{name} {int(seeds[name])}" for name in SEEDS if name in seeds and pd.notna(seeds[name])]
+    return ", ".join(said) or "untrained"
+
+
+def one_seed(rows: pd.DataFrame) -> pd.DataFrame:
+    """The rows of one training of each arm, of the smallest seeds; of one personalization, where all arms share any."""
+    numbers = _seed_numbers(rows)
+    of_arm = numbers["seed"].groupby(rows["arm"]).agg(lambda seeds: set(seeds) - {NO_SEED})
+    shared = set.intersection(*filter(None, of_arm)) if of_arm.any() else set()
+    if shared:
+        kept = numbers["seed"].isin((NO_SEED, min(shared)))
+        rows, numbers = rows[kept], numbers[kept]
+    ranks = pd.Series(numbers.groupby(list(SEEDS)).ngroup().to_numpy(), index=rows.index)
+    return rows[ranks == ranks.groupby(rows["arm"]).transform("min")]
+
+
+def _seed_numbers(rows: pd.DataFrame) -> pd.DataFrame:
+    """Both seeds of each row as integers, `NO_SEED` where there is none."""
+    empty = pd.Series(NO_SEED, index=rows.index)
+    columns = {name: rows[name].astype("Int64").fillna(NO_SEED) if name in rows else empty for name in SEEDS}
+    return pd.DataFrame(columns).astype(int)
 
 
 def unit_matrix(rows: pd.DataFrame, column: str, by: Sequence[str] = UNIT) -> pd.DataFrame:
-    """Lay the scores of one method out as seeds × units; cells that were not measured are NaN.
+    """Lay the scores of one arm out as trainings × units; cells that were not measured are NaN.
 
     Args:
-        rows: one row per image of one method, with or without a column `rl_seed`.
+        rows: one row per image of one arm, with or without columns `SEEDS`.
         column: the score.
         by: what makes a unit, outermost first.
 
     Returns:
-        Table of shape (S, N): index `rl_seed`, columns the units (a MultiIndex named as `by`).
+        Table of shape (S, N): index `SEEDS` (`NO_SEED` for none), columns the units (a MultiIndex named as `by`).
 
     Raises:
-        ScoreError: a unit stands there twice under one RL seed.
+        ScoreError: a unit stands there twice of one training.
     """
     rows = rows.dropna(subset=[column])
-    seeds = rows["rl_seed"] if "rl_seed" in rows.columns else pd.Series(0, index=rows.index, name="rl_seed")
+    seeds = _seed_numbers(rows)
     keyed = pd.Series(
         rows[column].to_numpy(dtype=float),
-        index=pd.MultiIndex.from_arrays([seeds, *(rows[name] for name in by)], names=["rl_seed", *by]),
+        index=pd.MultiIndex.from_arrays(
+            [*(seeds[name] for name in SEEDS), *(rows[name] for name in by)], names=[*SEEDS, *by]
+        ),
     )
     if keyed.index.has_duplicates:
         twice = keyed.index[keyed.index.duplicated()][0]
@@ -159,23 +192,47 @@ def unit_matrix(rows: pd.DataFrame, column: str, by: Sequence[str] = UNIT) -> pd
 
 
 def pair_up(tables: Mapping[str, pd.DataFrame], column: str, by: Sequence[str] = UNIT) -> dict[str, pd.DataFrame]:
-    """Lay several methods out on the units all of them have.
+    """Lay several arms out on the units and the personalizations that all of them have.
 
-    A method with one RL seed (or none) is compared with every seed of the others; methods with several seeds are
-    lined up by seed.
+    The base model, which has no seed, meets every personalization, and a personalization every tuning of it. Tunings of
+    one personalization are lined up by their seed; where an arm has a single one, that one meets all of the others.
 
     Returns:
-        name -> table (S or 1, N) with the same units in the same order; N may be 0.
+        name -> table (S or 1, N) with the same units in the same order; S or N may be 0.
     """
     matrices = {name: unit_matrix(rows, column, by) for name, rows in tables.items()}
     shared = None
     for matrix in matrices.values():
         shared = matrix.columns if shared is None else shared.intersection(matrix.columns, sort=None)
     shared = shared.sort_values()
-    seeds = sorted({seed for matrix in matrices.values() if len(matrix) > 1 for seed in matrix.index})
+    of_arm = {name: {s: m.loc[[s]].index for s in m.index.unique(level=0)} for name, m in matrices.items()}
+    trained = [set(seeds) for seeds in of_arm.values() if set(seeds) != {NO_SEED}]
+    trainings = []
+    for seed in sorted(set.intersection(*trained)) if trained else [NO_SEED]:
+        tunings = [seeds[seed] for seeds in of_arm.values() if seed in seeds]
+        lined_up = [found for found in tunings if len(found) > 1] or [max(tunings, key=max)] if tunings else []
+        trainings += sorted(set().union(*lined_up))
+
+    def on(matrix: pd.DataFrame, seeds: Mapping[int, pd.Index]) -> pd.DataFrame:
+        places = []
+        for training in trainings:
+            there = seeds.get(training[0], seeds.get(NO_SEED))
+            places.append(there[0] if len(there) == 1 else training)
+        if len(set(places)) == 1:  # one row meets all: no need to repeat it
+            return matrix.loc[places[:1]]
+        return matrix.reindex(pd.MultiIndex.from_tuples(places, names=SEEDS)).set_axis(
+            pd.MultiIndex.from_tuples(trainings, names=SEEDS)
+        )
+
     return {
-        name: matrix[shared].reindex(seeds) if len(matrix) > 1 else matrix[shared] for name, matrix in matrices.items()
+        name: on(matrix[shared], of_arm[name]) if trainings else matrix[shared].iloc[:0]
+        for name, matrix in matrices.items()
     }
+
+
+def n_trainings(pairs: Mapping[str, pd.DataFrame]) -> int:
+    """Trainings behind a comparison; 0 where no trained arm takes part."""
+    return max(int((matrix.index.get_level_values("seed") != NO_SEED).sum()) for matrix in pairs.values())
 
 
 def bootstrap_difference(
@@ -191,8 +248,8 @@ def bootstrap_difference(
     """Mean of a − b over images of the same prompt and the same noise, with its interval.
 
     Args:
-        a: one row per image of one method, with `column`, the columns `by`, and `rl_seed` if it has several.
-        b: the same for the method to compare with.
+        a: one row per image of one arm, with `column`, the columns `by`, and `SEEDS` if it was trained.
+        b: the same for the arm to compare with.
         column: the score.
         by: what pairs two rows, outermost first; the last is the image, the others are the groups to resample.
         n_resamples: R.
@@ -208,12 +265,13 @@ def bootstrap_difference(
     pairs = pair_up({"a": a, "b": b}, column, by)
     if pairs["a"].size == 0:
         raise ScoreError(
-            f"No image of the two methods shares {', '.join(by)}: evaluate both on the same prompts and seeds."
+            f"No image of the two arms shares {', '.join(by)}: evaluate both on the same prompts and seeds."
         )
     return difference_interval(
         pairs["a"].to_numpy(),
         pairs["b"].to_numpy(),
         unit_groups(pairs["a"]),
+        seeds=seed_groups(*pairs.values()),
         n_resamples=n_resamples,
         level=level,
         seed=seed,
@@ -225,20 +283,26 @@ def unit_groups(units: pd.DataFrame) -> list[np.ndarray]:
     return [units.columns.get_level_values(level).to_numpy() for level in range(units.columns.nlevels - 1)]
 
 
+def seed_groups(*tables: pd.DataFrame) -> list[np.ndarray]:
+    """Return the labels of the trainings of the largest of tables: personalizations, and the tunings within them."""
+    index = max((table.index for table in tables), key=len)
+    return [index.get_level_values("seed").to_numpy(), index.map(str).to_numpy()]
+
+
 def summarise(
     scores: pd.DataFrame,
-    by: Sequence[str] = ("method",),
+    by: Sequence[str] = ("arm",),
     metrics: Sequence[str] | None = None,
     *,
     n_resamples: int = 10_000,
     level: float = 0.95,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Mean and interval of every metric for every method (or method × prompt).
+    """Mean and interval of every metric for every arm (or arm × prompt).
 
     Args:
         scores: a checked score table, usually through `as_compared`.
-        by: columns that make a cell; must contain "method".
+        by: columns that make a cell; must contain "arm".
         metrics: columns to summarise; default: those of `METRICS` that hold a number.
 
     Returns:
@@ -252,8 +316,9 @@ def summarise(
             if matrix.size == 0:
                 continue
             interval = mean_interval(
-                matrix.to_numpy(), unit_groups(matrix), n_resamples=n_resamples, level=level, seed=seed
-            )
+                matrix.to_numpy(), unit_groups(matrix), seeds=seed_groups(matrix),
+                n_resamples=n_resamples, level=level, seed=seed,
+            )  # fmt: skip
             labels = dict(zip(by, cell, strict=True))
             rows.append(labels | {"metric": name, **vars(interval), "seeds": len(matrix)})
     return pd.DataFrame(rows, columns=[*by, "metric", "value", "low", "high", "n", "seeds"])

@@ -1,13 +1,14 @@
-"""Tables of results, for people: methods as rows, metrics as columns, each cell a mean with its interval.
+"""Tables of results, for people: arms as rows, metrics as columns, each cell a mean with its interval.
 
-A difference between two methods is called one only where its paired interval says so, after Holm's correction for all
-metrics but the primary one of text and of subject fidelity (`claims.primary_metrics`). Every table is written three
+A difference between two arms is called one only where its paired interval says so, after Holm's correction for all
+metrics but the primary one of text and of subject fidelity (`stats.primary_metrics`). Every table is written three
 times: CSV, Markdown and LaTeX. `ibkit tables` makes them of several runs at once, such as one for each subject.
 """
 
 from __future__ import annotations
 
 import difflib
+import itertools
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
@@ -15,15 +16,15 @@ from pathlib import Path
 import pandas as pd
 
 from ibkit.errors import ScoreError
-from ibkit.evaluate.claims import load_scores, primary_metrics
+from ibkit.evaluate.arms import BASE, REAL, arms_of, label_of
+from ibkit.evaluate.claims import load_scores
 from ibkit.evaluate.intervals import Interval
 from ibkit.evaluate.stats import (
     METRICS,
     as_compared,
     bootstrap_difference,
     check_scores,
-    in_method_order,
-    method_label,
+    primary_metrics,
     summarise,
 )
 from ibkit.runs import resolve, write_atomically
@@ -34,19 +35,19 @@ LATEX_SPECIAL = str.maketrans({"%": r"\%", "&": r"\&", "_": r"\_", "λ": r"$\lam
 
 
 def fidelity(scores: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.DataFrame:
-    """The paper's tables 2 and 3: every method on every metric.
+    """The paper's tables 2 and 3: every arm on every metric.
 
     Args:
         scores: a checked score table; rows that the paper does not compare are left out (`stats.as_compared`).
         metrics: columns, by default all that were measured.
 
     Returns:
-        Text table: one row a method, "value [low, high]" in a column for each metric, and the number of images.
+        Text table: one row an arm, "value [low, high]" in a column for each metric, and the number of images.
 
     Raises:
         ScoreError: a metric that the scores do not have.
     """
-    return _wide(summarise(as_compared(scores), ("method",), _asked(scores, metrics)), ["method"])
+    return _wide(summarise(as_compared(scores), ("arm",), _asked(scores, metrics)), ["arm"])
 
 
 def measured(scores: pd.DataFrame) -> list[str]:
@@ -85,16 +86,20 @@ def by_prompts(scores: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd
     compared = as_compared(scores)
     compared = compared[compared["seen"].notna()]
     compared = compared.assign(prompts=compared["seen"].astype(bool).map(SEEN_LABELS))
-    return _wide(summarise(compared, ("method", "prompts"), _asked(scores, metrics)), ["method", "prompts"])
+    return _wide(summarise(compared, ("arm", "prompts"), _asked(scores, metrics)), ["arm", "prompts"])
 
 
-def differences(
-    scores: pd.DataFrame, against: str = "dreambooth", metrics: Sequence[str] | None = None
-) -> pd.DataFrame:
-    """Every other method minus one, paired by prompt and noise.
+def differences(scores: pd.DataFrame, against: str = "", metrics: Sequence[str] | None = None) -> pd.DataFrame:
+    """Arms minus one that they are compared with, paired by prompt and noise.
+
+    Args:
+        scores: a checked score table.
+        against: an arm that all others are compared with; empty = each personalization with the base model and with
+            its own tunings.
+        metrics: by default all that were measured.
 
     Returns:
-        Tidy table: method, against, metric, value, low, high (of the 95 % interval), n, primary, and verdict: "higher"
+        Tidy table: arm, against, metric, value, low, high (of the 95 % interval), n, primary, and verdict: "higher"
         or "lower" where zero is outside the interval, else "not told apart". For metrics that are not primary, the
         interval that decides is the wider one of Holm's procedure (`holm_sides`).
 
@@ -102,28 +107,32 @@ def differences(
         ScoreError: no rows of `against`, or a metric that the scores do not have.
     """
     compared, rows, asked = as_compared(scores), [], _asked(scores, metrics)
-    one = compared[compared["method"] == against]
-    if one.empty:
-        there = ", ".join(in_method_order(compared["method"].unique())) or "none"
-        raise ScoreError(f"There are no rows of {against!r} to compare the other methods with; there are: {there}.")
-    primary, verdicts = primary_metrics(scores), {1: HIGHER, -1: LOWER, 0: NOT_TOLD_APART}
-    for method in in_method_order(set(compared["method"]) - {against, "real"}):
-        other = compared[compared["method"] == method]
+    there = [name for name in arms_of(compared["arm"].unique()) if name != REAL]
+    if against and against not in there:
+        raise ScoreError(
+            f"There are no rows of {against!r} to compare the other arms with; there are: {', '.join(there) or 'none'}."
+        )
+    primary, verdicts = primary_metrics(scores).values(), {1: HIGHER, -1: LOWER, 0: NOT_TOLD_APART}
+    controls = [against] if against else [name for name in there if name != BASE and "+" not in name]
+    for control, arm in itertools.product(controls, there):
+        if arm == control or not (against or arm == BASE or arm.startswith(f"{control}+")):
+            continue
+        one, other = (compared[compared["arm"] == name] for name in (control, arm))
         # All that was measured, so that asking for fewer metrics does not change a verdict.
         both = [
             m for m in METRICS if m in {*measured(scores), *asked} and one[m].notna().any() and other[m].notna().any()
         ]
 
-        def at_level(metric: str, level: float, other: pd.DataFrame = other) -> Interval:
+        def at_level(metric: str, level: float, other: pd.DataFrame = other, one: pd.DataFrame = one) -> Interval:
             return bootstrap_difference(other, one, metric, level=level)
 
         intervals = {metric: at_level(metric, 0.95) for metric in both}
         sides = {metric: intervals[metric].side() for metric in both}
         sides |= holm_sides({metric: intervals[metric] for metric in both if metric not in primary}, at_level)
         for metric in (metric for metric in asked if metric in both):
-            row = {"method": method, "against": against, "metric": metric, **vars(intervals[metric])}
+            row = {"arm": arm, "against": control, "metric": metric, **vars(intervals[metric])}
             rows.append(row | {"primary": metric in primary, "verdict": verdicts[sides[metric]]})
-    columns = ["method", "against", "metric", "value", "low", "high", "n", "primary", "verdict"]
+    columns = ["arm", "against", "metric", "value", "low", "high", "n", "primary", "verdict"]
     return pd.DataFrame(rows, columns=columns)
 
 
@@ -153,11 +162,11 @@ def holm_sides(intervals: Mapping[str, Interval], at_level: Callable[[str, float
 
 
 def differences_in_words(table: pd.DataFrame) -> pd.DataFrame:
-    """`differences` for people: one row a method and metric, the interval written out, and the verdict."""
+    """`differences` for people: one row an arm and metric, the interval written out, and the verdict."""
     return pd.DataFrame(
         {
-            "Method": table["method"].map(method_label),
-            "Against": table["against"].map(method_label),
+            "Method": table["arm"].map(label_of),
+            "Against": table["against"].map(label_of),
             "Metric": [METRICS[name].label for name in table["metric"]],
             "Difference [95 %]": [_cell(row, sign=True) for row in table.itertuples()],
             "Verdict": [f"{row.verdict}{'' if row.primary else ' (Holm)'}" for row in table.itertuples()],
@@ -167,39 +176,41 @@ def differences_in_words(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def confirmed(table: pd.DataFrame, rewards: Collection[str]) -> str:
-    """Whether measures of text fidelity that were not optimized rose with the reward, in words.
+    """Whether measures that were not optimized rose with the rewards, in words.
 
     Args:
-        table: from `differences`: InstructBooth against DreamBooth, a row a metric.
-        rewards: what RL was trained on.
+        table: from `differences`: a tuned arm against what it started from, a row a metric.
+        rewards: the columns of what RL was trained on, of the text and of the subject.
 
     Returns:
-        Sentences: did the reward rise, which others rose and which did not, and what follows.
+        Sentences: is it certain that the rewards rose, of which other metrics of the same axes it is, and what follows.
     """
     verdicts = table.set_index("metric")["verdict"]
-    reward = ", ".join(sorted(rewards))
+    said = {HIGHER: "rose", LOWER: "fell", NOT_TOLD_APART: "may have risen or not"}
+    optimized = ", ".join(sorted(rewards))
     unknown = sorted(set(rewards) - set(verdicts.index))
-    flat = [name for name in sorted(rewards) if name in verdicts.index and verdicts[name] != HIGHER]
+    others = [name for name in sorted(rewards) if name in verdicts.index and verdicts[name] != HIGHER]
     # The class is shown before RL already: it has no gain to confirm.
-    left_out = {"judge_class", *rewards}
-    apart = [name for name in verdicts.index if METRICS[name].kind == "text" and name not in left_out]
+    axes = {METRICS[name].kind for name in rewards}
+    apart = [name for name in verdicts.index if METRICS[name].kind in axes and name not in {"judge_class", *rewards}]
     risen = [name for name in apart if verdicts[name] == HIGHER]
-    others = [f"{name} ({verdicts[name]})" for name in apart if name not in risen]
+    rest = [f"{name} ({verdicts[name]})" for name in apart if name not in risen]
     named = (
         f"Not optimized, and higher: {', '.join(risen) or 'none'}; "
-        f"not optimized, and not higher: {', '.join(others) or 'none'}."
+        f"not optimized, and not certain to be higher: {', '.join(rest) or 'none'}."
     )
     if unknown:
-        return f"Optimized: {reward}; {', '.join(unknown)} was not measured, so whether it rose is not known. {named}"
-    if flat:
-        return (
-            f"Optimized: {reward}, but {', '.join(f'{name} did not rise ({verdicts[name]})' for name in flat)}: "
-            f"there is no gain to confirm. {named}"
-        )
-    if not apart:
-        return f"Optimized, and higher: {reward}. Nothing else measures the text: the gain is not confirmed."
-    say = "All of the others confirm" if not others else "Some of the others confirm" if risen else "None confirms"
-    return f"Optimized, and higher: {reward}. {named} {say} the gain."
+        return f"Optimized: {optimized}; {', '.join(unknown)} was not measured, so whether it rose is unknown. {named}"
+    if others:
+        of_each = "; ".join(f"{name} {said[verdicts[name]]} ({verdicts[name]})" for name in others)
+        return f"Optimized: {optimized}, but {of_each}: no gain is certain, so none can be confirmed. {named}"
+    kinds = " and ".join(kind for kind in ("text", "subject") if kind in axes)
+    unwatched = sorted(axes - {METRICS[name].kind for name in apart})
+    if unwatched:
+        what = " and ".join(unwatched)
+        return f"Optimized, and higher: {optimized}. {named} Nothing else measures the {what}: not confirmed."
+    say = "All of the others confirm" if not rest else "Some of the others confirm" if risen else "None confirms"
+    return f"Optimized, and higher: {optimized}. {named} {say} the gain in {kinds}."
 
 
 def as_markdown(table: pd.DataFrame) -> str:
@@ -222,27 +233,29 @@ def in_all_formats(table: pd.DataFrame) -> dict[str, str]:
 
 
 def all_tables(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Name -> text table: `fidelity`; `differences`, where DreamBooth is among the methods; `seen_and_unseen`, where
-    both kinds were drawn.
+    """Name -> text table: `fidelity`; `differences`, where there is a personalized arm and another; `seen_and_unseen`,
+    where both kinds were drawn.
     """
-    found = {"fidelity": fidelity(scores)}
-    if "dreambooth" in set(as_compared(scores)["method"]):
-        found["differences"] = differences_in_words(differences(scores))
+    found, gaps = {"fidelity": fidelity(scores)}, differences(scores)
+    if len(gaps):
+        found["differences"] = differences_in_words(gaps)
     if "seen" in scores.columns and as_compared(scores)["seen"].dropna().nunique() == 2:
         found["seen_and_unseen"] = by_prompts(scores)
     return found
 
 
 def _wide(summary: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """One row for each cell of `by`, in the order of methods; n is that of the row's first metric."""
+    """One row for each cell of `by`, in the order of arms; n is that of the row's first metric."""
     metrics = [name for name in METRICS if name in set(summary["metric"])]
     rows = []
-    for method in in_method_order(summary["method"].unique()):
-        for cell, part in summary[summary["method"] == method].groupby(by, sort=False):
+    for arm in arms_of(summary["arm"].unique()):
+        for cell, part in summary[summary["arm"] == arm].groupby(by, sort=False):
             found = {row.metric: row for row in part.itertuples()}
-            labels = dict(zip(by, cell, strict=True)) | {"method": method_label(method)}
+            labels = {"Method": label_of(arm)} | {
+                n.capitalize(): x for n, x in zip(by, cell, strict=True) if n != "arm"
+            }
             values = {METRICS[name].label: _cell(found[name]) if name in found else "–" for name in metrics}
-            rows.append({name.capitalize(): label for name, label in labels.items()} | values | {"n": part["n"].max()})
+            rows.append(labels | values | {"n": part["n"].max()})
     return pd.DataFrame(rows)
 
 
@@ -258,7 +271,7 @@ def combine(folders: Sequence[str | Path]) -> pd.DataFrame:
     """The scores of several runs as one table, such as of runs on different subjects.
 
     Raises:
-        ScoreError: a folder has no scores, or two runs evaluated the same image of the same subject and method.
+        ScoreError: a folder has no scores, or two runs evaluated the same image of the same subject and arm.
     """
     return check_scores(pd.concat([load_scores(folder) for folder in folders], ignore_index=True), "the runs together")
 
@@ -279,7 +292,7 @@ def main(arguments: Namespace) -> int:
     for name, table in tables.items():
         print(f"{name.replace('_', ' ').capitalize()}\n\n{as_markdown(table)}")
     if "differences" not in tables:
-        print("No table of differences: it sets the other methods beside DreamBooth, of which there are no rows.")
+        print("No table of differences: it needs a personalized arm, and the base model or a tuning of it.")
     if arguments.out:
         folder = resolve(arguments.out)
         folder.mkdir(parents=True, exist_ok=True)

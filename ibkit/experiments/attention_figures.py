@@ -17,15 +17,16 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
-from ibkit.evaluate.figures import FAINT, HOUSE_STYLE, INK, METHOD_COLOURS, NotebookFigure
-from ibkit.evaluate.stats import METRICS, method_label
+from ibkit.evaluate.arms import GREY, label_of
+from ibkit.evaluate.figures import FAINT, HOUSE_STYLE, INK, NotebookFigure
+from ibkit.evaluate.stats import METRICS
 from ibkit.model.attention import AttentionRecord
 
-# Okabe and Ito's two colours that no method has: both arms are DreamBooth. Told apart by marker and dash too.
+# Okabe and Ito's two colours that no arm of a default run has: both are DreamBooth. Told apart by marker and dash too.
 ARM_STYLES = {
     "with_description": ("#56b4e9", "o", "-"),
     "without_description": ("#e69f00", "^", "--"),
-    "base": (METHOD_COLOURS["base"], "s", ":"),
+    "base": (GREY, "s", ":"),
 }
 ROLE_ORDER = ("identifier", "description", "class noun", "activity", "filler", "start mark")
 
@@ -150,26 +151,26 @@ def training_looks(histories: pd.DataFrame, title: str = "") -> tuple[Figure, pd
     """What was measured during the trainings, an arm a colour: thin lines are seeds, the thick one their mean.
 
     Args:
-        histories: rows of the arms' history.csv with method and train_seed; rows without measurements are left out.
+        histories: rows of the arms' history.csv with arm and train_seed; rows without measurements are left out.
 
     Returns:
-        The figure, and one row a point: method, train_seed, steps, metric, value.
+        The figure, and one row a point: arm, train_seed, steps, metric, value.
     """
     metrics = [name for name in METRICS if name in histories and histories[name].notna().any()]
     looks = histories.dropna(subset=metrics).assign(steps=histories["step"] + 1)
-    data = looks.melt(["method", "train_seed", "steps"], metrics, var_name="metric", value_name="value")
+    data = looks.melt(["arm", "train_seed", "steps"], metrics, var_name="metric", value_name="value")
     with matplotlib.rc_context(HOUSE_STYLE):
         figure = NotebookFigure(figsize=(max(2.7 * len(metrics), 4.5), 3.1), layout="constrained")
         for axis, metric in zip(figure.subplots(1, len(metrics), squeeze=False)[0], metrics, strict=True):
-            for method in ARM_STYLES:
-                points = data[(data["metric"] == metric) & (data["method"] == method)]
+            for arm in ARM_STYLES:
+                points = data[(data["metric"] == metric) & (data["arm"] == arm)]
                 if points.empty:
                     continue
-                colour, marker, dash = ARM_STYLES[method]
+                colour, marker, dash = ARM_STYLES[arm]
                 wide = points.pivot(index="steps", columns="train_seed", values="value")
                 axis.plot(wide, color=colour, linewidth=0.7, alpha=0.7)
                 axis.plot(wide.mean(axis=1), color=colour, linestyle=dash, marker=marker, markersize=4,
-                          label=method_label(method))  # fmt: skip
+                          label=label_of(arm))  # fmt: skip
             axis.set_title(textwrap.fill(METRICS[metric].label, 22), fontsize=9)
             axis.set_xlabel("training steps")
             if METRICS[metric].is_share:
@@ -199,7 +200,7 @@ def differences(compared: pd.DataFrame, seeds: pd.DataFrame, title: str = "") ->
             whiskers = [[row.difference - row.difference_low], [row.difference_high - row.difference]]
             axis.errorbar(row.difference, y, xerr=np.clip(whiskers, 0, None), fmt="o", color=INK, capsize=3, zorder=3)
             own = seeds.loc[seeds["metric"] == row.metric, "difference"]
-            axis.plot(own, np.full(len(own), y + 0.22), "|", color=METHOD_COLOURS["base"], markersize=8)
+            axis.plot(own, np.full(len(own), y + 0.22), "|", color=GREY, markersize=8)
         axis.axvline(0, color=INK, linewidth=0.8)
         axis.set_yticks(range(len(compared)), [METRICS[name].label for name in compared["metric"]])
         axis.set_ylim(len(compared) - 0.5, -0.6)
@@ -234,9 +235,7 @@ def overlap_by_role(summary: pd.DataFrame, measure: str = "lift", title: str = "
             x = [places[f"{r.role}\n{r.word}".strip()] + 0.18 * (k - (len(models) - 1) / 2) for r in part.itertuples()]
             whiskers = np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(0)
             colour, marker, _ = ARM_STYLES[model]
-            axis.errorbar(
-                x, part["value"], yerr=whiskers, fmt=marker, color=colour, capsize=3, label=method_label(model)
-            )
+            axis.errorbar(x, part["value"], yerr=whiskers, fmt=marker, color=colour, capsize=3, label=label_of(model))
         axis.set_xticks(range(len(places)), list(places))
         axis.grid(False, axis="x")
         label = {"lift": "lift (1 = chance)", "auc": "AUC (0.5 = chance)"}[measure]

@@ -108,7 +108,7 @@ def overlap_by_word(table: pd.DataFrame, measures: Sequence[str] = ("lift", "auc
     for (model, role, word), part in table.groupby(["model", "role", "word"], sort=False):
         scenes = part.groupby(["train_seed", *unit], as_index=False, sort=False)[list(measures)].mean()
         for name in measures:
-            matrix = unit_matrix(scenes.rename(columns={"train_seed": "rl_seed"}), name, unit)
+            matrix = unit_matrix(scenes.rename(columns={"train_seed": "seed"}), name, unit)
             interval = mean_interval(matrix.to_numpy(), unit_groups(matrix))
             labels = {"model": model, "role": role, "word": word, "measure": name}
             rows.append(labels | vars(interval) | {"seeds": len(matrix)})

@@ -70,14 +70,14 @@ class Arm:
     who: PersonalizedSubject
 
     @property
-    def method(self) -> str:
-        """Its name in tables that compare arms."""
-        return method_name(self.described)
+    def name(self) -> str:
+        """As tables that compare arms have it."""
+        return arm_name(self.described)
 
     @property
     def folder(self) -> str:
         """Where its files are below the run folder."""
-        return f"arms/{self.method.replace('_', '-')}-seed{self.train_seed}"
+        return f"arms/{self.name.replace('_', '-')}-seed{self.train_seed}"
 
     @property
     def weights(self) -> str:
@@ -89,7 +89,7 @@ class Arm:
 Look = Callable[[TextToImage, Arm], dict[str, float]]
 
 
-def method_name(described: bool) -> str:
+def arm_name(described: bool) -> str:
     return "with_description" if described else "without_description"
 
 
@@ -187,9 +187,9 @@ def load_arm(run: Run, arm: Arm, base: TextToImage) -> TextToImage:
 
 
 def histories(run: Run, arms: Sequence[Arm]) -> pd.DataFrame:
-    """Every trained arm's history in one table: method, train_seed, step, the losses, and what was looked at."""
+    """Every trained arm's history in one table: arm, train_seed, step, the losses, and what was looked at."""
     tables = [pd.read_csv(run.path(f"{arm.folder}/history.csv")) for arm in arms]
-    named = [t.assign(method=arm.method, train_seed=arm.train_seed) for t, arm in zip(tables, arms, strict=True)]
+    named = [t.assign(arm=arm.name, train_seed=arm.train_seed) for t, arm in zip(tables, arms, strict=True)]
     return pd.concat(named, ignore_index=True)
 
 
@@ -205,7 +205,7 @@ def jobs(arms: Sequence[Arm], activities: Sequence[str], n_images: int, seed: in
         seed: the notebook's, from which the noise seeds are derived.
 
     Returns:
-        Table with `KEYS`, and activity, method, rl_seed (the training seed, by which `evaluate.stats` lines arms up).
+        Table with `KEYS`, and activity, and what `as_arms` adds.
 
     Raises:
         ParameterError: no activity, or no image.
@@ -220,12 +220,14 @@ def jobs(arms: Sequence[Arm], activities: Sequence[str], n_images: int, seed: in
                 image = f"images/{Path(arm.folder).name}/{prompt_id}-{i:03d}.png"
                 keys = (arm.described, arm.train_seed, arm.who.name, prompt_id, prompt.text, prompt.clean, image)
                 rows.append(dict(zip(KEYS, (*keys, image_seed), strict=True)) | {"activity": activity})
-    return as_methods(pd.DataFrame(rows))
+    return as_arms(pd.DataFrame(rows))
 
 
-def as_methods(table: pd.DataFrame) -> pd.DataFrame:
-    """Rows of description.csv with the columns `method` and `rl_seed`, by which stats and figures compare."""
-    return table.assign(method=[method_name(d) for d in table["description"]], rl_seed=table["train_seed"])
+def as_arms(table: pd.DataFrame) -> pd.DataFrame:
+    """Rows of description.csv with the columns arm, seed and tune_seed, by which stats and figures compare."""
+    return table.assign(
+        arm=[arm_name(described) for described in table["description"]], seed=table["train_seed"], tune_seed=None
+    )
 
 
 @dataclass(frozen=True)
@@ -305,7 +307,7 @@ def difference(table: pd.DataFrame, metric: str) -> Interval:
     Raises:
         ScoreError: one of the arms has no measured picture that the other has.
     """
-    named = as_methods(table)
+    named = as_arms(table)
     with_, without = (named[named["description"] == described] for described in (True, False))
     return bootstrap_difference(with_, without, metric, UNIT)
 
@@ -329,12 +331,12 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
         One row a metric: metric; with, without and difference, each with _low and _high; n pairs; seeds.
     """
     metrics = [name for name in MEASURED if name in table]
-    cells = summarise(as_methods(table), metrics=metrics).set_index(["metric", "method"])
+    cells = summarise(as_arms(table), metrics=metrics).set_index(["metric", "arm"])
     rows = []
     for metric in metrics:
         row = {"metric": metric}
         for name, described in (("with", True), ("without", False)):
-            cell = cells.loc[(metric, method_name(described))]
+            cell = cells.loc[(metric, arm_name(described))]
             row |= {name: cell["value"], f"{name}_low": cell["low"], f"{name}_high": cell["high"]}
         d = difference(table, metric)
         row |= {"difference": d.value, "difference_low": d.low, "difference_high": d.high, "n": d.n}
@@ -357,13 +359,13 @@ def along_training(histories: pd.DataFrame) -> pd.DataFrame:
         identity, which is high only where the model has both.
     """
     metrics = [name for name in MEASURED if name in histories]
-    looks = histories.dropna(subset=metrics).assign(rl_seed=lambda rows: rows["train_seed"])
+    looks = histories.dropna(subset=metrics).assign(seed=lambda rows: rows["train_seed"])
     if "judge_activity" in metrics:
         shares = looks["judge_activity"], looks["judge_identity"]
         total = (shares[0] + shares[1]).where(lambda x: x > 0)
         looks = looks.assign(both=(2 * shares[0] * shares[1] / total).fillna(0.0))
         metrics = [*metrics, "both"]
-    arms = {described: looks[looks["method"] == method_name(described)] for described in (True, False)}
+    arms = {described: looks[looks["arm"] == arm_name(described)] for described in (True, False)}
     rows = []
     for metric in metrics:
         gap = bootstrap_difference(arms[True], arms[False], metric, ("step",))
@@ -377,11 +379,11 @@ def by_seed(table: pd.DataFrame) -> pd.DataFrame:
     """With minus without in each training seed: train_seed, metric, difference, n pairs."""
     rows = []
     for metric in (name for name in MEASURED if name in table):
-        with_, without = (unit_matrix(as_methods(table[table["description"] == d]), metric) for d in (True, False))
+        with_, without = (unit_matrix(as_arms(table[table["description"] == d]), metric) for d in (True, False))
         gaps = (with_ - without).dropna(axis=1, how="all")
         rows += [
             {"train_seed": seed, "metric": metric, "difference": gap.mean(), "n": int(gap.notna().sum())}
-            for seed, gap in gaps.iterrows()
+            for (seed, _), gap in gaps.iterrows()
         ]
     return pd.DataFrame(rows)
 

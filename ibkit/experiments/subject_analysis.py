@@ -17,7 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
 from ibkit.errors import ScoreError
-from ibkit.evaluate.figures import HOUSE_STYLE, INK, METHOD_COLOURS, NotebookFigure
+from ibkit.evaluate.arms import BLUE, GREEN, GREY, ORANGE
+from ibkit.evaluate.figures import HOUSE_STYLE, INK, NotebookFigure
 from ibkit.evaluate.intervals import Interval, bootstrap_statistic, bootstrap_weighted, mean_interval
 from ibkit.experiments.subject_changes import CHANGES, CONTRASTS, SAME_SUBJECT
 
@@ -33,7 +34,7 @@ LABELS = {
 }
 # Fisher's z of a perfect correlation is infinite.
 LARGEST_R = 1 - 1e-9
-SAME_COLOUR, OTHER_COLOUR = METHOD_COLOURS["instructbooth"], METHOD_COLOURS["dreambooth"]
+SAME_COLOUR, OTHER_COLOUR = BLUE, ORANGE
 
 
 def auc(same: Sequence[float], other: Sequence[float]) -> float:
@@ -259,7 +260,7 @@ def metric_figure(
     data = pd.concat([table.assign(pictures=name) for name, table in compared.items()], ignore_index=True)
     data = data[data["measure"].isin(measures)]
     metrics = list(dict.fromkeys(data["metric"]))
-    styles = dict(zip(compared, (("o", INK), ("D", METHOD_COLOURS["custom_diffusion"])), strict=False))
+    styles = dict(zip(compared, (("o", INK), ("D", GREEN)), strict=False))
     with matplotlib.rc_context(HOUSE_STYLE):
         size = (2.2 + 3.2 * len(measures), 0.42 * len(metrics) + 1.4)
         figure = NotebookFigure(figsize=size, layout="constrained")
@@ -306,7 +307,7 @@ def pose_figure(table: pd.DataFrame, column: str, title: str = "") -> tuple[Figu
         ranks.plot(means[column], means["activity"], "o", color=SAME_COLOUR)
         ranks.set(title="Activities, from the lowest", xlabel=f"mean {LABELS[column]}")
         for (quantity, label), axis in zip(panels.items(), scatters, strict=True):
-            axis.scatter(poses[quantity], poses[column], s=12, color=METHOD_COLOURS["base"], alpha=0.5, label="pairs")
+            axis.scatter(poses[quantity], poses[column], s=12, color=GREY, alpha=0.5, label="pairs")
             axis.scatter(means[quantity], means[column], s=46, color=SAME_COLOUR, label="means of activities")
             axis.set(xlabel=label, ylabel=LABELS[column], title="Pose" if quantity == "mask_iou" else "Things")
         scatters[1].xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -15,12 +15,12 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 from PIL import Image
+from torch.nn.functional import cross_entropy
 
 from ibkit.device import generator
 from ibkit.errors import TrainingError
 from ibkit.experiments.subject_changes import N_FOLDS, Pair, fold_of, score_pairs
 from ibkit.experiments.subject_metrics import FoundMask, MaskedMean, TrueMask
-from ibkit.pocket.build.subject import identity_loss
 from ibkit.pocket.draw import render
 from ibkit.pocket.world import NO_ACTIVITY, Scene, Subject, sample_scene
 from ibkit.scorers.base import Scorer, batches, column_of
@@ -34,6 +34,22 @@ from ibkit.scorers.subject import (
     middle_layer,
     patch_tokens,
 )
+
+
+def identity_loss(first: torch.Tensor, second: torch.Tensor, who: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Each picture finds the other one of its individual, among all other pictures of both halves.
+
+    Args:
+        first, second: embeddings (B, E) of unit length; row i of both shows individual `who[i]`.
+        who: (B,) integers; a further picture of the same individual is left out, it is neither right nor wrong.
+        temperature: divides the cosines.
+
+    Source: NT-Xent (Chen et al. 2020, SimCLR, equation 1), with the individual as the class (Khosla et al. 2020).
+    """
+    z, who = torch.cat([first, second]), torch.cat([who, who])
+    partner = torch.arange(len(z), device=z.device).roll(len(first))
+    left_out = (who[:, None] == who).scatter(1, partner[:, None], False)
+    return cross_entropy((z @ z.T / temperature).masked_fill(left_out, -torch.inf), partner)
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ from ibkit import errors
 from ibkit.errors import ArtifactError, IbkitError
 from ibkit.job.stages import Stage
 from ibkit.progress import duration
-from ibkit.runs import INPUT_PATHS, Run, compared, identify, project_root, read_run, resolve
+from ibkit.runs import Run, compared, identify, project_root, read_run, resolve
+from ibkit.runs.manifest import INPUT_PATHS
 
 EXIT_FAILED, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 KERNEL_START_S = 300  # importing torch on a busy machine takes its time
@@ -186,12 +187,23 @@ def _kernel_manager(peaks: list[float]) -> type:
         async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:
             pid = self.provisioner.process.pid
             await self.provisioner.kill()
-            with contextlib.suppress(ChildProcessError):  # it died by itself, and Jupyter has waited for it
+            with contextlib.suppress(ChildProcessError, AttributeError):  # Jupyter has waited for it; no wait4 here
                 _, _, usage = os.wait4(pid, 0)
                 peaks.append(gib(usage.ru_maxrss))
             await super().shutdown_kernel(now=True, restart=restart)
 
     return Measured
+
+
+def own_peak_gib() -> float:
+    """Peak memory of this process in GiB."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset / 2**30
+    return gib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 
 
 def gib(maxrss: int) -> float:

@@ -14,7 +14,6 @@ import contextlib
 import datetime
 import os
 import re
-import resource
 import signal
 import sys
 import time
@@ -25,7 +24,7 @@ from typing import Any
 
 from ibkit.data.protocols import names
 from ibkit.errors import ArtifactError, IbkitError, ParameterError
-from ibkit.job.notebook import EXIT_ERROR, EXIT_INTERRUPTED, StageFailed, execute, gib
+from ibkit.job.notebook import EXIT_ERROR, EXIT_INTERRUPTED, StageFailed, execute, own_peak_gib
 from ibkit.job.stages import JOB, SHARED, Stage, defaults, given, plan, spell
 from ibkit.params import schema
 from ibkit.progress import duration
@@ -194,7 +193,8 @@ def _sigterm_is_ctrl_c() -> Iterator[None]:
 
 def _report(stages: list[Stage], run: Run) -> None:
     """Write the report, and print the claims, what each stage took, and where the report is."""
-    from ibkit.evaluate.claims import claims_as_text, evaluate_claims
+    from ibkit.evaluate.claims import evaluate_claims
+    from ibkit.evaluate.claims.command import claims_as_text
     from ibkit.report import build_report
 
     report = build_report(run.folder)
@@ -208,7 +208,7 @@ def _table(names: list[str], used: dict[str, dict[str, float]]) -> str:
     """Seconds and peak memory of the stages, over all attempts, and of the whole."""
     # A job killed between the end of a notebook and its own next write knows neither of that notebook.
     rows = [(name, used[name]["seconds"], used[name]["peak_gib"]) for name in names if name in used]
-    own = gib(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+    own = own_peak_gib()
     rows.append(("all", sum(row[1] for row in rows), max([own, *(row[2] for row in rows)])))
     width = max(len(name) for name, _, _ in rows) + 3
     lines = [f"{'stage':{width}}{'time':>13}{'peak memory':>15}"]

@@ -29,7 +29,7 @@ WIRED = {f"{notebook}.{name}": "" for notebook in JOB for name in ("run_out", "r
     "01_personalize.seed": "--seeds", "01_personalize.method": "--personalize", "01_personalize.settings": "--set",
     "02_rl_finetune.seed": "--tune-seeds", "02_rl_finetune.method": "--tune", "02_rl_finetune.settings": "--set",
     "02_rl_finetune.guard": "--set guard.NAME=VALUE", "02_rl_finetune.run_in": "",
-    "03_evaluate.run_dreambooth": "", "03_evaluate.run_rl": "",
+    "03_evaluate.runs": "",
 }  # fmt: skip
 CHAINS = ("personalize", "tune", "seeds", "tune_seeds")  # settings that say which runs there are
 NONE = "none"  # of --tune
@@ -184,11 +184,7 @@ def plan(settings: dict[str, Any], folder: Path, resume: bool = False) -> list[S
             own = {"method": tuning, "seed": tune_seed, "settings": sets.get(tuning, {})}
             own |= {"guard": sets.get("guard", {}), "run_in": spell(first.folder)}
             stages.append(stage(f"02_rl_finetune{name}", "02_rl_finetune", own))
-    personalized, tuned = ([spell(s.folder) for s in stages if s.notebook.stem == kind] for kind in JOB[:2])
-    if len(personalized) > 1:
-        raise ParameterError("one personalization a job, for now: give one method and one seed.")
-    of_runs = {"run_dreambooth": personalized[0], "run_rl": tuned}
-    stages.append(stage("03_evaluate", "03_evaluate", of_runs))
+    stages.append(stage("03_evaluate", "03_evaluate", {"runs": [spell(s.folder) for s in stages]}))
     subject = stages[0].parameters["subject"]
     if subject and not resolve(subject).is_dir():
         raise ArtifactError(f"There is no folder of photos {resolve(subject)}; check --subject.")

@@ -4,22 +4,20 @@ made them.
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import hashlib
 import io
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from PIL import Image
 
 from ibkit.device import generator
-from ibkit.errors import ArtifactError
 from ibkit.model.sample import Sampler, sample_latents
 from ibkit.model.text_to_image import TextToImage, default_batch, model_fingerprint
-from ibkit.runs import TEMPORARY_SUFFIX, hash_json, write_atomically
+from ibkit.runs import alone_in, hash_json, write_atomically
+from ibkit.runs.files import TEMPORARY_SUFFIX
 
 INDEX = "index.json"  # file name -> SHA-256 of its bytes
 
@@ -58,7 +56,9 @@ def class_images(
     }
     folder, batch = cache / hash_json(made_by)[:16], default_batch(model.image_px)
     files = []
-    with _alone_in(folder):
+    with alone_in(folder):
+        for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
+            leftover.unlink()
         index = _read_index(folder)
         for first in range(0, n, batch):
             indices = range(first, min(first + batch, n))
@@ -103,21 +103,3 @@ def _read_unaltered(path: Path, index: dict[str, str]) -> bytes | None:
     """A file's bytes, or None unless they are those noted."""
     data = path.read_bytes() if path.is_file() else b""
     return data if hashlib.sha256(data).hexdigest() == index.get(path.name) else None
-
-
-@contextlib.contextmanager
-def _alone_in(folder: Path) -> Iterator[None]:
-    """Inside, no other process fills the folder; the kernel lets go of it when this one ends, however it ends."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-    except OSError as error:
-        raise ArtifactError(f"Cannot use {folder} for class images: {error.strerror}; fix its folder.") from error
-    with lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        except OSError as error:
-            raise ArtifactError(f"{folder} is on a file system without locks ({error.strerror}).") from error
-        for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-            leftover.unlink()
-        yield

@@ -1,7 +1,8 @@
 """What every scorer is: pictures (and texts or reference pictures) in, one number a picture out.
 
 Shapes: N pictures, R reference pictures, B batch, C/H/W channels and pixels, D embedding width.
-A new scorer is one file with a `Scorer` class and one line in `SCORERS`.
+A new scorer is one file with a `Scorer` class and one line in `SCORERS`; another package names its own by an entry
+point, see `ibkit.registry`, and its label by one of `ibkit.metrics`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from importlib import import_module
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -20,6 +20,7 @@ import torch
 from PIL import Image
 
 from ibkit.errors import ModelError, ScoreError
+from ibkit.registry import Registry
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -85,6 +86,11 @@ class Scorer(ABC):
             )
         # clone: an inference tensor could not take part in a later autograd computation
         return scores.clone()
+
+    @classmethod
+    def load(cls, weights: str | Path, device: str | torch.device) -> Scorer:
+        """Make the scorer from its weights; see `make_scorer`."""
+        raise NotImplementedError(f"{cls.__name__} does not say how it is made: give it a class method `load`.")
 
     def level(self, text: str) -> Level | None:
         """The scores of true pictures for a text without the identifier; None where they were not measured."""
@@ -316,27 +322,22 @@ def hub_name(repository: str, *files: str) -> str:
     return repository
 
 
-def _lazy(module: str, attribute: str) -> Callable[[str | Path, str | torch.device], Scorer]:
-    """A factory that imports its scorer's libraries only when the scorer is made."""
-
-    def factory(weights: str | Path, device: str | torch.device) -> Scorer:
-        return getattr(import_module(module), attribute).load(weights, device)
-
-    return factory
-
-
-SCORERS: dict[str, Callable[[str | Path, str | torch.device], Scorer]] = {
-    "clip_t": _lazy("ibkit.scorers.clip", "ClipT"),
-    "clip_i": _lazy("ibkit.scorers.clip", "ClipI"),
-    "dino": _lazy("ibkit.scorers.dino", "Dino"),
-    "subject": _lazy("ibkit.scorers.subject", "SubjectFidelity"),
-    "pick_score": _lazy("ibkit.scorers.pick_score", "PickScore"),
-    "align_t": _lazy("ibkit.scorers.align", "AlignT"),
-    "align_i": _lazy("ibkit.scorers.align", "AlignI"),
-    "harmonic": _lazy("ibkit.scorers.align", "Harmonic"),
-    "image_reward": _lazy("ibkit.scorers.image_reward", "ImageReward"),
-    "weak_reward": _lazy("ibkit.scorers.image_reward", "WeakReward"),
-}
+SCORERS: Registry[type[Scorer]] = Registry(
+    "ibkit.scorers",
+    "scorer",
+    {
+        "clip_t": "ibkit.scorers.clip:ClipT",
+        "clip_i": "ibkit.scorers.clip:ClipI",
+        "dino": "ibkit.scorers.dino:Dino",
+        "subject": "ibkit.scorers.subject:SubjectFidelity",
+        "pick_score": "ibkit.scorers.pick_score:PickScore",
+        "align_t": "ibkit.scorers.align:AlignT",
+        "align_i": "ibkit.scorers.align:AlignI",
+        "harmonic": "ibkit.scorers.align:Harmonic",
+        "image_reward": "ibkit.scorers.image_reward:ImageReward",
+        "weak_reward": "ibkit.scorers.image_reward:WeakReward",
+    },
+)
 
 
 def column_of(name: str) -> str:
@@ -357,12 +358,10 @@ def make_scorer(name: str, weights: str | Path = "pocket", device: str | torch.d
         The scorer, in evaluation mode.
 
     Raises:
-        ScoreError: No scorer has this name.
+        ParameterError: No scorer has this name; the nearest is named.
         ModelError: The weights are missing, incomplete, or do not fit the model.
     """
-    if name not in SCORERS:
-        raise ScoreError(f"There is no scorer {name!r}: choose one of {', '.join(sorted(SCORERS))}.")
-    return SCORERS[name](weights, device)
+    return SCORERS.find(name).load(weights, device)
 
 
 def weights_folder(metric: str, weights: str | Path, subfolder: str) -> Path:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ibkit.data.prompts import Prompt
 from ibkit.data.subject import PersonalizedSubject
-from ibkit.pocket.world import said_in
+from ibkit.pocket.words import said_in
 from ibkit.scorers.base import Scorer
 from ibkit.scorers.judge import Judge
 

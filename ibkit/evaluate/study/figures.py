@@ -14,11 +14,11 @@ from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 from ibkit.data.photos import read_rgb
-from ibkit.evaluate.figures import FAINT, HOUSE_STYLE, INK, METHOD_COLOURS, METHOD_MARKERS, NotebookFigure
+from ibkit.evaluate.arms import GREY, arms_of
+from ibkit.evaluate.figures import FAINT, HOUSE_STYLE, INK, NotebookFigure
 from ibkit.evaluate.published import published
-from ibkit.evaluate.stats import in_method_order, method_label
+from ibkit.evaluate.study.items import QUESTIONS
 from ibkit.evaluate.study.ratings import Task
-from ibkit.evaluate.study.votes import QUESTIONS
 
 FIDELITY = {"text": "Text fidelity", "subject": "Subject fidelity"}
 COUNTERPART = {"text": "people_text", "subject": "people_subject"}  # what published.py calls table 1's columns
@@ -77,21 +77,24 @@ def fidelity_bars(shares: pd.DataFrame, who: str, title: str = "") -> tuple[Figu
     """
     data = shares.assign(
         paper=[
-            next((number.value for number in published(row.method, COUNTERPART[row.question])), np.nan)
+            next((number.value for number in published(row.arm, COUNTERPART[row.question])), np.nan)
             for row in shares.itertuples()
         ]
     )
-    methods = in_method_order(data["method"])
+    arms = arms_of(data["arm"])
     with matplotlib.rc_context(HOUSE_STYLE):
         figure = NotebookFigure(figsize=(8.4, 3.6), layout="constrained")
         for axis, (question, name) in zip(figure.subplots(1, 2, sharey=True), FIDELITY.items(), strict=True):
-            part = data[data["question"] == question].set_index("method").reindex(methods)
-            x = np.arange(len(methods))
-            axis.bar(x, part["value"], 0.6, color=[METHOD_COLOURS.get(m, INK) for m in methods])
+            part = data[data["question"] == question].set_index("arm").reindex(list(arms))
+            x = np.arange(len(arms))
+            axis.bar(
+                x, part["value"], 0.6, edgecolor="w", color=[arm.colour for arm in arms.values()],
+                hatch=[arm.hatch for arm in arms.values()],
+            )  # fmt: skip
             whiskers = np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(0)
             axis.errorbar(x, part["value"], yerr=whiskers, fmt="none", color=INK, capsize=3, elinewidth=1.2)
             axis.plot(x, part["paper"], "D", color="white", markeredgecolor=INK, markersize=7)
-            axis.set_xticks(x, [textwrap.fill(method_label(m), 14) for m in methods])
+            axis.set_xticks(x, [textwrap.fill(arm.label, 14) for arm in arms.values()])
             axis.grid(False, axis="x")
             axis.set(title=name, ylim=(0, 1.06))
             axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -109,10 +112,10 @@ def fidelity_bars(shares: pd.DataFrame, who: str, title: str = "") -> tuple[Figu
 
 
 def preference_bars(preferences: pd.DataFrame, who: str, title: str = "") -> tuple[Figure, pd.DataFrame]:
-    """Draw figure 4: for every pair of methods, how often the majority prefers the one and the other.
+    """Draw figure 4: for every pair of arms, how often the majority prefers the one and the other.
 
-    The newer method of a pair (in the kit's order) stands on the left, so that InstructBooth leads wherever it takes
-    part. The whisker is the 95 % interval of the left method's share.
+    The newer arm of a pair (in the kit's order) stands on the left, so that InstructBooth leads wherever it takes
+    part. The whisker is the 95 % interval of the left arm's share.
 
     Args:
         preferences: from `study.preferences`.
@@ -122,21 +125,18 @@ def preference_bars(preferences: pd.DataFrame, who: str, title: str = "") -> tup
     Returns:
         The figure, and `preferences`.
     """
-    pairs = preferences[["method_a", "method_b"]].drop_duplicates()
-    order = in_method_order([*pairs["method_a"], *pairs["method_b"]])
-    pairs = sorted(pairs.itertuples(index=False), key=lambda p: (-order.index(p.method_b), -order.index(p.method_a)))
+    pairs = preferences[["arm_a", "arm_b"]].drop_duplicates()
+    arms = arms_of([*pairs["arm_a"], *pairs["arm_b"]])
+    pairs = sorted(pairs.itertuples(index=False), key=lambda p: (-arms[p.arm_b].order, -arms[p.arm_a].order))
     with matplotlib.rc_context(HOUSE_STYLE):
         figure = NotebookFigure(figsize=(8.4, 0.75 * len(pairs) + 1.5), layout="constrained")
         axis = figure.subplots()
         for y, pair in enumerate(pairs):
-            part = preferences[(preferences["method_a"] == pair.method_a) & (preferences["method_b"] == pair.method_b)]
+            part = preferences[(preferences["arm_a"] == pair.arm_a) & (preferences["arm_b"] == pair.arm_b)]
             part = part.set_index("outcome")
             left = 0.0
-            for outcome, colour in (
-                ("b", METHOD_COLOURS.get(pair.method_b, INK)),
-                ("tie", FAINT),
-                ("a", METHOD_COLOURS.get(pair.method_a, INK)),
-            ):
+            colours = {"b": arms[pair.arm_b].colour, "tie": FAINT, "a": arms[pair.arm_a].colour}
+            for outcome, colour in colours.items():
                 width = part.loc[outcome, "value"]
                 axis.barh(y, width, 0.56, left=left, color=colour)
                 if width >= 0.08:
@@ -147,9 +147,9 @@ def preference_bars(preferences: pd.DataFrame, who: str, title: str = "") -> tup
             whisker = [[max(row["value"] - row["low"], 0)], [max(row["high"] - row["value"], 0)]]
             axis.errorbar(row["value"], y + 0.36, xerr=whisker, fmt="none", color=INK, capsize=3, elinewidth=1.2)
         axis.axvline(PREFERRED_TWICE, color=INK, ls=":", lw=1.2)
-        axis.set_yticks(range(len(pairs)), [method_label(pair.method_b) for pair in pairs])
+        axis.set_yticks(range(len(pairs)), [arms[pair.arm_b].label for pair in pairs])
         right = axis.secondary_yaxis("right")
-        right.set_yticks(range(len(pairs)), [method_label(pair.method_a) for pair in pairs])
+        right.set_yticks(range(len(pairs)), [arms[pair.arm_a].label for pair in pairs])
         right.spines["right"].set_visible(False)
         axis.tick_params(length=0)
         right.tick_params(length=0)
@@ -181,7 +181,7 @@ def agreement_bars(decided: pd.DataFrame, title: str = "") -> tuple[Figure, pd.D
         for axis, question in zip(axes, QUESTIONS, strict=True):
             part = data[data["question"] == question].sort_values(["n", "agreeing"])
             labels = [f"{row.agreeing} : {row.n - row.agreeing}" for row in part.itertuples()]
-            axis.bar(labels, part["share"], 0.7, color=METHOD_COLOURS["base"])
+            axis.bar(labels, part["share"], 0.7, color=GREY)
             axis.set(title=question.capitalize(), xlabel="votes")
             axis.grid(False, axis="x")
             axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
@@ -202,18 +202,19 @@ def strength_dots(strengths: pd.DataFrame, who: str, title: str = "") -> tuple[F
     Returns:
         The figure, and `strengths`.
     """
-    rows = strengths.set_index("method").loc[in_method_order(strengths["method"])]
+    arms = arms_of(strengths["arm"])
+    rows = strengths.set_index("arm").loc[list(arms)]
     with matplotlib.rc_context(HOUSE_STYLE):
         figure = NotebookFigure(figsize=(6.4, 0.5 * len(rows) + 1.3), layout="constrained")
         axis = figure.subplots()
-        for y, (method, row) in enumerate(rows.iterrows()):
+        for y, (arm, row) in enumerate(rows.iterrows()):
             whisker = [[max(row["value"] - row["low"], 0)], [max(row["high"] - row["value"], 0)]]
             axis.errorbar(
-                row["value"], y, xerr=whisker, fmt=METHOD_MARKERS.get(method, "o"),
-                color=METHOD_COLOURS.get(method, INK), markersize=9, capsize=3, elinewidth=1.4,
+                row["value"], y, xerr=whisker, fmt=arms[arm].marker, color=arms[arm].colour,
+                markersize=9, capsize=3, elinewidth=1.4,
             )  # fmt: skip
         axis.axvline(1 / len(rows), color=INK, ls=":", lw=1.2)
-        axis.set_yticks(range(len(rows)), [method_label(method) for method in rows.index])
+        axis.set_yticks(range(len(rows)), [arm.label for arm in arms.values()])
         axis.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5), xlabel=f"strength; dotted: all alike ({who})")
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")

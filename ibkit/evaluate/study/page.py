@@ -18,8 +18,8 @@ from PIL import Image
 
 from ibkit.data.photos import read_rgb
 from ibkit.errors import StudyError
+from ibkit.evaluate.study.items import QUESTIONS
 from ibkit.evaluate.study.ratings import RatingSession
-from ibkit.evaluate.study.votes import QUESTIONS
 
 DOUBLE_CLICK_SECONDS = 0.3  # an answer that comes sooner was meant for the item before
 PICTURE_PX = 256  # width of a picture on the page; small ones are enlarged by whole pixels
@@ -118,5 +118,5 @@ def _image(picture: Image.Image, width_px: int) -> widgets.Image:
     if scale > 1:
         picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")  # written anew: no file name and no metadata that tells the method
+    picture.save(buffer, format="PNG")  # written anew: no file name and no metadata that tells the arm
     return widgets.Image(value=buffer.getvalue(), format="png", width=width_px)

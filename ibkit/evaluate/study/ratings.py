@@ -27,7 +27,8 @@ from typing import Any
 import pandas as pd
 
 from ibkit.errors import StudyError
-from ibkit.evaluate.study.votes import QUESTIONS, VOTE_COLUMNS, check_votes, study_name
+from ibkit.evaluate.study.items import QUESTIONS, study_name
+from ibkit.evaluate.study.votes import VOTE_COLUMNS, check_votes
 from ibkit.runs import resolve
 
 SCHEMA = 1
@@ -137,7 +138,7 @@ def merge_ratings(paths: Sequence[str | Path], items: pd.DataFrame) -> tuple[pd.
         StudyError: a file that cannot be opened or holds no rating, ratings of other pictures, or two different files
             of one rater.
     """
-    known = items.set_index("item")
+    known, asked = items.set_index("item"), [name for name in VOTE_COLUMNS if name in items and name != "item"]
     by_rater: dict[str, Ratings] = {}
     problems: list[str] = []
     for ratings in map(read_ratings, paths):
@@ -164,7 +165,7 @@ def merge_ratings(paths: Sequence[str | Path], items: pd.DataFrame) -> tuple[pd.
         problems += ratings.problems
     votes = [
         {"rater": ratings.rater, "simulated": False, "answer": line["answer"], "item": item}
-        | known.loc[item, VOTE_COLUMNS[2:10]].to_dict()
+        | known.loc[item, asked].to_dict()
         for ratings in by_rater.values()
         for item, line in ratings.answers.items()
     ]
@@ -199,7 +200,7 @@ def _share_left(ratings: Ratings) -> float:
 
 @dataclass(frozen=True)
 class Task:
-    """One item as a rater sees it; which method made a picture is not said.
+    """One item as a rater sees it; which arm made a picture is not said.
 
     Attributes:
         item: its name.

@@ -19,7 +19,8 @@ from ibkit.data.photos import read_rgb
 from ibkit.data.subject import PersonalizedSubject
 from ibkit.errors import StudyError
 from ibkit.evaluate.study.votes import VOTE_COLUMNS, check_votes
-from ibkit.pocket.world import Subject, line_up, parts_in
+from ibkit.pocket.words import parts_in
+from ibkit.pocket.world import Subject, line_up
 from ibkit.scorers.judge import ANSWERS, RATERS, Judge
 
 

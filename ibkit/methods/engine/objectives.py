@@ -18,7 +18,6 @@ Shapes: B images of an epoch, T denoising steps.
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -28,6 +27,7 @@ from PIL import Image
 
 from ibkit.data.prompts import Prompt
 from ibkit.errors import IbkitError, ParameterError, TrainingError
+from ibkit.fields import nearest
 from ibkit.methods.engine.advantages import PromptStats
 from ibkit.scorers.base import SCORERS, Level, Scorer, make_scorer
 
@@ -93,9 +93,7 @@ class RewardSpec:
 
     def __post_init__(self):
         if self.name not in SCORERS:
-            near = difflib.get_close_matches(self.name, SCORERS, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"it is one of {', '.join(sorted(SCORERS))}"
-            raise ParameterError(f"There is no reward {self.name!r}; {hint}.")
+            raise ParameterError(f"There is no reward {self.name!r}{nearest(self.name, SCORERS)}")
 
     def load(
         self, weights: str, device: torch.device | str = "cpu", references: Sequence[Image.Image] = ()

@@ -18,7 +18,8 @@ from open_clip.transform import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
 from ibkit.pocket.build.common import Budget, fit, hash_seed, save_half
 from ibkit.pocket.build.data import GROUP, Pictures, encode
 from ibkit.pocket.build.tokenizer import CONTEXT_TOKENS
-from ibkit.pocket.world import ACTIVITIES, NO_ACTIVITY, caption
+from ibkit.pocket.words import caption
+from ibkit.pocket.world import ACTIVITIES, NO_ACTIVITY
 
 BUDGET = Budget(steps=600, batch=128)
 WIDTH, LAYERS, HEADS, PATCH_PX = 128, 3, 4, 8

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from ibkit.pocket.draw import render
+from ibkit.pocket.words import caption
 from ibkit.pocket.world import (
     ACCESSORIES,
     ACTIVITIES,
@@ -30,7 +31,6 @@ from ibkit.pocket.world import (
     Scene,
     accessories_of,
     activities_of,
-    caption,
     doing,
     mixtures_of,
     sample_mixture,

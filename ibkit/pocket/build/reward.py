@@ -38,6 +38,7 @@ from ibkit.pocket.build.data import (
 )
 from ibkit.pocket.build.tokenizer import CONTEXT_TOKENS
 from ibkit.pocket.draw import render
+from ibkit.pocket.words import caption
 from ibkit.pocket.world import (
     ACCESSORIES,
     ACTIVITIES,
@@ -49,7 +50,6 @@ from ibkit.pocket.world import (
     Scene,
     accessories_of,
     activities_of,
-    caption,
     doing,
     sample_scene,
     sample_subject,

@@ -24,10 +24,10 @@ import pandas as pd
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn.functional import cross_entropy
 
 from ibkit.experiments.subject_analysis import subject_auc
 from ibkit.experiments.subject_changes import CONTRASTS, controlled_pairs, training_individuals
+from ibkit.experiments.subject_head import identity_loss
 from ibkit.pocket.build.clip import degrade
 from ibkit.pocket.build.common import Budget, fit, hash_seed, load_float, save_half
 from ibkit.pocket.build.data import to_range
@@ -132,22 +132,6 @@ def rebuilt(images: np.ndarray, vae: nn.Module, device) -> np.ndarray:
         pixels = (vae.decode(vae.encode(x).latent_dist.mode()).sample.float().clamp(-1, 1) + 1) * 127.5
         parts.append(pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(parts)
-
-
-def identity_loss(first: torch.Tensor, second: torch.Tensor, who: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Each picture finds the other one of its individual, among all other pictures of both halves.
-
-    Args:
-        first, second: embeddings (B, E) of unit length; row i of both shows individual `who[i]`.
-        who: (B,) integers; a further picture of the same individual is left out, it is neither right nor wrong.
-        temperature: divides the cosines.
-
-    Source: NT-Xent (Chen et al. 2020, SimCLR, equation 1), with the individual as the class (Khosla et al. 2020).
-    """
-    z, who = torch.cat([first, second]), torch.cat([who, who])
-    partner = torch.arange(len(z), device=z.device).roll(len(first))
-    left_out = (who[:, None] == who).scatter(1, partner[:, None], False)
-    return cross_entropy((z @ z.T / temperature).masked_fill(left_out, -torch.inf), partner)
 
 
 def train(

@@ -9,7 +9,7 @@ from collections import Counter
 from itertools import pairwise
 from pathlib import Path
 
-from ibkit.pocket.world import vocabulary
+from ibkit.pocket.words import vocabulary
 
 CONTEXT_TOKENS = 24
 

@@ -24,7 +24,8 @@ from ibkit.model.text_to_image import use_quick_attention
 from ibkit.pocket.build.common import Budget, begin_with, fit, hash_seed
 from ibkit.pocket.build.data import Pictures, base_caption, encode, token_table
 from ibkit.pocket.build.tokenizer import CONTEXT_TOKENS
-from ibkit.pocket.world import IDENTIFIERS, Scene, vocabulary
+from ibkit.pocket.words import vocabulary
+from ibkit.pocket.world import IDENTIFIERS, Scene
 
 BUDGET = Budget(steps=6000, batch=1024, ema=0.998)
 CONTINUED = Budget(steps=825, batch=1024, lr=1.5e-3, muon_lr=0.015, ema=0.998)  # from earlier weights

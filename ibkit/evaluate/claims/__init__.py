@@ -1,0 +1,389 @@
+"""Papers' claims, each tested on the scores of a run.
+
+A claim is a difference between two arms on the same prompts and the same noise, with a 95 % interval over subjects,
+prompts and trainings (`ibkit.evaluate.intervals`), and it names one side of a threshold:
+
+- supported: the whole interval lies on the claimed side;
+- contradicted: it lies on the other side;
+- undecided: the threshold is inside, or the pictures are too few to decide anything;
+- not tested: the run lacks what the claim needs.
+
+A claim speaks of roles, such as "personalized" and "tuned"; the arms that play them are the paper's, or others that a
+user names. Each claim has one measure, fixed beforehand (`stats.PRIMARY`), so that none is chosen by its result. A
+paper, or an experiment, is a file with a tuple of claims and a line in `CLAIMS`.
+"""
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from ibkit.errors import ParameterError, ScoreError
+from ibkit.evaluate.arms import BASE, REAL, arms_of, label_of
+from ibkit.evaluate.intervals import ROUNDING, Interval
+from ibkit.evaluate.stats import METRICS, PRIMARY, bootstrap_difference, check_scores, n_trainings, pair_up
+from ibkit.fields import nearest
+from ibkit.registry import Registry
+from ibkit.runs import read_run
+
+SUPPORTED, CONTRADICTED, UNDECIDED, NOT_TESTED = "supported", "contradicted", "undecided", "not tested"
+VERDICTS = (SUPPORTED, CONTRADICTED, UNDECIDED, NOT_TESTED)
+SCORES = "scores.csv"
+FEW_PROMPTS = 5  # below this many prompts × subjects the intervals are wide, and a claim says so
+INSTRUCTBOOTH = "InstructBooth"
+ROLES = {"base": BASE, "personalized": "dreambooth", "tuned": "dreambooth+ddpo"}  # the arms of InstructBooth
+
+
+class CannotTest(Exception):
+    """The run lacks what a claim needs; the message says what."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a test found.
+
+    Attributes:
+        metric: the score it was measured with.
+        interval: of the figure.
+        detail: the numbers behind the figure, in words.
+        cells: number of pictures of each prompt of each subject; None where the claim is not about prompts.
+        seeds: trainings behind it; 0 where no trained model takes part.
+        unit: see `Finding`; empty = that of the metric.
+        decisive: the interval that decides, where it is not the figure's; `named` says of what it is.
+    """
+
+    metric: str
+    interval: Interval
+    detail: str
+    cells: pd.Series | None = None
+    seeds: int = 0
+    unit: str = ""
+    decisive: Interval | None = None
+    named: str = ""
+
+
+@dataclass(frozen=True)
+class Claim:
+    """One claim of a paper, and how it is tested.
+
+    Attributes:
+        id: unique within the paper, "C1".
+        paper: that makes it.
+        statement, quantity: the claim, and what the figure is, in a sentence; "{tuned}" stands for the label of the arm
+            in that role.
+        source: where the paper makes it, and the paper's own number.
+        axis: "text" or "subject" fidelity; treatment, control: the roles whose difference is the figure.
+        identifier: whether both draw prompts with the identifier (the base model never does).
+        unseen: whether only prompts count that the tuning was not trained on.
+        side: the claimed side of the threshold, 1 above or −1 below.
+        threshold, border: of the interval that decides; and the threshold in words.
+        file, notebook: the table that is read, and what makes it.
+        test: (claim, table, role -> arm) -> `Outcome`, where the figure is another one than treatment − control.
+        roles: role -> arm, as the paper has it.
+    """
+
+    id: str
+    paper: str
+    statement: str
+    quantity: str
+    source: str
+    axis: str = ""
+    treatment: str = ""
+    control: str = ""
+    identifier: bool = True
+    unseen: bool = False
+    side: int = 1
+    threshold: float = 0.0
+    border: str = "zero"
+    file: str = SCORES
+    notebook: str = "03_evaluate"
+    test: Callable[["Claim", pd.DataFrame, Mapping[str, str]], Outcome] | None = None
+    roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What a run says about a claim.
+
+    Attributes:
+        id, paper, claim, source, quantity: of the claim, in words.
+        value: our figure, None where the claim was not tested; fractions are fractions of 1.
+        low, high: its 95 % interval; None where nothing varies that could be resampled.
+        n: pairs of images behind it.
+        seeds: trainings behind it (0 where no trained model takes part).
+        verdict: "supported", "contradicted", "undecided" or "not tested".
+        reason: why, in words.
+        metric: the score it was measured with.
+        unit: "fraction of images", "fraction of the loss", "fraction of pairs", "times as many images" or "score".
+        detail: the numbers behind the figure; empty where the claim was not tested.
+    """
+
+    id: str
+    paper: str
+    claim: str
+    source: str
+    quantity: str
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+    n: int = 0
+    seeds: int = 0
+    verdict: str = NOT_TESTED
+    reason: str = ""
+    metric: str = ""
+    unit: str = ""
+    detail: str = ""
+
+    def figure(self) -> str:
+        """Write the value with its interval: a difference of shares in points, a share of the loss in per cent."""
+        if self.value is None:
+            return "–"
+        if self.low is None:
+            return f"{METRICS[self.metric].show(self.value, sign=True)}, interval unknown"
+        if self.unit == "times as many images":
+            return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}] times"
+        if self.unit in ("fraction of the loss", "fraction of pairs"):
+            return f"{100 * self.value:.0f} % [{100 * self.low:.0f}, {100 * self.high:.0f}]"
+        points = " points" if self.unit == "fraction of images" else ""
+        return signed(self.metric, Interval(self.value, self.low, self.high, self.n)) + points
+
+
+CLAIMS: Registry[Sequence[Claim]] = Registry(
+    "ibkit.claims",
+    "set of claims",
+    {"instructbooth": "ibkit.evaluate.claims.instructbooth:CLAIMS", "experiments": "ibkit.experiments.claims:CLAIMS"},
+)
+
+
+def all_claims() -> list[Claim]:
+    """Every claim there is, paper by paper, by its id."""
+    found = [claim for name in CLAIMS for claim in CLAIMS.find(name)]
+    papers = list(dict.fromkeys(claim.paper for claim in found))
+    return sorted(found, key=lambda claim: (papers.index(claim.paper), len(claim.id), claim.id))
+
+
+def evidence_files() -> dict[str, str]:
+    """What claims read: file -> the notebook whose run folder it lies in."""
+    return {claim.file: claim.notebook for claim in all_claims()}
+
+
+def evaluate_claims(run_or_folder: str | Path, arms: Mapping[str, str] | None = None) -> list[Finding]:
+    """Test every claim on a run.
+
+    Args:
+        run_or_folder: a main run (`outputs/<run>`, with a folder for each notebook), one notebook's own folder, or a
+            folder that holds the tables directly (`outputs/reference`).
+        arms: role -> arm, where it is another one than the paper's, or than `stand_ins` finds.
+
+    Returns:
+        One finding for each claim, in the order of `all_claims`.
+
+    Raises:
+        ScoreError: there are no scores in the folder, or they are malformed.
+        ArtifactError: the run is incomplete, or a file was altered.
+        ParameterError: no claim has that role.
+    """
+    tables = {SCORES: load_scores(run_or_folder)}
+    for file, notebook in evidence_files().items():
+        if file != SCORES and (table := _find_table(Path(run_or_folder), notebook, file)) is not None:
+            tables[file] = table
+    return claims_from(tables, arms)
+
+
+def load_scores(run_or_folder: str | Path) -> pd.DataFrame:
+    """Read and check the tidy score table of a run; see `evaluate_claims` for what a folder may be."""
+    folder = Path(run_or_folder)
+    if not folder.is_dir():
+        raise ScoreError(f"There is no run folder {folder}: finish a run first, or give the path of one.")
+    table = _find_table(folder, "03_evaluate", SCORES)
+    if table is None:
+        raise ScoreError(f"{folder} holds no scores: expected 03_evaluate/scores.csv of a finished run, or scores.csv.")
+    return check_scores(table, f"scores.csv of {folder}")
+
+
+def _find_table(folder: Path, notebook: str, file: str) -> pd.DataFrame | None:
+    """A table of a notebook's run in or at the folder; None where there is none."""
+    stage = folder / notebook if (folder / notebook).is_dir() else folder
+    path = stage / file
+    if not path.is_file():
+        return None
+    if (stage / "manifest.json").is_file():
+        return read_run(stage).table(file)
+    try:
+        return pd.read_csv(path, keep_default_na=False, na_values=[""])
+    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
+        raise ScoreError(f"{path} is not a readable CSV table ({error}).") from error
+
+
+def claims_from(tables: Mapping[str, pd.DataFrame], arms: Mapping[str, str] | None = None) -> list[Finding]:
+    """Test every claim on the tables that are there, by the name of their file; the scores must be checked.
+
+    A claim whose table is missing is not tested, and says which notebook makes it.
+
+    Raises:
+        ParameterError: `arms` names a role that no claim has.
+    """
+    roles = list(dict.fromkeys(role for claim in all_claims() for role in claim.roles))
+    for role in arms or ():
+        if role not in roles:
+            raise ParameterError(f"No claim has the role {role!r}{nearest(role, roles)}")
+    there = set(tables[SCORES]["arm"]) if SCORES in tables else set()
+    return [_test(claim, tables, stand_ins(there) | dict(arms or {})) for claim in all_claims()]
+
+
+def stand_ins(there: Collection[str]) -> dict[str, str]:
+    """Role -> arm, where a run has not the paper's arm and only one that can play its role.
+
+    What is tuned is a chain of two methods or more; what is personalized is the chain below it, else the only method.
+    """
+    arms = set(there) - {BASE, REAL}
+    tuned = [arm for arm in arms if "+" in arm]
+    cast = {}
+    if ROLES["tuned"] not in arms and len(tuned) == 1:
+        cast["tuned"] = tuned[0]
+    below = cast.get("tuned", ROLES["tuned"]).rpartition("+")[0]
+    alone = [below] if below in arms else sorted(arms - set(tuned))
+    if ROLES["personalized"] not in arms and len(alone) == 1:
+        cast["personalized"] = alone[0]
+    return cast
+
+
+def claims_from_scores(scores: pd.DataFrame, arms: Mapping[str, str] | None = None) -> list[Finding]:
+    """Test those claims that a checked score table alone can test."""
+    ids = {(claim.paper, claim.id) for claim in all_claims() if claim.file == SCORES}
+    return [found for found in claims_from({SCORES: scores}, arms) if (found.paper, found.id) in ids]
+
+
+def _test(claim: Claim, tables: Mapping[str, pd.DataFrame], arms: Mapping[str, str]) -> Finding:
+    cast = dict(claim.roles) | {role: arm for role, arm in arms.items() if role in claim.roles}
+    labels = {role: label_of(arm) for role, arm in cast.items()}
+    said = [words.format(**labels) for words in (claim.statement, claim.quantity)]
+    named = {"id": claim.id, "paper": claim.paper, "claim": said[0], "source": claim.source, "quantity": said[1]}
+    try:
+        if claim.file not in tables:
+            raise CannotTest(f"Needs {claim.file} of notebook {claim.notebook}.")
+        outcome = (claim.test or compare)(claim, tables[claim.file], cast)
+    except CannotTest as reason:
+        return Finding(**named, reason=str(reason))
+    interval, (verdict, why) = outcome.interval, _verdict(claim, outcome)
+    is_known = np.isfinite([interval.low, interval.high]).all()
+    return Finding(
+        **named,
+        value=interval.value,
+        low=interval.low if is_known else None,
+        high=interval.high if is_known else None,
+        n=interval.n,
+        seeds=outcome.seeds,
+        verdict=verdict,
+        reason=why,
+        metric=outcome.metric,
+        unit=outcome.unit or ("fraction of images" if METRICS[outcome.metric].is_share else "score"),
+        detail=outcome.detail,
+    )
+
+
+def _verdict(claim: Claim, outcome: Outcome) -> tuple[str, str]:
+    """The verdict on a claim, and why."""
+    interval, cells = outcome.decisive or outcome.interval, outcome.cells
+    if cells is not None and cells.max() == 1:
+        return UNDECIDED, "One picture of each prompt decides nothing: draw more."
+    if cells is not None and len(cells) == 1:
+        return UNDECIDED, "All pictures are of one prompt of one subject and say nothing about others."
+    if not np.isfinite([interval.low, interval.high]).all():
+        return UNDECIDED, "Nothing varies that could be resampled."
+    are_few = cells is not None and len(cells) < FEW_PROMPTS
+    if are_few and interval.high - interval.low < ROUNDING:
+        return (
+            UNDECIDED,
+            f"On {len(cells)} prompts × subjects all pairs differ by the same: how others vary is unknown.",
+        )
+    side = interval.side(claim.threshold)
+    verdict = UNDECIDED if side == 0 else SUPPORTED if side == claim.side else CONTRADICTED
+    lies = f"holds {claim.border}" if side == 0 else f"lies {'above' if side > 0 else 'below'} {claim.border}"
+    said = [f"The {'' if side == 0 else 'whole '}interval{outcome.named} {lies}."]
+    if are_few:
+        said.append(f"Only {len(cells)} prompts × subjects" + (", but they decide." if side else "; draw more."))
+    if outcome.seeds == 1:
+        said.append("Of one training: it speaks of that one alone.")
+    return verdict, " ".join(said)
+
+
+# --- the difference between two arms -------------------------------------------------------------------------------
+
+
+def compare(claim: Claim, scores: pd.DataFrame, arms: Mapping[str, str]) -> Outcome:
+    """The treatment's arm minus the control's, on the claim's axis."""
+    treatment, control = arms[claim.treatment], arms[claim.control]
+    tables = {arm: rows_of(scores, arm, claim.identifier) for arm in (treatment, control)}
+    how = "on the same prompts and image seeds" if claim.identifier else "with the class prompt (no identifier)"
+    before, seen = "", {}
+    if claim.unseen:
+        if "seen" not in scores.columns or any(table["seen"].isna().all() for table in tables.values()):
+            raise CannotTest("The scores do not say which prompts RL was trained on.")
+        seen = {arm: table[table["seen"].fillna(False).astype(bool)] for arm, table in tables.items()}
+        tables = {arm: table[~table["seen"].fillna(True).astype(bool)] for arm, table in tables.items()}
+        if any(table.empty for table in tables.values()):
+            raise CannotTest("RL was trained on all prompts that were drawn: evaluate on others, too (--protocol).")
+        how, before = "on unseen prompts", "Unseen prompts: "
+    metric, pairs = pairs_of(tables, claim.axis, how)
+    difference = bootstrap_difference(tables[treatment], tables[control], metric)
+    details = [before + levels(metric, pairs)]
+    if claim.threshold < 0:
+        share = METRICS[metric].is_share
+        details.append(
+            f"allowed loss {-100 * claim.threshold:.0f} points" if share else f"allowed loss {-claim.threshold}"
+        )
+    if not claim.identifier and claim.axis == "subject":
+        try:
+            other, _ = pairs_of(tables, "text")
+            text = bootstrap_difference(tables[treatment], tables[control], other)
+            details.append(f"text fidelity of the class prompt changed by {signed(other, text)}")
+        except CannotTest:
+            details.append("text fidelity of the class prompt was not scored")
+    if seen and all(len(table) for table in seen.values()):
+        on_seen = bootstrap_difference(seen[treatment], seen[control], metric)
+        details.append(f"on seen prompts the gain is {signed(metric, on_seen)}")
+    return Outcome(metric, difference, "; ".join(details), cells_of(pairs), n_trainings(pairs))
+
+
+def rows_of(scores: pd.DataFrame, arm: str, identifier: bool = True) -> pd.DataFrame:
+    """The rows of an arm, with the identifier or with the class prompt; the base model knows only the latter."""
+    return scores[(scores["arm"] == arm) & (scores["identifier"] == (identifier and arm != BASE))]
+
+
+def pairs_of(
+    tables: dict[str, pd.DataFrame], axis: str, how: str = "on the same prompts and image seeds"
+) -> tuple[str, dict[str, pd.DataFrame]]:
+    """Pick the first metric of an axis that the tables of all arms have on shared units, and lay them out on those."""
+    absent = [arm for arm, table in tables.items() if table.empty]
+    if absent:
+        raise CannotTest(f"The scores hold no images of {' or '.join(absent)} {how}.")
+    for metric in PRIMARY[axis]:
+        if all(metric in table.columns and table[metric].notna().any() for table in tables.values()):
+            pairs = pair_up(tables, metric)
+            if all(table.size for table in pairs.values()):
+                return metric, pairs
+    raise CannotTest(f"None of {', '.join(PRIMARY[axis])} was scored for {', '.join(tables)} {how}.")
+
+
+def cells_of(pairs: Mapping[str, pd.DataFrame]) -> pd.Series:
+    """Number of image seeds of each prompt of each subject."""
+    units = next(iter(pairs.values())).columns.to_frame(index=False)
+    return units.groupby(["subject", "prompt_id"]).size()
+
+
+def levels(metric: str, pairs: Mapping[str, pd.DataFrame]) -> str:
+    """Name the level of each arm behind a difference."""
+    shown = [
+        f"{arm.label} {METRICS[metric].show(float(np.nanmean(pairs[name].to_numpy())))}"
+        for name, arm in arms_of(pairs).items()
+    ]
+    return f"{METRICS[metric].label}: " + ", ".join(shown)
+
+
+def signed(metric: str, interval: Interval) -> str:
+    """A difference with its interval, each with its sign."""
+    value, low, high = (METRICS[metric].show(x, sign=True) for x in (interval.value, interval.low, interval.high))
+    return f"{value} [{low}, {high}]"

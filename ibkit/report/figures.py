@@ -1,0 +1,163 @@
+"""The figures of a report: found in the runs' folders, named by a word in their file name, described in words."""
+
+import base64
+import hashlib
+import io
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pandas as pd
+from PIL import Image
+
+from ibkit.evaluate.arms import arms_of, label_of
+from ibkit.evaluate.stats import METRICS
+from ibkit.runs import CompletedRun
+
+# Run.save_figure writes 150 dots to the inch; shown at 100 px to the inch, all figures have letters of one size.
+PX_PER_DOT = 100 / 150
+
+
+@dataclass(frozen=True)
+class FigureKind:
+    """What a figure is, told by a word in its file name.
+
+    Attributes:
+        word: the word in the name, such as "curves" in `figures/curves.png`.
+        title: heading above the figure.
+        caption: how to read it.
+        describe: makes the text for people who cannot see it, from the figure's table.
+    """
+
+    word: str
+    title: str
+    caption: str
+    describe: Callable[[pd.DataFrame], str]
+
+
+@dataclass(frozen=True)
+class ReportFigure:
+    """A figure of the report: its picture as a data URI with its size in CSS px, its words, and its table."""
+
+    kind: FigureKind
+    title: str
+    uri: str
+    width: int
+    height: int
+    alt: str
+    table: pd.DataFrame
+    source: str
+
+
+def figures_of(stages: Iterable[CompletedRun]) -> tuple[list[ReportFigure], list[ReportFigure]]:
+    """Collect the figures of all stages: those the report knows, in its own order, and the rest."""
+    known: list[ReportFigure] = []
+    others: list[ReportFigure] = []
+    seen: set[str] = set()
+    for stage in stages:
+        outputs = set(stage.outputs)
+        for name in sorted(outputs):
+            stem = name.removesuffix(".png")
+            # A figure is a picture with the table it draws; generated images have none.
+            if not name.endswith(".png") or f"{stem}.csv" not in outputs:
+                continue
+            content = stage.path(name).read_bytes()
+            digest = hashlib.sha256(content).hexdigest()
+            if digest in seen:  # a later notebook shows the same figure again
+                continue
+            seen.add(digest)
+            with Image.open(io.BytesIO(content)) as picture:
+                width, height = (round(side * PX_PER_DOT) for side in picture.size)
+            table = stage.table(f"{stem}.csv")
+            words = Path(stem).name
+            kind = next((kind for kind in FIGURE_KINDS if kind.word in words), None)
+            figure = ReportFigure(
+                kind=kind or OTHER_KIND,
+                title=kind.title if kind and words == kind.word else words.replace("_", " ").capitalize(),
+                uri="data:image/png;base64," + base64.b64encode(content).decode(),
+                width=width,
+                height=height,
+                alt=_describe(kind or OTHER_KIND, table),
+                table=table,
+                source=f"{stage.folder.name}/{stem}",
+            )
+            (known if kind else others).append(figure)
+    return sorted(known, key=lambda figure: FIGURE_KINDS.index(figure.kind)), others
+
+
+def _describe(kind: FigureKind, table: pd.DataFrame) -> str:
+    try:
+        return kind.describe(table)
+    except (KeyError, IndexError, ValueError):  # a figure of that name with a table of another shape
+        return OTHER_KIND.describe(table)
+
+
+def _describe_photos(table: pd.DataFrame) -> str:
+    return f"{len(table)} reference photos of the subject, side by side."
+
+
+def _describe_grid(table: pd.DataFrame) -> str:
+    arms = ", ".join(arm.label for arm in arms_of(table["arm"].unique()).values())
+    prompts = "; ".join(table["text"].drop_duplicates().astype(str))
+    return f"Generated pictures by {arms}, each on the same noise, for the prompts: {prompts}."
+
+
+def _describe_curves(table: pd.DataFrame) -> str:
+    parts = []
+    for series, points in table.groupby("series", sort=False):
+        means = points.groupby("epoch")["value"].mean()
+        parts.append(f"{series.replace('_', ' ')} from {means.iloc[0]:.2f} to {means.iloc[-1]:.2f}")
+    return f"Curves over epochs {table['epoch'].min()} to {table['epoch'].max()}: {'; '.join(parts)}."
+
+
+def _describe_plane(table: pd.DataFrame) -> str:
+    text, subject = METRICS[table["text_metric"].iloc[0]], METRICS[table["subject_metric"].iloc[0]]
+    points = [
+        f"{label_of(row.arm)}: text {text.show(row.text_value)}, subject {subject.show(row.subject_value)}"
+        for row in table.itertuples()
+    ]
+    return f"Plane of text fidelity ({text.label}) against subject fidelity ({subject.label}). {'; '.join(points)}."
+
+
+def _describe_bars(table: pd.DataFrame) -> str:
+    metric = METRICS[table["metric"].iloc[0]]
+    bars = [f"{row.text}, {label_of(row.arm)}: {metric.show(row.value)}" for row in table.itertuples()]
+    return f"Bars of {metric.label} by prompt. {'; '.join(bars)}."
+
+
+def _describe_other(table: pd.DataFrame) -> str:
+    return f"A figure drawn from {len(table)} rows of {', '.join(map(str, table.columns))}; its table follows."
+
+
+FIGURE_KINDS = (
+    FigureKind("references", "The subject", "The photos the model was personalized on.", _describe_photos),
+    FigureKind(
+        "grid",
+        "Same prompt, same noise, each arm",
+        "Pictures in the same place of each block start from the same noise. Look for two things: does the picture "
+        "show what the prompt says, and is it still the subject of the photos?",
+        _describe_grid,
+    ),
+    FigureKind(
+        "plane",
+        "Text fidelity against subject fidelity",
+        "Up and to the right is better. The base model does not know the subject. Personalization moves it up and to "
+        "the left; a good second stage moves it back to the right without going down. Whiskers are 95 % intervals "
+        "over subjects, prompts and trainings.",
+        _describe_plane,
+    ),
+    FigureKind(
+        "bars",
+        "Prompt by prompt",
+        "Where the text is lost and where it is won back, with 95 % intervals.",
+        _describe_bars,
+    ),
+    FigureKind(
+        "curves",
+        "While it learns",
+        "Left: the reward that training maximizes. Right: what the reward does not see. A reward that rises while the "
+        "curves on the right fall is being hacked.",
+        _describe_curves,
+    ),
+)
+OTHER_KIND = FigureKind("", "", "", _describe_other)

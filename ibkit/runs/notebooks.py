@@ -1,0 +1,92 @@
+"""How a notebook opens its run and finds those that it goes on from: strictly in a batch, with patience by hand.
+
+A notebook is run by hand where it has no `run_out`. Then it can be run again: with the same values it goes on with what
+is there, with others the old run is set aside under its time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ibkit.errors import ArtifactError
+from ibkit.runs.files import resolve
+from ibkit.runs.locks import FolderLock
+from ibkit.runs.manifest import MANIFEST, CompletedRun, differing_runs, identify, read_manifest, read_run
+from ibkit.runs.writing import Run, let_go
+
+OUTPUTS = "outputs"
+
+
+def open_run(notebook: str, parameters: Any, inputs: Mapping[str, Any] | None = None) -> Run:
+    """The run of a notebook, open for writing.
+
+    Args:
+        notebook: its name, which is the kind of the run.
+        parameters: as `collect` returns them.
+        inputs: name -> file, folder, or finished run; recorded with their hashes.
+
+    Raises:
+        ArtifactError: see `Run.open`. By hand neither other values nor a finished run are refused.
+    """
+    values, by_hand = asdict(parameters), not parameters.run_out
+    folder = resolve(parameters.run_out or f"{OUTPUTS}/notebook-{notebook}").resolve()
+    if by_hand and not parameters.resume:
+        _make_room(folder, notebook, values, inputs or {})
+    return Run.open(folder, notebook, values, inputs, resume=parameters.resume or by_hand, by_hand=by_hand)
+
+
+def _make_room(folder: Path, kind: str, values: Mapping[str, Any], inputs: Mapping[str, Any]) -> None:
+    """Set a run of other values aside, under the time it was started at."""
+    if not (folder / MANIFEST).exists():
+        return
+    old = read_manifest(folder)
+    differ = differing_runs(old, kind, values, {name: identify(value) for name, value in inputs.items()})
+    if not differ:
+        return
+    let_go(folder)
+    FolderLock(folder).release()  # refuses to move what another process is writing
+    stem = f"{folder.name}-{old['started'].partition('+')[0].replace(':', '-')}"
+    names = (stem if i == 1 else f"{stem}-{i}" for i in range(1, 10**6))
+    aside = next(place for name in names if not (place := folder.with_name(name)).exists())
+    folder.rename(aside)
+    print(f"other values ({'; '.join(differ)}): the run that was here is now {aside.name}")
+
+
+def input_run(kind: str | tuple[str, ...], named: str = "") -> CompletedRun:
+    """The finished run that was named, or the newest of its kind or kinds, which is then printed.
+
+    A run that was edited by hand says so.
+
+    Raises:
+        ArtifactError: it is not there, not finished, altered, or of another kind.
+    """
+    kinds = (kind,) if isinstance(kind, str) else kind
+    run = read_run(resolve(named), *kinds) if named else newest_run(*kinds)
+    if not named:
+        print(f"goes on from {run.folder.relative_to(resolve(OUTPUTS).resolve().parent)}, the newest run of {run.kind}")
+    if run.edited_by_hand:
+        print(f"{run.folder.name} was edited by hand after its end")
+    return run
+
+
+def newest_run(*kinds: str) -> CompletedRun:
+    """The run of any of these kinds below outputs that was finished last.
+
+    Raises:
+        ArtifactError: there is none.
+    """
+    places = [path for depth in ("*", "*/*") for path in resolve(OUTPUTS).glob(f"{depth}/{MANIFEST}")]
+    for path in sorted(places, key=lambda path: path.stat().st_mtime_ns, reverse=True):
+        try:
+            manifest = read_manifest(path.parent)
+        except ArtifactError:  # damaged, or of another ibkit: not one to go on from
+            continue
+        if manifest["kind"] in kinds and manifest["status"] == "complete":
+            return read_run(path.parent, *kinds)
+    raise ArtifactError(
+        f"No run of {' or '.join(kinds)} below {resolve(OUTPUTS)} is finished: run notebooks/{kinds[0]}.ipynb to its "
+        "last cell first."
+    )
