@@ -167,8 +167,8 @@ def main() -> int:
                         noun, arm, seed, arguments.out, arguments.pictures, arguments.epochs, arguments.dreambooth_steps
                     )
     rows = read(arguments.out)
-    named = rows[rows["identifier"]]
-    columns = ["shown", "pose", "things", "same_subject", "subject_score"]
+    named = rows[rows["identifier"]].assign(both=lambda table: table["shown"] * table["same_subject"])
+    columns = ["shown", "pose", "things", "same_subject", "both", "subject_score"]
     with pd.option_context("display.max_rows", None, "display.max_columns", None, "display.width", 160):
         print(named.groupby(["subject", "arm", "phrase"])[columns].mean().round(2))
         print(named.groupby(["subject", "arm", "rl_seed"])[columns].mean().round(2))
