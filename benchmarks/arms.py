@@ -2,6 +2,7 @@
 
     python -m benchmarks.arms --out outputs/arms                        # cat and dog, three RL seeds, all arms
     python -m benchmarks.arms --out outputs/arms --subjects cat --arms text "text and subject" --rl-seeds 0
+    python -m benchmarks.arms --out outputs/early --dreambooth-steps 500    # from an earlier start than the preset's
     python -m benchmarks.arms --out outputs/arms --tables               # print what is there
 
 All arms of a subject start from one DreamBooth model, and are drawn from the same noise. What is there is not made
@@ -12,6 +13,7 @@ seeds of its own. Writes `<subject>-<arm>-<seed>.csv`, one row a picture, and be
 from __future__ import annotations
 
 import argparse
+import json
 import shutil
 import time
 from pathlib import Path
@@ -22,6 +24,7 @@ import torch
 from benchmarks.personalize import mosaic
 from ibkit.data.prompts import Prompt, training_prompts
 from ibkit.data.subject import PersonalizedSubject, demo_subject, world_photos
+from ibkit.errors import ParameterError
 from ibkit.methods import ddpo, dreambooth
 from ibkit.methods.class_images import class_images
 from ibkit.methods.engine.objectives import RewardSpec
@@ -39,6 +42,7 @@ ARMS: dict[str, tuple[bool, str, bool, dict]] = {
     "text": (False, "", False, {}),
     "text clipped": (True, "", False, {}),
     "text and subject": (True, "subject", True, {"combine": "synergy"}),
+    "floor": (True, "subject", True, {"combine": "synergy", "spread_floor": 1.0}),  # text and subject, with it
     "text and DINO": (True, "dino", True, {"combine": "synergy"}),
     "sum": (True, "subject", True, {"combine": "sum"}),
     "harmonic": (True, "subject", True, {"combine": "harmonic"}),
@@ -69,11 +73,22 @@ def look(
     )
 
 
-def personalized(who: PersonalizedSubject, folder: Path) -> Path:
-    """The subject's DreamBooth model, trained on the first call."""
+def personalized(who: PersonalizedSubject, folder: Path, n_steps: int = 0) -> Path:
+    """The subject's DreamBooth model, trained on the first call; 0 steps are the preset's.
+
+    Raises:
+        ParameterError: the one in the folder is of another number of steps.
+    """
     path = folder / f"{who.name}-dreambooth"
+    config = POCKET.settings("dreambooth", {"n_steps": n_steps} if n_steps else {})
+    note = folder / "start.json"
+    if not note.exists():
+        note.write_text(json.dumps({"dreambooth_steps": config.n_steps}) + "\n")
+    there = json.loads(note.read_text())["dreambooth_steps"]
+    if there != config.n_steps:
+        raise ParameterError(f"{folder} holds arms from {there} DreamBooth steps, not {config.n_steps}: take another.")
     if not path.exists():
-        model, config = load_model("pocket"), POCKET.settings("dreambooth")
+        model = load_model("pocket")
         cache = folder / "class-images"
         pictures = class_images(model, who.class_prompt, config.n_class_images, POCKET.class_sampler, cache, seed=0)
         work, photos = folder / f".{path.name}", world_photos(who.world)
@@ -83,14 +98,14 @@ def personalized(who: PersonalizedSubject, folder: Path) -> Path:
     return path
 
 
-def run_arm(noun: str, arm: str, seed: int, folder: Path, n_pictures: int, n_epochs: int) -> None:
+def run_arm(noun: str, arm: str, seed: int, folder: Path, n_pictures: int, n_epochs: int, n_steps: int = 0) -> None:
     name = f"{noun}-{arm}-{seed}".replace(" ", "_")
     if (folder / f"{name}.csv").exists():
         return
     started, judge, world = time.monotonic(), Judge.load(), demo_subject(noun)
     who = PersonalizedSubject(noun, noun, IDENTIFIER, "", "pocket", "", world)
     prompts = training_prompts(list(POCKET.activities), noun, IDENTIFIER, "", True)
-    start = personalized(who, folder)
+    start = personalized(who, folder, n_steps)
     before = folder / f"{noun}-dreambooth.csv"
     if not before.exists():
         table = look(load_model(str(start)), prompts, n_pictures, judge, who, before.with_suffix(".png"))
@@ -138,6 +153,7 @@ def main() -> int:
     parser.add_argument("--rl-seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--pictures", type=int, default=60, help="of each prompt, after training")
     parser.add_argument("--epochs", type=int, default=0, help="0 = the preset's")
+    parser.add_argument("--dreambooth-steps", type=int, default=0, help="0 = the preset's")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tables", action="store_true", help="only print the table of what is there")
     arguments = parser.parse_args()
@@ -147,10 +163,12 @@ def main() -> int:
         for seed in arguments.rl_seeds:
             for noun in arguments.subjects:
                 for arm in arguments.arms:
-                    run_arm(noun, arm, seed, arguments.out, arguments.pictures, arguments.epochs)
+                    run_arm(
+                        noun, arm, seed, arguments.out, arguments.pictures, arguments.epochs, arguments.dreambooth_steps
+                    )
     rows = read(arguments.out)
-    named = rows[rows["identifier"]]
-    columns = ["shown", "pose", "things", "same_subject", "subject_score"]
+    named = rows[rows["identifier"]].assign(both=lambda table: table["shown"] * table["same_subject"])
+    columns = ["shown", "pose", "things", "same_subject", "both", "subject_score"]
     with pd.option_context("display.max_rows", None, "display.max_columns", None, "display.width", 160):
         print(named.groupby(["subject", "arm", "phrase"])[columns].mean().round(2))
         print(named.groupby(["subject", "arm", "rl_seed"])[columns].mean().round(2))

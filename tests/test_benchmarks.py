@@ -1,4 +1,4 @@
-"""The benchmark that only a GPU can run in earnest: the same code runs here on a small U-Net."""
+"""Benchmarks: that of a GPU runs here on a small U-Net; arms from different starts stay apart."""
 
 import json
 
@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from benchmarks import scoring, sd15
-from ibkit.errors import ModelError
+from benchmarks.arms import personalized
+from ibkit.data.subject import PersonalizedSubject, demo_subject
+from ibkit.errors import ModelError, ParameterError
 from ibkit.scorers import SCORERS, make_scorer
 
 
@@ -50,3 +52,10 @@ def test_a_score_that_depends_on_its_batch_ends_in_failure_and_a_slow_one_in_a_s
     assert scoring.main() == 1
     told = capsys.readouterr().out
     assert "clip_t: batched and one by one differ by 2.0e-04, more than 0.0001" in told and "clip_t: 1.50" not in told
+
+
+def test_arms_from_one_start_are_not_mixed_with_arms_from_another(tmp_path):
+    (tmp_path / "start.json").write_text('{"dreambooth_steps": 800}\n')
+    who = PersonalizedSubject("cat", "cat", "sks", "", "pocket", "", demo_subject("cat"))
+    with pytest.raises(ParameterError, match="800 DreamBooth steps, not 500"):
+        personalized(who, tmp_path, 500)

@@ -208,6 +208,28 @@ def test_the_text_reward_is_clipped_at_its_level_and_the_history_counts_what_was
         assert "reward_subject" not in row and "above_level_subject" not in row
 
 
+def test_a_clipped_objective_that_is_nearly_saturated_is_not_divided_by_its_own_small_spread():
+    """15 of 16 pictures at the level .5, the last at .49. Its own σ is .01 √15 / 16, so that it lacks 15 / √15 of them;
+    true pictures' σ is .1, and of that it lacks .01 · 15/16 / .1.
+    """
+    scores, level = torch.tensor([[0.9] * 15 + [0.49]]), lambda prompt: Level(0.5, 0.1)
+
+    def last(clip=True, **changes):
+        return objectives(Objective(brightness, level, clip), None, **changes).advantages([NAMED] * 16, scores, 1)[
+            -1, 0
+        ]
+
+    assert last() == pytest.approx(-math.sqrt(15), abs=1e-2)
+    assert last(spread_floor=1.0) == pytest.approx(-0.09375, abs=1e-4)
+    assert last(spread_floor=0.5) == pytest.approx(-0.1875, abs=1e-4)
+    assert last(spread_floor=1e-3) == last()  # wide enough by itself
+    assert last(clip=False, spread_floor=1.0) == last(clip=False)  # nothing saturates
+    both = Objective(brightness, level, True)
+    rows = torch.cat([scores, scores])
+    found = objectives(both, both, time_aware=False, spread_floor=1.0, synergy=0.0).advantages([NAMED] * 16, rows, 1)
+    assert found[-1, 0] == pytest.approx(-0.09375, abs=1e-4)  # half of each
+
+
 def test_the_subject_objective_saturates_at_the_likeness_of_real_photos():
     subject = scorer_reward(Colour(), PHOTOS, clip_at_level=True)
     level = subject.level(NAMED)

@@ -89,6 +89,9 @@ class DDPOConfig:
     text_weight: float = field(
         0.5, "of the sum, of the harmonic mean (RPO's 1 - λ), and without time_aware", "RPO", low=0.0, high=1.0
     )
+    spread_floor: float = field(
+        0.0, "least σ of a clipped objective, as a share of that of true pictures; 0 = none", "ours", low=0.0
+    )
     stats_buffer: int = field(
         16, "rewards of a prompt that make its mean; 0 = those of the epoch", "DDPO's code", low=0
     )

@@ -36,8 +36,14 @@ class PromptStats:
         self.buffer_size, self.min_count = buffer_size, min_count if buffer_size else 2
         self.rewards: dict[str, deque[float]] = {}
 
-    def advantages(self, prompts: Sequence[Prompt], rewards: torch.Tensor) -> torch.Tensor:
-        """Add a batch of rewards (B,) and return its normalised advantages (B,)."""
+    def advantages(
+        self, prompts: Sequence[Prompt], rewards: torch.Tensor, least: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Add a batch of rewards (B,) and return its normalised advantages (B,).
+
+        Args:
+            least: standard deviations (B,), alike for a prompt; no prompt is divided by a smaller one.
+        """
         size = self.buffer_size or len(prompts)
         if self.buffer_size == 0:
             self.rewards.clear()
@@ -49,7 +55,10 @@ class PromptStats:
             known = torch.tensor(self.rewards[prompt.text], dtype=torch.float64)
             if len(known) < self.min_count:
                 known = rewards[[p.identifier == prompt.identifier for p in prompts]].double()
-            advantages[rows] = (rewards[rows].double() - known.mean()) / (known.std(unbiased=False) + self.EPSILON)
+            spread = known.std(unbiased=False) + self.EPSILON
+            if least is not None:
+                spread = torch.maximum(spread, least[rows[0]].double())
+            advantages[rows] = (rewards[rows].double() - known.mean()) / spread
         return advantages.float()
 
     def state(self) -> dict[str, list[float]]:

@@ -70,6 +70,11 @@ class Objective:
             )
         return torch.tensor([level.mean if level else torch.nan for level in found])
 
+    def spreads(self, prompts: Sequence[Prompt]) -> torch.Tensor:
+        """The standard deviation of true pictures' scores for each prompt (B,), 0 where it is not known."""
+        found = [self.level(prompt) for prompt in prompts]
+        return torch.tensor([level.std if level else 0.0 for level in found])
+
 
 @dataclass(frozen=True)
 class RewardSpec:
@@ -194,12 +199,15 @@ class Objectives:
         named = torch.tensor([p.identifier for p in prompts])
         if "subject" not in clipped or self.config.combine != "synergy":
             reward = self._one_reward(clipped, named) if "subject" in clipped else clipped["text"]
-            advantages = self.stats["text"].advantages(prompts, reward)[:, None].expand(-1, n_steps)
+            least = self._least("text", prompts) if "subject" not in clipped else None
+            advantages = self.stats["text"].advantages(prompts, reward, least)[:, None].expand(-1, n_steps)
         else:
-            advantages = self.stats["text"].advantages(prompts, clipped["text"])[:, None].repeat(1, n_steps)
+            least = self._least("text", prompts)
+            advantages = self.stats["text"].advantages(prompts, clipped["text"], least)[:, None].repeat(1, n_steps)
             if named.any():
                 asked = [p for p in prompts if p.identifier]
-                subject = self.stats["subject"].advantages(asked, clipped["subject"][named])
+                least = self._least("subject", asked)
+                subject = self.stats["subject"].advantages(asked, clipped["subject"][named], least)
                 weight = self._weights(n_steps)
                 advantages[named] = two_objectives(advantages[named, 0], subject, weight, self.config.synergy)
         return advantages.clamp(-self.config.advantage_clip, self.config.advantage_clip)
@@ -210,6 +218,16 @@ class Objectives:
             name: torch.minimum(row, objective.levels(prompts)) if objective.clip else row
             for (name, objective), row in zip(self.given.items(), scores, strict=True)
         }
+
+    def _least(self, name: str, prompts: Sequence[Prompt]) -> torch.Tensor | None:
+        """The least σ (B,) that an objective which is clipped is normalised by, see `DDPOConfig.spread_floor`.
+
+        Where nearly all pictures of a prompt are at the level, their σ goes to 0, and the few below it would weigh as
+        much as they did when all were: 1 of 16 pictures has an advantage of -3.9, however little it lacks.
+        """
+        if not (self.config.spread_floor and self.given[name].clip):
+            return None
+        return self.config.spread_floor * self.given[name].spreads(prompts)
 
     def _weights(self, n_steps: int) -> torch.Tensor:
         if not self.config.time_aware:
