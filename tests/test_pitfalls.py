@@ -54,7 +54,7 @@ PITFALLS = {
         "test_ddpo.py::test_a_heavy_kl_holds_the_policy",
     ),
     "12 an adapter that loads nowhere else": (
-        "test_models.py::test_an_adapter_starts_as_the_identity_and_travels",
+        "test_adapt.py::test_what_is_exported_draws_the_same_in_diffusers",
         "test_chain.py::test_the_adapter_loads_into_diffusers_own_pipeline",
     ),
     "13 class images of another prompt or model": (

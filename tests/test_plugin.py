@@ -64,7 +64,8 @@ def test_the_toy_runs_from_stage_to_report(ibkit, tmp_path):
     scores = read_run(job / "03_evaluate").table("scores.csv")
     assert {"base", "toy_shake", "toy_shake+ddpo"} <= set(scores["arm"])
     assert scores.loc[scores["arm"] != "real", "toy_redness"].between(0, 1).all()
-    assert "Redness" in ibkit("tables", job) and "Shaken" in ibkit("tables", job)
+    tables = ibkit("tables", job)
+    assert "Redness" in tables and "Shaken + DDPO" in tables
     claims = {claim["id"]: claim for claim in json.loads(ibkit("claims", job, "--json"))}
     assert claims["C1"]["claim"].startswith("Shaken loses") and claims["C1"]["verdict"] != "not tested"
     code = f"from ibkit.report import build_report; print(build_report({str(job)!r}))"
