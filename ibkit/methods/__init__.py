@@ -1,1 +1,3 @@
-"""Personalization and feedback-driven fine-tuning. A method is one file with `train`; see `dreambooth` and `ddpo`."""
+"""Personalization and feedback-driven fine-tuning. A method is one file with a record, and one line in
+`records.METHODS`; see `dreambooth` and `ddpo`.
+"""

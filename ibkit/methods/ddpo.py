@@ -433,10 +433,10 @@ METHOD = Method(
         "trained_share": (0.8, "8 of 10 steps: the last but one would drown all others (notebook 02)"),
         "subsample": (0.6, "5 of those 8 for each picture and gradient step"),
         "ema_decay": (0.9, "evens out single gradient steps"),
-        "lora_rank": (8, "an adapter of 4 is small beside so large a learning rate"),
+        "lora_rank": (8, "not compared with other ranks"),
         "micro_batch": (48, "with guidance 96 rows, where two CPU cores are fastest a row (benchmarks/rl.py)"),
         "stats_buffer": (48, "four epochs of a prompt, so that the mean follows the policy"),
-        "stats_min_count": (8, "as many as a prompt has in an epoch, nearly"),
+        "stats_min_count": (8, "most of the 12 pictures that a prompt has in an epoch"),
     },
     work=work,
 )
