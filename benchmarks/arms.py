@@ -113,8 +113,8 @@ def run_arm(noun: str, arm: str, seed: int, folder: Path, n_pictures: int, n_epo
     model, photos = load_model(str(start)), world_photos(world)
     clip_text, scorer, clip_subject, settings = ARMS[arm]
     config = POCKET.settings("ddpo", settings | ({"n_epochs": n_epochs} if n_epochs else {}))
-    text = RewardSpec("image_reward", clip_text).load("pocket", "cpu", photos)
-    subject = RewardSpec(scorer, clip_subject).load("pocket", "cpu", photos) if scorer else None
+    text = RewardSpec("image_reward", clip_at_level=clip_text).load("cpu", photos)
+    subject = RewardSpec(scorer, clip_at_level=clip_subject).load("cpu", photos) if scorer else None
     watch = SubjectMonitor(who, photos, make_scorer(POCKET.monitor, "pocket"), judge, make_scorer("clip_t", "pocket"))
 
     def say(row: dict, network: TextToImage) -> None:

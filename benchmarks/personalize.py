@@ -23,28 +23,36 @@ import pandas as pd
 import torch
 from PIL import Image
 
-from ibkit.data.subject import demo_subject, world_photos
-from ibkit.methods import dreambooth
+from ibkit.adapt import Adapted
+from ibkit.data.subject import PersonalizedSubject, demo_subject, world_photos
 from ibkit.methods.class_images import class_images
+from ibkit.methods.records import METHODS, Job
 from ibkit.model.sample import sample
 from ibkit.model.text_to_image import load_model
 from ibkit.pocket.world import CLASSES, activities_of
 from ibkit.presets import POCKET
 from ibkit.scorers.judge import Judge
 
-LOOKS = (200, 300, 450, 600, 800)  # steps
+LOOKS = {"dreambooth": (200, 300, 450, 600, 800), "lora_dreambooth": (600, 1000, 1400, 1800)}  # steps
 BETWEEN_CHECKPOINTS = 50  # steps, the most that a continued training repeats
 N_PICTURES = 8  # of each prompt
 N_PHRASES = 5
 IDENTIFIER = "sks"
-# settings that differ from the preset
-SETTINGS: dict[str, dict] = {
-    "usual": {},
-    "last": {"ema_decay": 0.0},
-    "heavy prior": {"prior_weight": 1.0},
-    "fast": {"learning_rate": 7e-4},
-    "slow": {"learning_rate": 3e-4},
-    "former": {"learning_rate": 7e-4, "prior_weight": 1.0, "ema_decay": 0.0},
+# name -> (method, settings that differ from its preset)
+SETTINGS: dict[str, tuple[str, dict]] = {
+    "usual": ("dreambooth", {}),
+    "last": ("dreambooth", {"ema_decay": 0.0}),
+    "heavy prior": ("dreambooth", {"prior_weight": 1.0}),
+    "fast": ("dreambooth", {"learning_rate": 7e-4}),
+    "slow": ("dreambooth", {"learning_rate": 3e-4}),
+    "former": ("dreambooth", {"learning_rate": 7e-4, "prior_weight": 1.0, "ema_decay": 0.0}),
+    "lora": ("lora_dreambooth", {}),
+    "lora slow": ("lora_dreambooth", {"learning_rate": 2e-3}),
+    "lora fast": ("lora_dreambooth", {"learning_rate": 8e-3}),
+    "lora heavy prior": ("lora_dreambooth", {"prior_weight": 1.0}),
+    "lora wide": ("lora_dreambooth", {"lora_rank": 32}),
+    "lora batch": ("lora_dreambooth", {"batch": 8}),
+    "lora last": ("lora_dreambooth", {"ema_decay": 0.0}),
 }
 
 
@@ -54,15 +62,18 @@ def train_and_look(noun: str, setting: str, seed: int, folder: Path, weights: st
     if table.exists():
         return
     world, judge, started, rows = demo_subject(noun), Judge.load(), time.monotonic(), []
-    config = replace(POCKET.settings("dreambooth"), checkpoint_every=BETWEEN_CHECKPOINTS, **SETTINGS[setting])
+    method, given = SETTINGS[setting]
+    config = POCKET.settings(method, given | {"checkpoint_every": BETWEEN_CHECKPOINTS})
     cache, work, photos = folder / "class-images", folder / f".{table.stem}", world_photos(world)
+    who = PersonalizedSubject(noun, noun, IDENTIFIER, "", weights, "", world)
     phrases = ["", *activities_of(noun)[:N_PHRASES]]
     asked = [phrase for phrase in phrases for _ in range(N_PICTURES)]
     prompts = [f"a {IDENTIFIER} {noun} {phrase}".strip() for phrase in asked]
-    for steps in looks:
-        model, ended = load_model(weights), replace(config, n_steps=steps)
-        pictures = class_images(model, f"a {noun}", config.n_class_images, POCKET.class_sampler, cache, seed=0)
-        dreambooth.train(model, photos, f"a {IDENTIFIER} {noun}", f"a {noun}", pictures, ended, work, seed)
+    for steps in looks or LOOKS[method]:
+        model = load_model(weights)
+        pictures = class_images(model, who.class_prompt, config.n_class_images, POCKET.class_sampler, cache, seed=0)
+        job = Job(Adapted.of(model), who, photos, method, seed, work, pictures)
+        METHODS[method].train(model, job, replace(config, n_steps=steps))
         drawn = sample(model, prompts, list(range(N_PICTURES)) * len(phrases), POCKET.sampler)
         mosaic(drawn, N_PICTURES).save(folder / f"{table.stem}-{steps:04d}.png")
         look = pd.DataFrame({"phrase": asked, "image_seed": [i % N_PICTURES for i in range(len(asked))]})
@@ -108,7 +119,9 @@ def main() -> int:
     parser.add_argument("--settings", nargs="+", default=["usual"], choices=list(SETTINGS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--model", default="pocket")
-    parser.add_argument("--looks", nargs="+", type=int, default=list(LOOKS), help="steps at which to look")
+    parser.add_argument(
+        "--looks", nargs="+", type=int, default=[], help="steps at which to look (default: the method's)"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tables", action="store_true", help="only print the tables of what is there")
     arguments = parser.parse_args()

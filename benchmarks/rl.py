@@ -103,7 +103,7 @@ def ours(epoch: Epoch) -> dict[str, float]:
             config.micro_batch,
         ),
     )
-    rewards = timed(seconds, "reward", lambda: epoch.reward(model.decode(trajectories.latents[-1]), epoch.prompts))
+    rewards, _ = timed(seconds, "reward", lambda: epoch.reward(model.decode(trajectories.latents[-1]), epoch.prompts))
     average = Average({}, 0.0)
     timed(
         seconds,
@@ -157,7 +157,7 @@ def plain(epoch: Epoch, micro_batch: int) -> dict[str, float]:
 
     def score() -> torch.Tensor:
         one_by_one = [
-            epoch.reward(model.decode(trajectories.latents[-1, i : i + 1]), [epoch.prompts[i]])
+            epoch.reward(model.decode(trajectories.latents[-1, i : i + 1]), [epoch.prompts[i]])[0]
             for i in range(len(epoch.prompts))
         ]
         return torch.cat(one_by_one)

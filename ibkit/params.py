@@ -81,8 +81,10 @@ class RLFinetune(Measured):
     guard: dict = field({}, "what to change of the guard, such as {'patience': 10}; the rest is the preset's")
     use_class_prompts: bool = field(True, "train on prompts without the identifier too")
     reward: str = field("image_reward", "name of the scorer that is the reward")
+    reward_options: dict = field({}, "of that scorer, such as {'weight': 0.7} of harmonic")
     clip_at_level: bool = field(False, "count scores above those of true pictures, the reward's level, as the level")
     subject_reward: str = field("", "name of a scorer that is a second objective, such as subject; empty = text alone")
+    subject_reward_options: dict = field({}, "of that scorer")
     clip_subject_at_level: bool = field(False, "the same for it; its level is how alike the photos are")
     sample_every: int = field(0, "epochs between sample grids; 0 = the preset's", low=0, high=100_000)
     processes: int = field(
@@ -96,8 +98,11 @@ class RLFinetune(Measured):
 
         _check_settings(self, find_method(self.method, "tune").name)
         fill(preset_of(self.model).guard, self.guard, "The guard")
-        for name in filter(None, (self.reward, self.subject_reward)):
-            RewardSpec(name)
+        RewardSpec(self.reward, options=self.reward_options)
+        if self.subject_reward:
+            RewardSpec(self.subject_reward, options=self.subject_reward_options)
+        elif self.subject_reward_options:
+            raise ParameterError("There are subject_reward_options and no subject_reward: name its scorer.")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -294,6 +294,10 @@ def test_a_stage_is_done_only_with_the_same_parameters_inputs_and_files(places):
         (["--set", "n_epochs=3"], "not of the form METHOD.NAME=VALUE"),
         (["--set", "dpo.n_epochs=3"], "--set names dpo, and this run has dreambooth, ddpo: choose methods by"),
         (["--set", "guard.patient=3"], "The guard has no setting 'patient'; did you mean 'patience'?"),
+        (["--reward", "harmonic", "--set", "reward.wieght=1"], "Scorer harmonic has no setting 'wieght'; did you mean"),
+        (["--set", "reward.weight=1"], "Scorer image_reward has no setting 'weight'"),
+        (["--set", "subject_reward.weight=1"], "There are subject_reward_options and no subject_reward"),
+        (["-p", "02_rl_finetune.reward_options={}"], "sets reward_options of 02_rl_finetune itself; use --set reward."),
         (["--personalize", "dreambouth"], "There is no method 'dreambouth'; did you mean 'dreambooth'?"),
         (["--tune", "dreambooth"], "dreambooth is a method to personalize: to tune, choose one of ddpo"),
         (["-p", "02_rl_finetune.method=ddpo"], "the main job sets method of 02_rl_finetune itself; use --tune"),
@@ -440,6 +444,9 @@ def test_settings_go_to_the_method_that_they_name(places):
     first, second, _ = plan(defaults() | parsed(*words, "--set", "ddpo.sampler.n_steps=5"), places / "outputs" / "job")
     assert first.parameters["method"] == "lora_dreambooth" and first.parameters["settings"] == {"lora_rank": 2}
     assert second.parameters["settings"] == {"sampler.n_steps": 5} and second.parameters["guard"] == {"patience": 3}
+    words = ("--reward", "harmonic", "--set", "reward.weight=0.3")
+    _, second, _ = plan(defaults() | parsed(*words), places / "outputs" / "job")
+    assert second.parameters["reward"] == "harmonic" and second.parameters["reward_options"] == {"weight": 0.3}
 
 
 # ---------------------------------------------------------------------------------------------------- one stage
@@ -472,6 +479,7 @@ def test_a_stage_is_done_once_and_gone_on_with(places, capsys):
         (["01_personalize", "-p", "settings={}"], "settings is set by the command: use --set"),
         (["01_personalize", "--set", "n_step=1"], "Method dreambooth has no setting 'n_step'; did you mean 'n_steps'?"),
         (["02_rl_finetune", "--set", "guard.patient=1"], "The guard has no setting 'patient'"),
+        (["02_rl_finetune", "--set", "reward.weight=1"], "Scorer image_reward has no setting 'weight'"),
         (["00_start_here", "--set", "n_steps=1"], "Notebook 00_start_here has no parameter 'settings'"),
     ],
 )

@@ -265,6 +265,24 @@ def test_zero_spread_counts_prompts_whose_pictures_are_rewarded_alike():
     assert "zero_spread" not in alone.row(PROMPTS, text[None, :4])
 
 
+def test_the_parts_of_a_reward_stand_in_the_history_and_are_not_optimised(tokenizer, tmp_path):
+    def in_parts(images, prompts):
+        return brightness(images, prompts), {"half": brightness(images, prompts) / 2}
+
+    def likeness(images, prompts):
+        return redness(images, prompts), {"named": torch.tensor([float(p.identifier) for p in prompts])}
+
+    plain = train(tiny_model(tokenizer), PROMPTS, brightness, CONFIG, tmp_path / "a", subject_reward=redness)
+    parted = train(tiny_model(tokenizer), PROMPTS, in_parts, CONFIG, tmp_path / "b", subject_reward=likeness)
+    for without, row in zip(plain, parted, strict=True):
+        assert row.pop("text_half") == pytest.approx(row["reward"] / 2)
+        assert row.pop("subject_named") == 1.0  # over identifier prompts, as the subject's reward is
+        assert {**row, "seconds": 0} == {**without, "seconds": 0}
+    objective = Objective(lambda images, prompts: (torch.zeros(len(images)), {"odd": torch.zeros(7)}))
+    with pytest.raises(TrainingError, match=r"shape \(7,\) for 3 images in its part 'odd'"):
+        objective(PHOTOS, PROMPTS[:3])
+
+
 def test_a_clip_without_a_level_is_refused():
     with pytest.raises(ParameterError, match="clipped at its level and knows none for 'a cat playing soccer'"):
         objectives(Objective(brightness, clip=True), None).advantages([NAMED], torch.zeros(1, 1), 1)
@@ -279,7 +297,7 @@ def test_the_reward_reads_its_level_beside_its_weights(tmp_path):
     scorer = make_scorer("image_reward", tmp_path)
     assert scorer.level("a cat playing soccer") == Level(4.5, 2.0)
     assert scorer.level("a dog in a hat") == Level(4.0, 2.5)  # all prompts together
-    spec = RewardSpec("image_reward", clip_at_level=True).load(str(tmp_path))
+    spec = RewardSpec("image_reward", str(tmp_path), clip_at_level=True).load()
     assert spec.clip and spec.levels(PROMPTS).tolist() == [4.5, 4.5, 4.0, 4.0]  # with and without the identifier
     file.write_text(json.dumps({"a cat playing soccer": [4.5, 2.0]}))
     assert make_scorer("image_reward", tmp_path).level("a dog in a hat") is None
@@ -300,7 +318,8 @@ def test_a_scorer_as_reward_reads_the_clean_prompt_and_sees_the_photos():
             return torch.arange(float(len(images)))
 
     reward = scorer_reward(Both(), PHOTOS[:1])
-    assert reward([PHOTOS[0]] * len(PROMPTS), PROMPTS).tolist() == [0.0, 1.0, 2.0, 3.0]
+    scores, parts = reward([PHOTOS[0]] * len(PROMPTS), PROMPTS)
+    assert scores.tolist() == [0.0, 1.0, 2.0, 3.0] and parts == {}
     assert reward.levels(PROMPTS).isnan().all()
 
 
@@ -308,6 +327,20 @@ def test_a_scorer_as_reward_reads_the_clean_prompt_and_sees_the_photos():
 def test_an_unknown_reward_is_refused_with_the_nearest(name, said):
     with pytest.raises(ParameterError, match=f"no reward '{name}'; {said}"):
         RewardSpec(name)
+
+
+def test_a_reward_takes_the_options_of_its_scorer():
+    pictures, asked = PHOTOS[:2], PROMPTS[:2]
+    found = {}
+    for weight in (0.0, 1.0):
+        found[weight], parts = RewardSpec("harmonic", options={"weight": weight}).load("cpu", PHOTOS)(pictures, asked)
+    torch.testing.assert_close(found[0.0], parts["align_t"])
+    torch.testing.assert_close(found[1.0], parts["align_i"])
+    for options, said in (({"wieght": 0.3}, "did you mean 'weight'"), ({"weight": 2}, "a number from 0.0 to 1.0")):
+        with pytest.raises(ParameterError, match=f"Scorer harmonic.*{said}"):
+            RewardSpec("harmonic", options=options)
+    with pytest.raises(ParameterError, match="Scorer image_reward has no setting 'weight'"):
+        RewardSpec("image_reward", options={"weight": 0.3})
 
 
 # --- training ---------------------------------------------------------------------------------------------------

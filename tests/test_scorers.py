@@ -672,11 +672,6 @@ def test_the_harmonic_reward_by_hand(clip_weights, weight):
     torch.testing.assert_close(AlignT(encoder)(images, TEXTS), (ClipT(encoder)(images, TEXTS) + 1) / 2)
 
 
-def test_a_weight_outside_its_range_is_refused(clip_weights):
-    with pytest.raises(ValueError, match="weight must lie in"):
-        Harmonic(ClipEncoder.load(clip_weights), 1.1)
-
-
 def test_the_pocket_world_has_no_pick_score():
     with pytest.raises(ModelError, match="pocket weights have none: use weights='official'"):
         make_scorer("pick_score", "pocket")

@@ -487,7 +487,7 @@ class TestScorer:
         photos, images = world_photos(_cat()), [render(scene) for scene in reference_scenes(_cat(), 3, seed=5)]
         prompts = [who.prompt("sleeping")] * 3
         expected = scorer(images, references=photos)
-        torch.testing.assert_close(scorer_reward(scorer, photos)(images, prompts), expected)
+        torch.testing.assert_close(scorer_reward(scorer, photos)(images, prompts)[0], expected)
         watched = SubjectMonitor(who, photos, scorer)(images, prompts)
         assert watched == {"monitor": pytest.approx(expected.mean().item())}
 

@@ -36,6 +36,7 @@ from ibkit.evaluate.score import image_seeds
 from ibkit.methods import ddpo, dreambooth
 from ibkit.methods.ddpo import DDPOConfig, Monitor, Reward
 from ibkit.methods.dreambooth import DreamBoothConfig
+from ibkit.methods.engine.objectives import Objective
 from ibkit.model.sample import Sampler, sample
 from ibkit.model.text_to_image import TextToImage
 from ibkit.pocket.world import IDENTIFIERS
@@ -224,7 +225,7 @@ def draw_both_kinds(
             "prompt": [p.text for p in asked],
             "activity": [p.activity for p in asked],
             "identifier": [p.identifier for p in asked],
-            "reward": reward(pictures, asked).double(),
+            "reward": Objective.of(reward)(pictures, asked)[0].double(),
             "shown": judge.agrees(pictures, "activity", [p.activity for p in asked]),
             "same_subject": judge.identifies(pictures, case.subject.world),
         }
@@ -279,7 +280,8 @@ class FixedNoise:
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> dict[str, float]:
         pictures = sample(self.model, [p.text for p in self.prompts], self.seeds, self.sampler)
-        return {"fixed_reward": self.reward(pictures, self.prompts).mean().item(), **self.watch(pictures, self.prompts)}
+        scores, _ = Objective.of(self.reward)(pictures, self.prompts)
+        return {"fixed_reward": scores.mean().item(), **self.watch(pictures, self.prompts)}
 
 
 def train_arm(

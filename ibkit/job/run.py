@@ -70,7 +70,7 @@ def add_settings(parser: ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=kind, nargs="+", metavar=metavar, default=SUPPRESS, help=text)
     parser.add_argument(
         "--set", action="append", default=[], metavar="METHOD.NAME=VALUE",
-        help="a setting of a method, such as dreambooth.n_steps=400, or of the guard; can be given many times",
+        help="a setting of a method, such as dreambooth.n_steps=400, or guard.patience=5, or reward.NAME of its scorer; repeatable",
     )  # fmt: skip
     parser.add_argument(
         "--protocol", default=SUPPRESS, metavar="NAME",

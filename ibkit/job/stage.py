@@ -10,11 +10,12 @@ from pathlib import Path
 
 from ibkit.errors import ParameterError
 from ibkit.job.notebook import EXIT_INTERRUPTED, StageFailed, complete
-from ibkit.job.stages import make_stage
+from ibkit.job.stages import TABLES, make_stage
 from ibkit.params import SCHEMAS, literal, schema
 from ibkit.progress import duration
 
-SET_BY_OPTIONS = {"run_out": "--out", "resume": "", "settings": "--set", "guard": "--set guard.NAME=VALUE"}
+SET_BY_OPTIONS = {"run_out": "--out", "resume": "", "settings": "--set"}
+SET_BY_OPTIONS |= {table: f"--set {name}.NAME=VALUE" for name, table in TABLES.items()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE",
-        help="a setting of its method, such as n_steps=400, or guard.patience=5; can be given many times",
+        help="a setting of its method, such as n_steps=400, or guard.patience=5, or reward.NAME of its scorer; repeatable",
     )  # fmt: skip
 
 
@@ -65,7 +66,8 @@ def given(arguments: argparse.Namespace) -> dict:
         values[name] = value if types.get(name, str) is str else literal(value)
     for text in arguments.set:
         name, value = _assignment(text, "--set", "NAME=VALUE")
-        table, name = ("guard", name.removeprefix("guard.")) if name.startswith("guard.") else ("settings", name)
+        whose, dot, rest = name.partition(".")
+        table, name = (TABLES[whose], rest) if dot and whose in TABLES else ("settings", name)
         values.setdefault(table, {})[name] = literal(value)
     return values
 

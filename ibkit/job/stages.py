@@ -28,9 +28,11 @@ SHARED = {
 WIRED = {f"{notebook}.{name}": "" for notebook in JOB for name in ("run_out", "resume")} | {
     "01_personalize.seed": "--seeds", "01_personalize.method": "--personalize", "01_personalize.settings": "--set",
     "02_rl_finetune.seed": "--tune-seeds", "02_rl_finetune.method": "--tune", "02_rl_finetune.settings": "--set",
-    "02_rl_finetune.guard": "--set guard.NAME=VALUE", "02_rl_finetune.run_in": "",
-    "03_evaluate.runs": "",
+    "02_rl_finetune.run_in": "", "03_evaluate.runs": "",
 }  # fmt: skip
+# What --set names beside methods, each a table among the parameters of 02_rl_finetune.
+TABLES = {"guard": "guard", "reward": "reward_options", "subject_reward": "subject_reward_options"}
+WIRED |= {f"02_rl_finetune.{table}": f"--set {name}.NAME=VALUE" for name, table in TABLES.items()}
 CHAINS = ("personalize", "tune", "seeds", "tune_seeds")  # settings that say which runs there are
 NONE = "none"  # of --tune
 
@@ -163,7 +165,7 @@ def plan(settings: dict[str, Any], folder: Path, resume: bool = False) -> list[S
     for name in CHAINS:
         if len(set(settings[name])) < len(settings[name]):
             raise ParameterError(f"--{name.replace('_', '-')} names something twice: {settings[name]}.")
-    if others := sets.keys() - {*personalize, *tune, "guard"}:
+    if others := sets.keys() - {*personalize, *tune, *TABLES}:
         raise ParameterError(
             f"--set names {', '.join(sorted(others))}, and this run has {', '.join([*personalize, *tune])}: choose "
             "methods by --personalize and --tune."
@@ -182,7 +184,7 @@ def plan(settings: dict[str, Any], folder: Path, resume: bool = False) -> list[S
         for tuning, tune_seed in product(tune, tune_seeds or [seed]):
             name = chain + f"-{tuning}" * (len(tune) > 1) + f"-tune{tune_seed}" * (len(tune_seeds) > 1)
             own = {"method": tuning, "seed": tune_seed, "settings": sets.get(tuning, {})}
-            own |= {"guard": sets.get("guard", {}), "run_in": spell(first.folder)}
+            own |= {table: sets.get(name, {}) for name, table in TABLES.items()} | {"run_in": spell(first.folder)}
             stages.append(stage(f"02_rl_finetune{name}", "02_rl_finetune", own))
     stages.append(stage("03_evaluate", "03_evaluate", {"runs": [spell(s.folder) for s in stages]}))
     subject = stages[0].parameters["subject"]

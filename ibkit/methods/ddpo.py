@@ -27,7 +27,7 @@ from ibkit.data.prompts import Prompt
 from ibkit.device import generator
 from ibkit.errors import ParameterError, TrainingError
 from ibkit.fields import field
-from ibkit.methods.engine.objectives import COMBINATIONS, Objectives, Reward
+from ibkit.methods.engine.objectives import COMBINATIONS, Objectives, Parts, Reward
 from ibkit.methods.engine.ratio import approx_kl, check_first_ratio, gradient_cut, ratio_tolerance
 from ibkit.methods.engine.rollout import Trajectories, rollout
 from ibkit.methods.records import Method, Monitor, Work
@@ -166,7 +166,8 @@ def train(
 
     Returns:
         Rows with epoch, reward, reward_identifier and reward_class (where there is such a prompt), reward_subject (of
-        identifier prompts), above_level and above_level_subject (share of pictures, where a level is known), the
+        identifier prompts), the rewards' parts (text_NAME, subject_NAME), above_level and above_level_subject (share of
+        pictures, where a level is known), the
         monitor's numbers, the guard's (frontier, alarm), zero_spread (see `Objectives.row`), ratio_first (largest
         |ratio - 1| of the first gradient step, before its update), clip_high and clip_low (share of pairs whose
         gradient is cut, see `gradient_cut`), approx_kl, log_prob, log_prob_t000 ... (mean of each step), grad_norm,
@@ -211,7 +212,7 @@ def train(
         nonlocal judged
         chosen = epoch_prompts(prompts, config.images_per_epoch, seed, epoch)
         streams = [generator(seed, "rollout", epoch, i) for i in range(len(chosen))]
-        trajectories, images, scores = collect(model, chosen, objectives, schedule, config, streams, processes)
+        trajectories, images, scores, parts = collect(model, chosen, objectives, schedule, config, streams, processes)
         if not bool(torch.isfinite(scores).all()):
             which, bad = (~torch.isfinite(scores)).nonzero()[0].tolist()
             raise TrainingError(
@@ -219,7 +220,7 @@ def train(
                 f"{scores[which, bad].item()}; look at the image and at the reward function."
             )
         advantages = objectives.advantages(chosen, scores, len(schedule))
-        row = {"epoch": epoch} | objectives.row(chosen, scores)
+        row = {"epoch": epoch} | objectives.row(chosen, scores, parts)
         row |= processes.share(monitor(images, chosen) if monitor else {})
         row |= {"log_prob": trajectories.log_probs.mean().item()}
         row |= {
@@ -274,8 +275,10 @@ def collect(
     config: DDPOConfig,
     streams: Sequence[torch.Generator],
     processes: Processes,
-) -> tuple[Trajectories, list[Image.Image], torch.Tensor]:
-    """An epoch's trajectories, images and scores (objectives, B): each process makes its share and gets everybody's."""
+) -> tuple[Trajectories, list[Image.Image], torch.Tensor, Parts]:
+    """An epoch's trajectories, images, scores (objectives, B) and their parts: each process makes its share and gets
+    everybody's.
+    """
     chunks = torch.arange(len(prompts)).split(processes.chunk(len(prompts), config.micro_batch))
     mine = []
     with _own_share(processes, config):
@@ -283,14 +286,15 @@ def collect(
             asked, own = [prompts[i] for i in members], [streams[i] for i in members]
             made = rollout(model, [p.text for p in asked], schedule, config.sampler.guidance, own, len(asked))
             images = model.decode(made.latents[-1])
-            mine.append((made.latents, made.log_probs, images, objectives.score(images, asked)))
-    latents, log_probs, parts, scores = zip(*processes.gather(mine), strict=True)
+            mine.append((made.latents, made.log_probs, images, *objectives.score(images, asked)))
+    latents, log_probs, pictures, scores, parts = zip(*processes.gather(mine), strict=True)
     trajectories = Trajectories(
         torch.cat(latents, 1).to(model.device),
         torch.cat(log_probs, 1).to(model.device),
         [p.text for p in prompts],
     )
-    return trajectories, [image for part in parts for image in part], torch.cat(scores, 1)
+    together = {name: torch.cat([chunk[name] for chunk in parts]) for name in parts[0]}
+    return trajectories, [image for chunk in pictures for image in chunk], torch.cat(scores, 1), together
 
 
 def update(
@@ -392,9 +396,7 @@ def pair_loss(
 
 def tune(model, job, settings, *, on_row=None, monitor=None, processes=None) -> list[dict[str, float]]:
     """DDPO as a stage; see `records.Train`."""
-    text, subject = (
-        spec and spec.load(job.scorer_weights, model.device, job.photos) for spec in (job.reward, job.subject_reward)
-    )
+    text, subject = (spec and spec.load(model.device, job.photos) for spec in (job.reward, job.subject_reward))
     return train(
         model, job.prompts, text, settings, job.folder, job.seed, monitor, job.guard, on_row, processes, subject,
         job.name,

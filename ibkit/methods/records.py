@@ -42,7 +42,6 @@ class Job:
         class_pictures: by the base model, as many as the method asks for.
         prompts: of the tuning, of both kinds.
         reward, subject_reward: what is optimised; None where there is none.
-        scorer_weights: where those find their weights, see `make_scorer`.
         guard: of the tuning.
     """
 
@@ -56,7 +55,6 @@ class Job:
     prompts: Sequence[Prompt] = ()
     reward: RewardSpec | None = None
     subject_reward: RewardSpec | None = None
-    scorer_weights: str = ""
     guard: Guard | None = None
 
 

@@ -9,8 +9,9 @@ Shapes: N pictures or texts, R reference photos, D embedding width.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -18,6 +19,7 @@ from PIL import Image
 from torch import nn
 from torch.nn.functional import normalize
 
+from ibkit.fields import field
 from ibkit.scorers.base import (
     ReferenceCache,
     Scorer,
@@ -139,9 +141,9 @@ class _OnEncoder(Scorer):
         self._references = ReferenceCache(encoder.images)
 
     @classmethod
-    def load(cls, weights: str | Path = "official", device: str | torch.device = "cpu") -> _OnEncoder:
+    def load(cls, weights: str | Path = "official", device: str | torch.device = "cpu", **options: Any) -> _OnEncoder:
         """Load from `"pocket"`, `"official"` or a local weights folder; see `make_scorer`."""
-        return cls(load_encoder(weights, device))
+        return cls(load_encoder(weights, device), **options)
 
     def _text(self, pictures: torch.Tensor, texts: list[str]) -> torch.Tensor:
         return ((pictures * self.encoder.texts(texts)).sum(dim=1) + 1) / 2
@@ -176,27 +178,33 @@ class AlignI(_OnEncoder):
         return self._subject(self.encoder.images(images), references)
 
 
+@dataclass(frozen=True)
+class HarmonicOptions:
+    """λ; RPO validates with .3, .5 and .7."""
+
+    weight: float = field(0.5, "λ, the subject's weight: 0 is ALIGN-T alone, 1 is ALIGN-I", "ours", low=0.0, high=1.0)
+
+
 class Harmonic(_OnEncoder):
-    """RPO's λ-harmonic reward 1 / (λ / I + (1 - λ) / T) of ALIGN-I and ALIGN-T: high only where both are.
+    """RPO's λ-harmonic reward 1 / (λ / I + (1 - λ) / T) of ALIGN-I and ALIGN-T, its parts: high only where both are.
 
     Args:
         encoder: that embeds pictures and texts.
-        weight: λ, the subject's weight, in [0, 1]; 0 is ALIGN-T alone and 1 is ALIGN-I. RPO validates with .3, .5, .7.
+        weight: see `HarmonicOptions`.
 
     Source: RPO (arXiv 2407.12164), equation of the λ-harmonic reward.
     """
 
     name = "harmonic"
     needs = frozenset({"text", "references"})
+    options = HarmonicOptions
 
     def __init__(self, encoder: Encoder, weight: float = 0.5) -> None:
-        if not 0 <= weight <= 1:
-            raise ValueError(f"weight must lie in [0, 1], not {weight}")
         super().__init__(encoder)
         self.weight = weight
         self.evaluator += f", λ-harmonic mean, λ = {weight:g}"
 
     def _score(self, images, texts, references):
         pictures = self.encoder.images(images)
-        inverse = self.weight / self._subject(pictures, references) + (1 - self.weight) / self._text(pictures, texts)
-        return 1 / inverse
+        parts = {"align_i": self._subject(pictures, references), "align_t": self._text(pictures, texts)}
+        return 1 / (self.weight / parts["align_i"] + (1 - self.weight) / parts["align_t"]), parts

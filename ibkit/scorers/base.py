@@ -10,16 +10,19 @@ from __future__ import annotations
 import hashlib
 import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from PIL import Image
 
 from ibkit.errors import ModelError, ScoreError
+from ibkit.fields import fill
 from ibkit.registry import Registry
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -39,6 +42,11 @@ class Level(NamedTuple):
     std: float
 
 
+@dataclass(frozen=True)
+class NoOptions:
+    """The options of a scorer that has none."""
+
+
 class Scorer(ABC):
     """A picture metric that can also serve as a reward.
 
@@ -46,11 +54,13 @@ class Scorer(ABC):
         name: Its name in `SCORERS`, for example `clip_t`; see `column_of`.
         evaluator: Model and preprocessing in words; printed beside every number.
         needs: What a call must bring beside the pictures: `"text"`, `"references"`.
+        options: A frozen dataclass of `ibkit.fields.field`s, what `load` takes beside weights and device.
     """
 
     name: str
     evaluator: str
     needs: frozenset[Need]
+    options: type = NoOptions
 
     def __call__(
         self,
@@ -71,12 +81,23 @@ class Scorer(ABC):
         Raises:
             ScoreError: Nothing to score, a needed input missing, lengths that differ, or a score that is not finite.
         """
+        return self.with_parts(images, texts, references)[0]
+
+    def with_parts(
+        self,
+        images: Sequence[Image.Image],
+        texts: Sequence[str] | None = None,
+        references: Sequence[Image.Image] | None = None,
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Score each picture as a call does, and return what the score is made of beside it, by name, each (N,)."""
         images = list(images)
         texts = None if texts is None else list(texts)
         references = None if references is None else list(references)
         self._check(images, texts, references)
         with torch.inference_mode():
-            scores = self._score(images, texts, references).float().cpu()
+            scored = self._score(images, texts, references)
+        scores, parts = scored if isinstance(scored, tuple) else (scored, {})
+        scores = scores.float().cpu()
         finite = torch.isfinite(scores)
         if not finite.all():
             index = int((~finite).nonzero()[0])
@@ -85,11 +106,11 @@ class Scorer(ABC):
                 "look at that image, and at the scorer's weights if it is an ordinary picture."
             )
         # clone: an inference tensor could not take part in a later autograd computation
-        return scores.clone()
+        return scores.clone(), {name: part.float().cpu().clone() for name, part in parts.items()}
 
     @classmethod
     def load(cls, weights: str | Path, device: str | torch.device) -> Scorer:
-        """Make the scorer from its weights; see `make_scorer`."""
+        """Make the scorer from its weights, and its `options` as keywords where it has any; see `make_scorer`."""
         raise NotImplementedError(f"{cls.__name__} does not say how it is made: give it a class method `load`.")
 
     def level(self, text: str) -> Level | None:
@@ -99,8 +120,8 @@ class Scorer(ABC):
     @abstractmethod
     def _score(
         self, images: list[Image.Image], texts: list[str] | None, references: list[Image.Image] | None
-    ) -> torch.Tensor:
-        """Return (N,) scores; inputs are checked, gradients are off."""
+    ) -> torch.Tensor | tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return (N,) scores, or those and their parts by name; inputs are checked, gradients are off."""
 
     def _check(self, images: list[Image.Image], texts: list[str] | None, references: list[Image.Image] | None) -> None:
         if not images:
@@ -345,7 +366,12 @@ def column_of(name: str) -> str:
     return "subject_score" if name == "subject" else name
 
 
-def make_scorer(name: str, weights: str | Path = "pocket", device: str | torch.device = "cpu") -> Scorer:
+def make_scorer(
+    name: str,
+    weights: str | Path = "pocket",
+    device: str | torch.device = "cpu",
+    options: Mapping[str, Any] = MappingProxyType({}),
+) -> Scorer:
     """Make a scorer by name.
 
     Args:
@@ -353,15 +379,26 @@ def make_scorer(name: str, weights: str | Path = "pocket", device: str | torch.d
         weights: `"pocket"` (the kit's own small models), `"official"` (the published ones, from the hub's cache or
             the hub), or a local folder laid out like the pocket weights (`clip/`, `dino/`, `image_reward/`).
         device: Where the model runs.
+        options: The scorer's own, such as `{"weight": 0.7}` of harmonic.
 
     Returns:
         The scorer, in evaluation mode.
 
     Raises:
-        ParameterError: No scorer has this name; the nearest is named.
+        ParameterError: No scorer or option has this name (the nearest is named), or a value that is not allowed.
         ModelError: The weights are missing, incomplete, or do not fit the model.
     """
-    return SCORERS.find(name).load(weights, device)
+    scorer = SCORERS.find(name)
+    return scorer.load(weights, device, **vars(check_options(name, options)))
+
+
+def check_options(name: str, options: Mapping[str, Any]) -> Any:
+    """A scorer's options with the values that are given.
+
+    Raises:
+        ParameterError: see `make_scorer`.
+    """
+    return fill(SCORERS.find(name).options(), options, f"Scorer {name}")
 
 
 def weights_folder(metric: str, weights: str | Path, subfolder: str) -> Path:

@@ -18,9 +18,10 @@ Shapes: B images of an epoch, T denoising steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
@@ -29,13 +30,14 @@ from ibkit.data.prompts import Prompt
 from ibkit.errors import IbkitError, ParameterError, TrainingError
 from ibkit.fields import nearest
 from ibkit.methods.engine.advantages import PromptStats
-from ibkit.scorers.base import SCORERS, Level, Scorer, make_scorer
+from ibkit.scorers.base import SCORERS, Level, Scorer, check_options, make_scorer
 
 if TYPE_CHECKING:
     from ibkit.methods.ddpo import DDPOConfig
 
-# (images, prompts) -> scores (B,); any scorer makes one, see `scorer_reward`
-Reward = Callable[[list[Image.Image], list[Prompt]], torch.Tensor]
+Parts = dict[str, torch.Tensor]  # what scores are made of, by name, each (B,); for the history, never optimised
+# (images, prompts) -> scores (B,), or those and their parts; any scorer makes one, see `scorer_reward`
+Reward = Callable[[list[Image.Image], list[Prompt]], torch.Tensor | tuple[torch.Tensor, Parts]]
 COMBINATIONS = ("synergy", "sum", "harmonic")
 
 
@@ -53,8 +55,33 @@ class Objective:
     level: Callable[[Prompt], Level | None] = lambda prompt: None
     clip: bool = False
 
-    def __call__(self, images: list[Image.Image], prompts: list[Prompt]) -> torch.Tensor:
-        return self.reward(images, prompts)
+    @classmethod
+    def of(cls, reward: Reward) -> Objective:
+        return reward if isinstance(reward, Objective) else cls(reward)
+
+    def __call__(self, images: list[Image.Image], prompts: list[Prompt]) -> tuple[torch.Tensor, Parts]:
+        """Scores (B,) and their parts, fp32 on the CPU.
+
+        Raises:
+            TrainingError: the reward function fails, or does not give each picture one number.
+        """
+        try:
+            given = self.reward(images, prompts)
+            scores, parts = given if isinstance(given, tuple) else (given, {})
+            found = {name: torch.as_tensor(values).float().cpu() for name, values in {"": scores, **parts}.items()}
+        except (IbkitError, torch.OutOfMemoryError, MemoryError):
+            raise
+        except Exception as error:  # of any kind, since anybody's function may be the reward
+            raise TrainingError(
+                f"the reward function failed with {type(error).__name__}: {error}; mend it and resume."
+            ) from error
+        for name, values in found.items():
+            if values.shape != (len(images),):
+                raise TrainingError(
+                    f"the reward function returned shape {tuple(values.shape)} for {len(images)} images"
+                    f"{f' in its part {name!r}' if name else ''}: it must give each one number."
+                )
+        return found.pop(""), found
 
     def levels(self, prompts: Sequence[Prompt]) -> torch.Tensor:
         """The level of each prompt (B,), NaN where it is not known.
@@ -82,24 +109,27 @@ class RewardSpec:
 
     Attributes:
         name: of a scorer, a key of `SCORERS`.
+        weights, options: of the scorer, see `make_scorer`.
         clip_at_level: see `Objective.clip`.
 
     Raises:
-        ParameterError: no scorer has this name; the nearest is named.
+        ParameterError: no scorer or option has this name (the nearest is named), or a value that is not allowed.
     """
 
     name: str
+    weights: str = "pocket"
+    options: Mapping[str, Any] = field(default_factory=dict)
     clip_at_level: bool = False
 
     def __post_init__(self):
         if self.name not in SCORERS:
             raise ParameterError(f"There is no reward {self.name!r}{nearest(self.name, SCORERS)}")
+        check_options(self.name, self.options)
 
-    def load(
-        self, weights: str, device: torch.device | str = "cpu", references: Sequence[Image.Image] = ()
-    ) -> Objective:
+    def load(self, device: torch.device | str = "cpu", references: Sequence[Image.Image] = ()) -> Objective:
         """Make its scorer, see `make_scorer`, and with it the objective, see `scorer_reward`."""
-        return scorer_reward(make_scorer(self.name, weights, device), references, self.clip_at_level)
+        scorer = make_scorer(self.name, self.weights, device, self.options)
+        return scorer_reward(scorer, references, self.clip_at_level)
 
 
 def scorer_reward(scorer: Scorer, references: Sequence[Image.Image] = (), clip_at_level: bool = False) -> Objective:
@@ -116,7 +146,8 @@ def scorer_reward(scorer: Scorer, references: Sequence[Image.Image] = (), clip_a
     if scorer.needs == {"references"}:
         among_themselves = reference_level(scorer, photos)
         level = lambda prompt: among_themselves  # noqa: E731
-    return Objective(lambda images, prompts: scorer(images, [p.clean for p in prompts], photos), level, clip_at_level)
+    scored = lambda images, prompts: scorer.with_parts(images, [p.clean for p in prompts], photos)  # noqa: E731
+    return Objective(scored, level, clip_at_level)
 
 
 def reference_level(scorer: Scorer, references: Sequence[Image.Image]) -> Level | None:
@@ -176,7 +207,7 @@ class Objectives:
         if config.combine not in COMBINATIONS:
             raise ParameterError(f"combine is {config.combine!r}: it must be one of {', '.join(COMBINATIONS)}.")
         given = {"text": text} | ({"subject": subject} if subject else {})
-        self.given = {name: o if isinstance(o, Objective) else Objective(o) for name, o in given.items()}
+        self.given = {name: Objective.of(reward) for name, reward in given.items()}
         self.config = config
         apart = self.given if config.combine == "synergy" else ["text"]  # else one reward made of both
         self.stats = {name: PromptStats(config.stats_buffer, config.stats_min_count) for name in apart}
@@ -186,9 +217,14 @@ class Objectives:
         """Which there are, and whether they are clipped: what a training must be continued with."""
         return {name: objective.clip for name, objective in self.given.items()}
 
-    def score(self, images: list[Image.Image], prompts: list[Prompt]) -> torch.Tensor:
-        """Scores (objectives, B) fp32 on the CPU, text first; a reward function that fails says so."""
-        return torch.stack([_scored(objective, images, prompts) for objective in self.given.values()])
+    def score(self, images: list[Image.Image], prompts: list[Prompt]) -> tuple[torch.Tensor, Parts]:
+        """Scores (objectives, B) fp32 on the CPU, text first, and their parts, "text_x" for the text's part x."""
+        rows, parts = [], {}
+        for name, objective in self.given.items():
+            scores, own = objective(images, prompts)
+            rows.append(scores)
+            parts |= {f"{name}_{part}": values for part, values in own.items()}
+        return torch.stack(rows), parts
 
     def advantages(self, prompts: Sequence[Prompt], scores: torch.Tensor, n_steps: int) -> torch.Tensor:
         """Add an epoch's scores (objectives, B) to the statistics and return its advantages (B, n_steps), clamped.
@@ -246,8 +282,11 @@ class Objectives:
         text, subject = torch.sigmoid(text).clamp(min=1e-6), ((subject + 1) / 2).clamp(min=1e-6)
         return torch.where(named, 1 / (w / text + (1 - w) / subject), text)
 
-    def row(self, prompts: Sequence[Prompt], scores: torch.Tensor) -> dict[str, float]:
-        """Columns of the history: means of the scores as they are, never clipped; shares above the level; zero_spread.
+    def row(
+        self, prompts: Sequence[Prompt], scores: torch.Tensor, parts: Mapping[str, torch.Tensor] = MappingProxyType({})
+    ) -> dict[str, float]:
+        """Columns of the history: means of the scores as they are, never clipped, and of their parts (the subject's
+        over identifier prompts, as its own); shares above the level; zero_spread.
 
         zero_spread is the share of the epoch's prompts whose pictures are all rewarded alike, by every objective and
         after the clip: beside each other they teach nothing. A prompt with one picture does not count.
@@ -263,6 +302,9 @@ class Objectives:
             row |= {column: (of > levels)[known].float().mean().item()} if known.any() else {}
         if "subject" in self.given and named.any():
             row["reward_subject"] = scores[1][named].mean().item()
+        for name, values in parts.items():
+            counts = named if name.startswith("subject_") else torch.ones_like(named)
+            row |= {name: values[counts].mean().item()} if counts.any() else {}
         rewards = torch.stack(list(self._clipped(prompts, scores).values()), 1)
         rewards[~named, 1:] = 0.0  # these have no subject
         texts = [p.text for p in prompts]
@@ -276,20 +318,3 @@ class Objectives:
     def load(self, state: dict[str, dict]) -> None:
         for name, stats in self.stats.items():
             stats.load(state[name])
-
-
-def _scored(reward: Reward, images: list[Image.Image], prompts: list[Prompt]) -> torch.Tensor:
-    try:
-        rewards = torch.as_tensor(reward(images, prompts)).float().cpu()
-    except (IbkitError, torch.OutOfMemoryError, MemoryError):
-        raise
-    except Exception as error:  # of any kind, since anybody's function may be the reward
-        raise TrainingError(
-            f"the reward function failed with {type(error).__name__}: {error}; mend it and resume."
-        ) from error
-    if rewards.shape != (len(images),):
-        raise TrainingError(
-            f"the reward function returned shape {tuple(rewards.shape)} for {len(images)} images: "
-            "it must give each one number."
-        )
-    return rewards
