@@ -2,12 +2,13 @@
 
     python -m benchmarks.arms --out outputs/arms                        # cat and dog, three RL seeds, all arms
     python -m benchmarks.arms --out outputs/arms --subjects cat --arms text "text and subject" --rl-seeds 0
-    python -m benchmarks.arms --out outputs/early --dreambooth-steps 500    # from an earlier start than the preset's
+    python -m benchmarks.arms --out outputs/early --start dreambooth --steps 500    # from another start
     python -m benchmarks.arms --out outputs/arms --tables               # print what is there
 
-All arms of a subject start from one DreamBooth model, and are drawn from the same noise. What is there is not made
-again, and a training that was stopped goes on from its checkpoint; several can share the folder, each with arms or
-seeds of its own. Writes `<subject>-<arm>-<seed>.csv`, one row a picture, and beside it the history of the training.
+All arms of a subject start from one personalized model ("start" in the tables), and are drawn from the same noise.
+What is there is not made again, and a training that was stopped goes on from its checkpoint; several can share the
+folder, each with arms or seeds of its own. Writes `<subject>-<arm>-<seed>.csv`, one row a picture, and beside it the
+history of the training.
 """
 
 from __future__ import annotations
@@ -22,12 +23,14 @@ import pandas as pd
 import torch
 
 from benchmarks.personalize import mosaic
+from ibkit.adapt import Adapted
 from ibkit.data.prompts import Prompt, training_prompts
 from ibkit.data.subject import PersonalizedSubject, demo_subject, world_photos
 from ibkit.errors import ParameterError
-from ibkit.methods import ddpo, dreambooth
+from ibkit.methods import ddpo
 from ibkit.methods.class_images import class_images
 from ibkit.methods.engine.objectives import RewardSpec
+from ibkit.methods.records import METHODS, Job
 from ibkit.model.sample import sample
 from ibkit.model.text_to_image import TextToImage, load_model
 from ibkit.pocket.world import CLASSES
@@ -73,44 +76,38 @@ def look(
     )
 
 
-def personalized(who: PersonalizedSubject, folder: Path, n_steps: int = 0) -> Path:
-    """The subject's DreamBooth model, trained on the first call; 0 steps are the preset's.
+def personalized(who: PersonalizedSubject, folder: Path, method: str, n_steps: int) -> TextToImage:
+    """The subject's personalized model, from the checkpoint of its training; 0 steps are the preset's.
 
     Raises:
-        ParameterError: the one in the folder is of another number of steps.
+        ParameterError: the arms in the folder start from another one.
     """
-    path = folder / f"{who.name}-dreambooth"
-    config = POCKET.settings("dreambooth", {"n_steps": n_steps} if n_steps else {})
-    note = folder / "start.json"
+    config = POCKET.settings(method, {"n_steps": n_steps} if n_steps else {})
+    note, this = folder / "start.json", {"method": method, "n_steps": config.n_steps}
     if not note.exists():
-        note.write_text(json.dumps({"dreambooth_steps": config.n_steps}) + "\n")
-    there = json.loads(note.read_text())["dreambooth_steps"]
-    if there != config.n_steps:
-        raise ParameterError(f"{folder} holds arms from {there} DreamBooth steps, not {config.n_steps}: take another.")
-    if not path.exists():
-        model = load_model("pocket")
-        cache = folder / "class-images"
-        pictures = class_images(model, who.class_prompt, config.n_class_images, POCKET.class_sampler, cache, seed=0)
-        work, photos = folder / f".{path.name}", world_photos(who.world)
-        dreambooth.train(model, photos, who.instance_prompt, who.class_prompt, pictures, config, work)
-        shutil.rmtree(work, ignore_errors=True)
-        model.save_pipeline(path)
-    return path
+        note.write_text(json.dumps(this) + "\n")
+    if (there := json.loads(note.read_text())) != this:
+        raise ParameterError(f"the arms in {folder} start from {there}, not from {this}: name another folder.")
+    model, cache = load_model("pocket"), folder / "class-images"
+    pictures = class_images(model, who.class_prompt, config.n_class_images, POCKET.class_sampler, cache, seed=0)
+    start, photos = Adapted.of(model), world_photos(who.world)
+    METHODS[method].train(model, Job(start, who, photos, method, 0, folder / f".{who.name}-start", pictures), config)
+    return model
 
 
-def run_arm(noun: str, arm: str, seed: int, folder: Path, n_pictures: int, n_epochs: int, n_steps: int = 0) -> None:
+def run_arm(
+    noun: str, arm: str, seed: int, folder: Path, n_pictures: int, n_epochs: int, start: str, n_steps: int
+) -> None:
     name = f"{noun}-{arm}-{seed}".replace(" ", "_")
     if (folder / f"{name}.csv").exists():
         return
     started, judge, world = time.monotonic(), Judge.load(), demo_subject(noun)
     who = PersonalizedSubject(noun, noun, IDENTIFIER, "", "pocket", "", world)
     prompts = training_prompts(list(POCKET.activities), noun, IDENTIFIER, "", True)
-    start = personalized(who, folder, n_steps)
-    before = folder / f"{noun}-dreambooth.csv"
+    model, photos = personalized(who, folder, start, n_steps), world_photos(world)
+    before = folder / f"{noun}-start.csv"
     if not before.exists():
-        table = look(load_model(str(start)), prompts, n_pictures, judge, who, before.with_suffix(".png"))
-        table.to_csv(before, index=False)
-    model, photos = load_model(str(start)), world_photos(world)
+        look(model, prompts, n_pictures, judge, who, before.with_suffix(".png")).to_csv(before, index=False)
     clip_text, scorer, clip_subject, settings = ARMS[arm]
     config = POCKET.settings("ddpo", settings | ({"n_epochs": n_epochs} if n_epochs else {}))
     text = RewardSpec("image_reward", clip_at_level=clip_text).load("cpu", photos)
@@ -134,7 +131,7 @@ def run_arm(noun: str, arm: str, seed: int, folder: Path, n_pictures: int, n_epo
 
 
 def read(folder: Path) -> pd.DataFrame:
-    """All pictures that are there, with subject, arm ("dreambooth" among them) and RL seed."""
+    """All pictures that are there, with subject, arm ("start" among them) and RL seed."""
     tables = []
     for path in sorted(folder.glob("*.csv")):
         if path.stem.endswith("-history"):
@@ -153,7 +150,8 @@ def main() -> int:
     parser.add_argument("--rl-seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--pictures", type=int, default=60, help="of each prompt, after training")
     parser.add_argument("--epochs", type=int, default=0, help="0 = the preset's")
-    parser.add_argument("--dreambooth-steps", type=int, default=0, help="0 = the preset's")
+    parser.add_argument("--start", default=POCKET.personalize, choices=["dreambooth", "lora_dreambooth"])
+    parser.add_argument("--steps", type=int, default=0, help="of the start; 0 = the preset's")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tables", action="store_true", help="only print the table of what is there")
     arguments = parser.parse_args()
@@ -164,8 +162,9 @@ def main() -> int:
             for noun in arguments.subjects:
                 for arm in arguments.arms:
                     run_arm(
-                        noun, arm, seed, arguments.out, arguments.pictures, arguments.epochs, arguments.dreambooth_steps
-                    )
+                        noun, arm, seed, arguments.out, arguments.pictures, arguments.epochs, arguments.start,
+                        arguments.steps,
+                    )  # fmt: skip
     rows = read(arguments.out)
     named = rows[rows["identifier"]].assign(both=lambda table: table["shown"] * table["same_subject"])
     columns = ["shown", "pose", "things", "same_subject", "both", "subject_score"]

@@ -59,12 +59,14 @@ class Personalize(Measured):
     class_noun: str = field("cat", "what the subject is, in a word or two")
     identifier: str = field("sks", "the rare word that will name the subject")
     description: str = field("", "detailed description of the subject, put before the class noun; empty = none")
-    method: str = field("dreambooth", "how to personalize; `ibkit methods` lists what there is")
+    method: str = field("", "how to personalize, see `ibkit methods`; empty = the preset's")
     settings: dict = field({}, "of the method, such as {'n_steps': 400}; the rest is the preset's")
 
     def __post_init__(self):
         from ibkit.methods.records import find_method
+        from ibkit.presets import preset_of
 
+        object.__setattr__(self, "method", self.method or preset_of(self.model).personalize)
         _check_settings(self, find_method(self.method, "personalize").name)
 
 

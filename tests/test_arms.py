@@ -57,5 +57,6 @@ def test_a_chain_stands_after_what_it_started_from():
 
 def test_labels_come_from_the_records_and_the_paper():
     assert label_of("dreambooth+ddpo") == "InstructBooth" and label_of("dreambooth") == "DreamBooth"
-    assert label_of("lora_dreambooth+ddpo") == "DreamBooth (LoRA) + DDPO" and label_of("my_own") == "my own"
+    assert label_of("lora_dreambooth+ddpo") == "InstructBooth (LoRA)" and label_of("neti+ddpo") == "NeTI + DDPO"
+    assert label_of("my_own") == "my own"
     assert in_words(["dreambooth+ddpo", "base", "dreambooth"]) == "Base model, DreamBooth and InstructBooth"

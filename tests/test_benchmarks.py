@@ -55,7 +55,7 @@ def test_a_score_that_depends_on_its_batch_ends_in_failure_and_a_slow_one_in_a_s
 
 
 def test_arms_from_one_start_are_not_mixed_with_arms_from_another(tmp_path):
-    (tmp_path / "start.json").write_text('{"dreambooth_steps": 800}\n')
+    (tmp_path / "start.json").write_text('{"method": "lora_dreambooth", "n_steps": 800}\n')
     who = PersonalizedSubject("cat", "cat", "sks", "", "pocket", "", demo_subject("cat"))
-    with pytest.raises(ParameterError, match="800 DreamBooth steps, not 500"):
-        personalized(who, tmp_path, 500)
+    with pytest.raises(ParameterError, match="start from .*800}, not from .*500}: name another folder"):
+        personalized(who, tmp_path, "lora_dreambooth", 500)

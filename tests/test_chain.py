@@ -19,11 +19,13 @@ from ibkit.runs import project_root, read_run
 from tests.tiny import tiny_model
 
 ROOT = project_root()
-SETTINGS = [
-    "dreambooth.n_steps=3", "dreambooth.batch=2", "dreambooth.n_class_images=2",
-    "ddpo.n_epochs=2", "ddpo.images_per_epoch=4", "ddpo.sampler.n_steps=3",
-]  # fmt: skip
-SMALL = [word for value in SETTINGS for word in ("--set", value)] + ["-p", "03_evaluate.n_images=2"]
+
+
+def small(personalize):
+    """The smallest budget, with the preset's method of personalization."""
+    settings = [f"{personalize}.{text}" for text in ("n_steps=3", "batch=2", "n_class_images=2")]
+    settings += [f"ddpo.{text}" for text in ("n_epochs=2", "images_per_epoch=4", "sampler.n_steps=3")]
+    return [word for value in settings for word in ("--set", value)] + ["-p", "03_evaluate.n_images=2"]
 
 
 def ibkit(*words, cwd=ROOT, **variables):
@@ -50,7 +52,7 @@ def outputs(tmp_path_factory):
 
 def run_the_pocket(outputs):
     """The main job with two RL seeds on the pocket model."""
-    return ibkit("run", "--name", outputs.name, "--device", "cpu", "--tune-seeds", 0, 1, *SMALL)
+    return ibkit("run", "--name", outputs.name, "--device", "cpu", "--tune-seeds", 0, 1, *small("lora_dreambooth"))
 
 
 def run_photos(outputs, tokenizer, folder):
@@ -62,7 +64,7 @@ def run_photos(outputs, tokenizer, folder):
     for i, photo in enumerate(world_photos(demo_subject("dog"), 3)):
         photo.resize((300, 200)).save(folder / "my dog" / f"{i}.jpg")
     chain = ["--model", folder / "model", "--subject", folder / "my dog", "--class-noun", "dog", "--device", "cpu"]
-    chain += SMALL
+    chain += small("dreambooth")
     name = outputs.name
     offline = ibkit("run", "--name", f"{name}-offline", *chain, HF_HUB_OFFLINE=1, HF_HOME=folder / "cache")
     return offline, ibkit("run", "--name", f"{name}-photos", "--scorer-weights", "pocket", *chain)

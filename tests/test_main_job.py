@@ -292,7 +292,7 @@ def test_a_stage_is_done_only_with_the_same_parameters_inputs_and_files(places):
         (["--set", "ddpo.n_epoch=3"], "Method ddpo has no setting 'n_epoch'; did you mean 'n_epochs'?"),
         (["--set", "ddpo.n_epochs=many"], "setting 'n_epochs' must be a whole number from 1 to 1000000, not 'many'"),
         (["--set", "n_epochs=3"], "not of the form METHOD.NAME=VALUE"),
-        (["--set", "dpo.n_epochs=3"], "--set names dpo, and this run has dreambooth, ddpo: choose methods by"),
+        (["--set", "dpo.n_epochs=3"], "--set names dpo, and this run has lora_dreambooth, ddpo: choose methods by"),
         (["--set", "guard.patient=3"], "The guard has no setting 'patient'; did you mean 'patience'?"),
         (["--reward", "harmonic", "--set", "reward.wieght=1"], "Scorer harmonic has no setting 'wieght'; did you mean"),
         (["--set", "reward.weight=1"], "Scorer image_reward has no setting 'weight'"),
@@ -433,10 +433,11 @@ def chains(places, *words):
 
 def test_a_tuning_without_a_seed_takes_that_of_what_it_tunes(places):
     assert chains(places, "--seed", "6") == [
-        ("01_personalize", "dreambooth", 6, ""),
+        ("01_personalize", "lora_dreambooth", 6, ""),
         ("02_rl_finetune", "ddpo", 6, "01_personalize"),
     ]
     assert [c[0] for c in chains(places, "--tune", "none")] == ["01_personalize"]
+    assert chains(places, "--model", "sd15")[0][1] == "dreambooth"  # each preset has its own
 
 
 def test_settings_go_to_the_method_that_they_name(places):
@@ -477,7 +478,7 @@ def test_a_stage_is_done_once_and_gone_on_with(places, capsys):
         (["01_personalize", "-p", "seed"], "-p 'seed' is not of the form PARAMETER=VALUE"),
         (["01_personalize", "-p", "run_out=x"], "run_out is set by the command: use --out"),
         (["01_personalize", "-p", "settings={}"], "settings is set by the command: use --set"),
-        (["01_personalize", "--set", "n_step=1"], "Method dreambooth has no setting 'n_step'; did you mean 'n_steps'?"),
+        (["01_personalize", "--set", "n_step=1"], "Method lora_dreambooth has no setting 'n_step'; did you mean 'n_steps'?"),
         (["02_rl_finetune", "--set", "guard.patient=1"], "The guard has no setting 'patient'"),
         (["02_rl_finetune", "--set", "reward.weight=1"], "Scorer image_reward has no setting 'weight'"),
         (["00_start_here", "--set", "n_steps=1"], "Notebook 00_start_here has no parameter 'settings'"),

@@ -19,7 +19,7 @@ from ibkit.methods.records import Work
 from ibkit.presets import POCKET
 
 SETTINGS = [
-    "dreambooth.n_steps=2", "dreambooth.batch=3", "dreambooth.n_class_images=4",
+    "lora_dreambooth.n_steps=2", "lora_dreambooth.batch=3", "lora_dreambooth.n_class_images=4",
     "ddpo.n_epochs=2", "ddpo.images_per_epoch=4", "ddpo.sampler.n_steps=5",
 ]  # fmt: skip
 SMALL = [word for value in SETTINGS for word in ("--set", value)] + ["-p", "03_evaluate.n_images=2"]
@@ -72,11 +72,15 @@ def test_dreambooth_is_counted_as_it_is_done(tiny, rows_passed, tmp_path):
     pictures = class_images(tiny, "a cat", 4, POCKET.class_sampler, tmp_path / "cache", seed=0)
     drawn = rows_passed[False]
     dreambooth.train(tiny, pictures, "a sks cat", "a cat", pictures, config, tmp_path)
-    work = small()["01_personalize"]
+    words = ["--personalize", "dreambooth"]
+    words += [word.replace("lora_dreambooth", "dreambooth") for word in SMALL]
+    work = works(*words)["01_personalize"]
     assert work.trained == rows_passed[True] and work.graph_rows == 6
     measured = (2 * 2 * 16 + costs.FIXED_PICTURES) * POCKET.sampler.n_steps * 2
     assert work.forward - measured == drawn
-    assert small("--set", "dreambooth.prior_weight=0")["01_personalize"].trained == work.trained / 2
+    by_default = small()["01_personalize"]  # LoRA: the same rows, with the gradient of a few weights
+    assert (by_default.tuned, by_default.trained, by_default.forward) == (work.trained, 0, work.forward)
+    assert works(*words, "--set", "dreambooth.prior_weight=0")["01_personalize"].trained == work.trained / 2
 
 
 def test_the_evaluation_draws_for_every_method_and_seed():

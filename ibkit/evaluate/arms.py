@@ -14,6 +14,7 @@ BASE, REAL = "base", "real"
 LABELS = {
     BASE: "Base model",
     "dreambooth+ddpo": "InstructBooth",
+    "lora_dreambooth+ddpo": "InstructBooth (LoRA)",
     "textual_inversion": "Textual Inversion",
     "custom_diffusion": "Custom Diffusion",
     "neti": "NeTI",

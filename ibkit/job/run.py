@@ -62,7 +62,7 @@ def add_settings(parser: ArgumentParser) -> None:
         # SUPPRESS: what was not given must be told from what was, to resume with the settings that are stored.
         parser.add_argument(f"--{name.replace('_', '-')}", default=SUPPRESS, help=helps[name], **options)
     for name, metavar, kind, text in (
-        ("personalize", "METHOD", str, "how, one or more methods (default: dreambooth; see `ibkit methods`)"),
+        ("personalize", "METHOD", str, "how, one or more methods (default: the preset's; see `ibkit methods`)"),
         ("tune", "METHOD", str, "by which feedback, one or more methods, or none (default: ddpo)"),
         ("seeds", "N", int, "one personalization by each method for each of these seeds (default: --seed)"),
         ("tune-seeds", "N", int, "one tuning of each for each of these seeds (default: the personalization's own)"),
@@ -70,7 +70,7 @@ def add_settings(parser: ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=kind, nargs="+", metavar=metavar, default=SUPPRESS, help=text)
     parser.add_argument(
         "--set", action="append", default=[], metavar="METHOD.NAME=VALUE",
-        help="a setting of a method, such as dreambooth.n_steps=400, or guard.patience=5, or reward.NAME of its scorer; repeatable",
+        help="a setting of a method, such as ddpo.n_epochs=20, guard.patience=5, or reward.NAME=VALUE; repeatable",
     )  # fmt: skip
     parser.add_argument(
         "--protocol", default=SUPPRESS, metavar="NAME",

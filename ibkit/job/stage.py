@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--set", action="append", default=[], metavar="NAME=VALUE",
-        help="a setting of its method, such as n_steps=400, or guard.patience=5, or reward.NAME of its scorer; repeatable",
+        help="a setting of its method, such as n_steps=400, guard.patience=5, or reward.NAME=VALUE; repeatable",
     )  # fmt: skip
 
 

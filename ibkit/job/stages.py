@@ -76,7 +76,7 @@ def make_stage(name: str, notebook: str, values: dict[str, Any]) -> Stage:
 def defaults() -> dict[str, Any]:
     """The settings of a job, as the notebooks are shipped: "notebook.parameter" -> value, and the chains."""
     rows = {f"{notebook}.{row.name}": row.default for notebook in JOB for row in schema(notebook)}
-    chains = {"personalize": [rows["01_personalize.method"]], "tune": [rows["02_rl_finetune.method"]]}
+    chains = {"personalize": [], "tune": [rows["02_rl_finetune.method"]]}
     chains |= {"seeds": [rows["01_personalize.seed"]], "tune_seeds": []}
     return {key: value for key, value in rows.items() if key not in WIRED} | chains
 
@@ -151,6 +151,8 @@ def plan(settings: dict[str, Any], folder: Path, resume: bool = False) -> list[S
             something twice.
         ArtifactError: a notebook or the subject's folder is not there.
     """
+    from ibkit.presets import preset_of  # torch: `--help` need not wait for it
+
     values: dict[str, dict[str, Any]] = {notebook: {} for notebook in JOB}
     sets: dict[str, dict[str, Any]] = {}
     for key, value in settings.items():
@@ -161,6 +163,7 @@ def plan(settings: dict[str, Any], folder: Path, resume: bool = False) -> list[S
         elif dot:
             values[whose][name] = value
     personalize, tune, seeds, tune_seeds = (settings[name] for name in CHAINS)
+    personalize = personalize or [preset_of(values["01_personalize"]["model"]).personalize]
     tune = [] if tune == [NONE] else tune
     for name in CHAINS:
         if len(set(settings[name])) < len(settings[name]):

@@ -219,7 +219,8 @@ class Objectives:
 
     def score(self, images: list[Image.Image], prompts: list[Prompt]) -> tuple[torch.Tensor, Parts]:
         """Scores (objectives, B) fp32 on the CPU, text first, and their parts, "text_x" for the text's part x."""
-        rows, parts = [], {}
+        rows: list[torch.Tensor] = []
+        parts: Parts = {}
         for name, objective in self.given.items():
             scores, own = objective(images, prompts)
             rows.append(scores)
