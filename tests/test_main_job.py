@@ -478,7 +478,7 @@ def test_a_stage_is_done_once_and_gone_on_with(places, capsys):
         (["01_personalize", "-p", "seed"], "-p 'seed' is not of the form PARAMETER=VALUE"),
         (["01_personalize", "-p", "run_out=x"], "run_out is set by the command: use --out"),
         (["01_personalize", "-p", "settings={}"], "settings is set by the command: use --set"),
-        (["01_personalize", "--set", "n_step=1"], "Method lora_dreambooth has no setting 'n_step'; did you mean 'n_steps'?"),
+        (["01_personalize", "--set", "n_step=1"], "lora_dreambooth has no setting 'n_step'; did you mean 'n_steps'?"),
         (["02_rl_finetune", "--set", "guard.patient=1"], "The guard has no setting 'patient'"),
         (["02_rl_finetune", "--set", "reward.weight=1"], "Scorer image_reward has no setting 'weight'"),
         (["00_start_here", "--set", "n_steps=1"], "Notebook 00_start_here has no parameter 'settings'"),
