@@ -32,7 +32,7 @@ SD15_TEXT = (77, 768)
 # fp32 bytes beside the U-Net at Stable Diffusion's scale: text encoder 123 M weights, autoencoder 84 M, and the
 # scorers of the RL stage (ImageReward 0.45 G, CLIP 0.15 G, DINO 0.02 G), from their published sizes
 SD15_BESIDE_BYTES = 4 * (123e6 + 84e6 + 450e6 + 150e6 + 22e6)
-# On a CPU a backward pass needs about as much again as the graph: gradients in flight, and pieces that glibc keeps.
+# On a CPU a backward pass needs about as much again as the graph: temporary gradients and allocator overhead.
 GRADIENTS_IN_FLIGHT = 2.0
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ibkit.errors import ParameterError
 from ibkit.job.notebook import EXIT_INTERRUPTED, StageFailed, complete
-from ibkit.job.stages import TABLES, make_stage
+from ibkit.job.stages import TABLES, assignment, make_stage
 from ibkit.params import SCHEMAS, literal, schema
 from ibkit.progress import duration
 
@@ -59,21 +59,14 @@ def given(arguments: argparse.Namespace) -> dict:
     types = {row.name: row.type for row in schema(arguments.notebook)}
     values: dict = {}
     for text in arguments.parameters:
-        name, value = _assignment(text, "-p", "PARAMETER=VALUE")
+        (name,), value = assignment(text, "-p", "PARAMETER=VALUE")
         if name in SET_BY_OPTIONS:
             advice = f": use {SET_BY_OPTIONS[name]}" if SET_BY_OPTIONS[name] else ", always on"
             raise ParameterError(f"-p {text!r}: {name} is set by the command{advice}.")
         values[name] = value if types.get(name, str) is str else literal(value)
     for text in arguments.set:
-        name, value = _assignment(text, "--set", "NAME=VALUE")
+        (name,), value = assignment(text, "--set", "NAME=VALUE")
         whose, dot, rest = name.partition(".")
         table, name = (TABLES[whose], rest) if dot and whose in TABLES else ("settings", name)
         values.setdefault(table, {})[name] = literal(value)
     return values
-
-
-def _assignment(text: str, option: str, form: str) -> tuple[str, str]:
-    name, equals, value = text.partition("=")
-    if not equals or not name.strip():
-        raise ParameterError(f"{option} {text!r} is not of the form {form}.")
-    return name.strip(), value

@@ -103,7 +103,7 @@ def given(arguments: Namespace) -> dict[str, Any]:
         settings["seeds"] = [arguments.seed]
     settings |= {name: getattr(arguments, name) for name in CHAINS if hasattr(arguments, name)}
     for text in arguments.parameters:
-        notebook, name, value = assignment(text, "-p", "NOTEBOOK.PARAMETER=VALUE")
+        (notebook, name), value = assignment(text, "-p", "NOTEBOOK.PARAMETER=VALUE")
         types = {row.name: row.type for row in schema(notebook)}
         if notebook not in JOB:
             raise ParameterError(f"-p {text!r}: {notebook} is not part of the main job, which is {', '.join(JOB)}.")
@@ -112,7 +112,7 @@ def given(arguments: Namespace) -> dict[str, Any]:
             raise ParameterError(f"-p {text!r}: the main job sets {name} of {notebook} itself{advice}.")
         settings[f"{notebook}.{name}"] = value if types.get(name, str) is str else literal(value)
     for text in arguments.set:
-        method, name, value = assignment(text, "--set", "METHOD.NAME=VALUE")
+        (method, name), value = assignment(text, "--set", "METHOD.NAME=VALUE")
         settings[f"set.{method}.{name}"] = literal(value)
     if hasattr(arguments, "protocol"):
         about = known | settings
@@ -125,17 +125,17 @@ def given(arguments: Namespace) -> dict[str, Any]:
     return settings
 
 
-def assignment(text: str, option: str, form: str) -> tuple[str, str, str]:
-    """The three parts of "a.b=value"; b may have dots.
+def assignment(text: str, option: str, form: str) -> tuple[list[str], str]:
+    """The names and the value of "a=value", or of "a.b=value" where `form` has a dot; b may have dots.
 
     Raises:
         ParameterError: it has another form.
     """
     key, equals, value = text.partition("=")
-    whose, dot, name = key.strip().partition(".")
-    if not equals or not dot:
+    names = key.strip().split(".", form.count("."))
+    if not equals or not all(names) or len(names) <= form.count("."):
         raise ParameterError(f"{option} {text!r} is not of the form {form}.")
-    return whose, name, value
+    return names, value
 
 
 def plan(settings: dict[str, Any], folder: Path, resume: bool = False) -> list[Stage]:

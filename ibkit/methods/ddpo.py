@@ -40,7 +40,7 @@ from ibkit.train.kept import Average, Copy, Facts, Optimizer, Weights, memory_ad
 from ibkit.train.loop import kept_of, loop, settings_origin
 from ibkit.train.processes import Processes
 
-# settings that may change when a training goes on: how long, and what only costs memory
+# settings that may differ on resume: length, and those that affect memory only
 MAY_CHANGE = ("n_epochs", "checkpoint_every", "micro_batch")
 
 
@@ -167,12 +167,12 @@ def train(
     Returns:
         Rows with epoch, reward, reward_identifier and reward_class (where there is such a prompt), reward_subject (of
         identifier prompts), the rewards' parts (text_NAME, subject_NAME), above_level and above_level_subject (share of
-        pictures, where a level is known), the
-        monitor's numbers, the guard's (frontier, alarm), zero_spread (see `Objectives.row`), ratio_first (largest
-        |ratio - 1| of the first gradient step, before its update), clip_high and clip_low (share of pairs whose
-        gradient is cut, see `gradient_cut`), approx_kl, log_prob, log_prob_t000 ... (mean of each step), grad_norm,
-        loss, kl (with `kl_weight`), seconds. clip_high, clip_low and approx_kl are means over an epoch's gradient steps
-        but the first: its ratios are 1, and in an epoch of two steps it would halve them.
+        pictures, where a level is known), the monitor's numbers, the guard's (frontier, alarm), zero_spread (see
+        `Objectives.row`), ratio_first (largest |ratio - 1| of the first gradient step, before its update), clip_high
+        and clip_low (share of pairs whose gradient is cut, see `gradient_cut`), approx_kl, log_prob, log_prob_t000 ...
+        (mean of each step), grad_norm, loss, kl (with `kl_weight`), seconds. clip_high, clip_low and approx_kl are
+        means over an epoch's gradient steps but the first: its ratios are 1, and in an epoch of two steps it would
+        halve them.
 
     Raises:
         TrainingError: ratios that are not 1 before an epoch's first update (see `ratio_tolerance`), a reward, loss or

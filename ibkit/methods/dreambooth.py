@@ -39,7 +39,7 @@ from ibkit.runs import hash_json
 from ibkit.train.kept import Average, Optimizer, Weights, memory_advice
 from ibkit.train.loop import hash_pictures, loop, settings_origin
 
-MAY_CHANGE = ("n_steps", "checkpoint_every", "n_class_images")  # when a training goes on; pictures have a hash
+MAY_CHANGE = ("n_steps", "checkpoint_every", "n_class_images")  # may differ on resume; the pictures have a hash
 
 
 @dataclass(frozen=True)
