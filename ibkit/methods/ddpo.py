@@ -425,7 +425,7 @@ METHOD = Method(
     train=tune,
     source="Black et al. 2023, arXiv 2305.13301, as InstructBooth has it (Chae et al. 2023, arXiv 2312.03011)",
     pocket={
-        "n_epochs": (40, "minutes; with the weights of November 2026 not yet compared with more"),
+        "n_epochs": (20, "minutes; not compared with more"),
         "images_per_epoch": (48, "12 for each of 2 activities x 2 kinds of prompt"),
         "batch": (24, "half of them a gradient step, as in the paper"),
         "sampler.n_steps": (10, "the base model follows prompts at 10 steps as well as at 15"),
