@@ -23,8 +23,10 @@ from ibkit.runs import project_root
 SD15_REPOSITORY = "stable-diffusion-v1-5/stable-diffusion-v1-5"
 HUB_TIMEOUT_S = 2.0
 POCKET_WEIGHTS = Path(__file__).parents[1] / "pocket" / "weights"
-POCKET_FILES = ("pipeline/model_index.json", "clip/model.safetensors", "dino/model.safetensors")
-POCKET_FILES += ("image_reward/model.safetensors", "judge")
+POCKET_FILES = (
+    "pipeline/model_index.json", "clip/model.safetensors", "dino/model.safetensors", "image_reward/model.safetensors",
+    "judge",
+)  # fmt: skip
 # What a preset needs: the main job's peak memory, the runs it writes, and for sd15 the model, its tuned copy and LoRA.
 POCKET_RAM_GIB, POCKET_DISK_GIB = 4, 1
 SD15_GPU_GIB, SD15_RAM_GIB, SD15_DISK_GIB = 16, 16, 20

@@ -175,6 +175,7 @@ def _kernel_manager(peaks: list[float]) -> type:
     one that another program took in between left a kernel that neither started nor ended.
     """
     from jupyter_client import AsyncKernelManager
+    from jupyter_client.provisioning import LocalProvisioner
 
     class Measured(AsyncKernelManager):
         def __init__(self, **options):
@@ -184,8 +185,10 @@ def _kernel_manager(peaks: list[float]) -> type:
                 options |= {"transport": "ipc", "connection_file": str(place)}
             super().__init__(**options)
 
-        async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:
-            pid = self.provisioner.process.pid
+        # The parent's type is that of the blocking manager, which wraps these.
+        async def shutdown_kernel(self, now: bool = False, restart: bool = False) -> None:  # type: ignore[override]
+            assert isinstance(self.provisioner, LocalProvisioner) and self.provisioner.pid
+            pid = self.provisioner.pid
             await self.provisioner.kill()
             with contextlib.suppress(ChildProcessError, AttributeError):  # Jupyter has waited for it; no wait4 here
                 _, _, usage = os.wait4(pid, 0)

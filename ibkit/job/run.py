@@ -54,7 +54,7 @@ def add_settings(parser: ArgumentParser) -> None:
     """Add the arguments that say what is run; `given` reads them."""
     helps = {row.name: row.help.replace("%", "%%") for notebook in reversed(JOB) for row in schema(notebook)}
     for name, kind in SHARED.items():
-        options = {"type": kind, "metavar": METAVARS.get(name)}
+        options: dict[str, Any] = {"type": kind, "metavar": METAVARS.get(name)}
         if kind is list:
             options = {"nargs": "+", "metavar": "ACTIVITY"}
         elif kind is bool:
