@@ -170,7 +170,11 @@ def main() -> int:
     columns = ["shown", "pose", "things", "same_subject", "both", "subject_score"]
     with pd.option_context("display.max_rows", None, "display.max_columns", None, "display.width", 160):
         print(named.groupby(["subject", "arm", "phrase"])[columns].mean().round(2))
-        print(named.groupby(["subject", "arm", "rl_seed"])[columns].mean().round(2))
+        print(by_seed := named.groupby(["subject", "arm", "rl_seed"])[columns].mean().round(2))
+        print("\nmean over RL seeds, lowest and highest seed:")
+        print(
+            by_seed[["shown", "same_subject", "both"]].groupby(["subject", "arm"]).agg(["mean", "min", "max"]).round(2)
+        )
     return 0
 
 
