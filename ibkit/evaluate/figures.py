@@ -1,14 +1,17 @@
-"""Every figure of the kit: tidy data in, `(figure, data)` out, one house style.
+"""The kit's figures: tidy data in, `(figure, data)` out, one house style.
 
-The returned data hold one row for each mark, so that `Run.save_figure(figure, stem, data)` writes what was drawn.
-Figures are made without pyplot: nothing is shown or kept open behind the caller's back, no backend is chosen, and the
-same call works in JupyterLab, in a batch run and in a test. End a notebook cell with `figure` to see it.
+The returned data hold one row for each mark, so that `Run.save_figure(figure, stem, data)` writes what was drawn. Every
+function takes a `title` to write above its figure. Figures are made without pyplot: none is shown or kept open, no
+backend is chosen, and the same call works in JupyterLab, in a batch run and in a test. End a notebook cell with
+`figure` to see it.
 """
 
 import io
 import textwrap
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 import numpy as np
@@ -47,7 +50,7 @@ HOUSE_STYLE = seaborn.axes_style("whitegrid") | {
     "ytick.labelsize": 9,
 }
 
-# What the columns of history.csv are called: reward panel, and the panel of what the reward does not see.
+# Columns of history.csv: label, colour and dash of their curves, for each of the two panels.
 REWARD_SERIES = {
     "reward": ("All prompts", INK, "-"),
     "reward_identifier": ("With identifier", BLUE, "--"),
@@ -62,7 +65,7 @@ MONITOR_SERIES = {
 
 
 class NotebookFigure(Figure):
-    """A figure that shows itself as the last line of a notebook cell, without pyplot."""
+    """A figure that a notebook shows when it is the last line of a cell, without pyplot."""
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -71,8 +74,20 @@ class NotebookFigure(Figure):
 
 
 def use_house_style() -> None:
-    """Give the user's own figures in a notebook the look of the kit's."""
+    """Draw the user's own figures in a notebook in the house style."""
     matplotlib.rcParams.update(HOUSE_STYLE)
+
+
+@contextmanager
+def house_figure(
+    width: float, height: float, title: str = "", layout: Literal["constrained"] | None = "constrained"
+) -> Iterator[NotebookFigure]:
+    """Make a figure of `width` × `height` inches to draw on in the house style; its title is written last."""
+    with matplotlib.rc_context(HOUSE_STYLE):
+        figure = NotebookFigure(figsize=(width, height), layout=layout)
+        yield figure
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
 
 
 def reference_strip(
@@ -81,51 +96,37 @@ def reference_strip(
     """Show the subject's photos side by side.
 
     Args:
-        photos: RGB pictures of the subject.
-        names: a caption for each, such as the file names.
-        title: above the strip.
+        names: a caption for each photo, such as the file names.
 
     Returns:
         The figure, and one row a photo: position, name, width_px, height_px.
     """
-    names = list(names) if names is not None else [""] * len(photos)
-    data = pd.DataFrame(
-        {
-            "position": range(len(photos)),
-            "name": names,
-            "width_px": [photo.width for photo in photos],
-            "height_px": [photo.height for photo in photos],
-        }
-    )
-    with matplotlib.rc_context(HOUSE_STYLE):
-        figure = NotebookFigure(figsize=(1.6 * max(len(photos), 3), 2.1), layout="constrained")
+    names = names if names is not None else [""] * len(photos)
+    with house_figure(1.6 * max(len(photos), 3), 2.1, title) as figure:
         axes = figure.subplots(1, len(photos), squeeze=False)[0]
         for axis, photo, name in zip(axes, photos, names, strict=True):
             _draw_picture(axis, photo)
             axis.set_xlabel(name, fontsize=8)
-        _head(figure, title)
-    return figure, data
+    rows = [(i, name, *photo.size) for i, (name, photo) in enumerate(zip(names, photos, strict=True))]
+    return figure, pd.DataFrame(rows, columns=["position", "name", "width_px", "height_px"])
 
 
 def picture_wall(columns: Mapping[str, Sequence[Image.Image]], title: str = "") -> tuple[Figure, pd.DataFrame]:
-    """Hang pictures side by side, a named column for each group.
+    """Show groups of pictures side by side, each as a named column.
 
     Args:
         columns: name -> pictures, as many in each.
-        title: above the wall.
 
     Returns:
         The figure, and one row a picture: column, row.
     """
     n_rows = max(map(len, columns.values()))
-    with matplotlib.rc_context(HOUSE_STYLE):
-        figure = NotebookFigure(figsize=(1.25 * len(columns), 1.2 * n_rows + 0.6), layout="constrained")
+    with house_figure(1.25 * len(columns), 1.2 * n_rows + 0.6, title) as figure:
         axes = figure.subplots(n_rows, len(columns), squeeze=False)
         for (name, pictures), column in zip(columns.items(), axes.T, strict=True):
             column[0].set_title(name, loc="center", fontsize=9)
             for picture, axis in zip(pictures, column, strict=True):
                 _draw_picture(axis, picture)
-        _head(figure, title)
     places = [(name, row) for name, pictures in columns.items() for row in range(len(pictures))]
     return figure, pd.DataFrame(places, columns=["column", "row"])
 
@@ -137,70 +138,61 @@ def picture_grid(
 
     Args:
         images: one row per image with arm, prompt_id, text, image_seed, and image: a path below `root`, or a
-            picture. Give one row for each (arm, prompt_id, image_seed): choose by `stats.one_seed` and
-            the subject before.
+            picture. Give one row for each (arm, prompt_id, image_seed), of one subject (`stats.one_seed`).
         root: folder the paths are relative to.
         n_seeds: pictures an arm gets for a prompt; the smallest seeds that all arms have.
-        title: above the grid.
 
     Returns:
         The figure, and one row a picture: row, column, arm, prompt_id, text, image_seed, image.
     """
     arms = arms_of(images["arm"].unique())
-    prompts = images.drop_duplicates("prompt_id")[["prompt_id", "text"]]
-    cells = images.set_index(["arm", "prompt_id", "image_seed"])["image"].sort_index()
-    drawn = []
-    for row, (prompt_id, text) in enumerate(prompts.itertuples(index=False)):
-        seeds = [set(cells.loc[(arm, prompt_id)].index) if (arm, prompt_id) in cells.index else set() for arm in arms]
-        shared = sorted(set.intersection(*[have for have in seeds if have]))[:n_seeds]
-        for block, (arm, have) in enumerate(zip(arms, seeds, strict=True)):
-            for place, image_seed in enumerate(shared if have else []):
-                drawn.append((row, block * n_seeds + place, arm, prompt_id, text, image_seed))
-    data = pd.DataFrame(drawn, columns=["row", "column", "arm", "prompt_id", "text", "image_seed"])
+    prompts = images.drop_duplicates("prompt_id").set_index("prompt_id")["text"]
+    n_arms = images.groupby("prompt_id")["arm"].transform("nunique")
+    shared = images[images.groupby(["prompt_id", "image_seed"])["arm"].transform("nunique") == n_arms]
+    place = shared.groupby(["arm", "prompt_id"])["image_seed"].rank(method="first").astype(int) - 1
+    shared = shared.assign(
+        row=shared["prompt_id"].map(list(prompts.index).index),
+        column=shared["arm"].map(list(arms).index) * n_seeds + place,
+    )
+    names = ["row", "column", "arm", "prompt_id", "text", "image_seed", "image"]
+    data = shared.loc[place < n_seeds, names].sort_values(["row", "column"], ignore_index=True)
 
-    with matplotlib.rc_context(HOUSE_STYLE):
-        # A label column, then for each arm its pictures and a gap; every length is in inches.
-        label, picture, gap, head = 1.4, 0.74, 0.1, 0.55 if title else 0.3
-        widths = [label] + ([picture] * n_seeds + [gap]) * len(arms)
-        between = 0.06 * sum(widths) / len(widths)
-        width = sum(widths) + between * (len(widths) - 1)
-        height = (picture + between) * len(prompts) + head
-        figure = NotebookFigure(figsize=(width, height))
+    # A label column, then for each arm its pictures and a gap; every length is in inches.
+    label, picture, gap, head = 1.4, 0.74, 0.1, 0.55 if title else 0.3
+    widths = [label] + ([picture] * n_seeds + [gap]) * len(arms)
+    between = 0.06 * sum(widths) / len(widths)
+    height = (picture + between) * len(prompts) + head
+    with house_figure(sum(widths) + between * (len(widths) - 1), height, title, layout=None) as figure:
         grid = figure.add_gridspec(
             len(prompts), len(widths), width_ratios=widths, wspace=0.06, hspace=between / picture,
             left=0, right=1, bottom=0, top=1 - head / height,
         )  # fmt: skip
-        for row, text in enumerate(prompts["text"]):
+        for row, text in enumerate(prompts):
             margin = figure.add_subplot(grid[row, 0])
             margin.set_axis_off()
             margin.text(0.96, 0.5, textwrap.fill(str(text), 18), ha="right", va="center", fontsize=9)
         for cell in data.itertuples():
-            block = cell.column // n_seeds
+            block, place_in_block = divmod(cell.column, n_seeds)
             axis = figure.add_subplot(grid[cell.row, 1 + cell.column + block])
-            _draw_picture(axis, _picture(cells.loc[(cell.arm, cell.prompt_id, cell.image_seed)], Path(root)))
-            if cell.row == 0 and cell.column % n_seeds == 0:
-                axis.set_title(
-                    textwrap.fill(arms[cell.arm].label, 10 * n_seeds), color=arms[cell.arm].colour, fontsize=10, pad=5
-                )
-        _head(figure, title)
-    data["image"] = [
-        str(value) if isinstance(value, str | Path) else ""
-        for value in (cells.loc[(c.arm, c.prompt_id, c.image_seed)] for c in data.itertuples())
-    ]
+            is_picture = isinstance(cell.image, Image.Image)
+            _draw_picture(axis, cell.image if is_picture else read_rgb(Path(root) / cell.image))
+            if cell.row == 0 and place_in_block == 0:
+                arm = arms[cell.arm]
+                axis.set_title(textwrap.fill(arm.label, 10 * n_seeds), color=arm.colour, fontsize=10, pad=5)
+    data["image"] = [str(value) if isinstance(value, str | Path) else "" for value in data["image"]]
     return figure, data
 
 
 def learning_curves(history: pd.DataFrame, title: str = "") -> tuple[Figure, pd.DataFrame]:
-    """Draw the reward beside what the reward does not see: the subject monitor and the judge.
+    """Draw the reward beside what training does not optimize: the monitors and the judge.
 
     Args:
-        history: one row per epoch as in `history.csv` (epoch, reward, …), with `tune_seed` if it holds several runs;
-            several runs are drawn as mean and standard deviation, as in the paper's figure 16. Of a single run the
-            guard's alarm and best epoch are marked.
-        title: above the figure.
+        history: one row per epoch as in `history.csv` (epoch, reward, …). Several runs have a column `tune_seed`, and
+            are drawn as mean and standard deviation, as in the paper's figure 16. For a single run the guard's alarms
+            and best epoch are marked.
 
     Returns:
-        The figure, and one row a point: panel, series, epoch, value (and tune_seed if it was given).
+        The figure, and one row a point: panel, series, epoch, tune_seed (if given), value.
     """
     panels = [
         ("Reward", "reward of the epoch's images", REWARD_SERIES),
@@ -208,8 +200,7 @@ def learning_curves(history: pd.DataFrame, title: str = "") -> tuple[Figure, pd.
     ]
     names = ["epoch"] + (["tune_seed"] if "tune_seed" in history.columns else [])
     parts = []
-    with matplotlib.rc_context(HOUSE_STYLE):
-        figure = NotebookFigure(figsize=(9.6, 4.4), layout="constrained")
+    with house_figure(9.6, 4.4, title) as figure:
         for axis, (panel, label, all_series) in zip(figure.subplots(1, 2), panels, strict=True):
             for column, (series, colour, dash) in all_series.items():
                 if column not in history.columns or history[column].isna().all():
@@ -225,13 +216,11 @@ def learning_curves(history: pd.DataFrame, title: str = "") -> tuple[Figure, pd.
                 _mark_guard(axis, history)
             if axis.get_legend():  # below, where no curve runs
                 axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
-        _head(figure, title)
-    data = pd.concat(parts, ignore_index=True)
-    return figure, data[["panel", "series", *names, "value"]]
+    return figure, pd.concat(parts, ignore_index=True)[["panel", "series", *names, "value"]]
 
 
 def _mark_guard(axis: Axes, history: pd.DataFrame) -> None:
-    """Where the reward guard rang, and the epoch whose policy it thinks best (`ibkit.train.guard`)."""
+    """Mark the guard's alarms, and the epoch whose policy it holds for the best (`ibkit.train.guard`)."""
     if "alarm" in history:
         for k, epoch in enumerate(history.loc[history["alarm"] == 1, "epoch"]):
             label = "_" if k else "Guard's alarm"
@@ -244,14 +233,13 @@ def _mark_guard(axis: Axes, history: pd.DataFrame) -> None:
 def trajectory(
     beliefs: Mapping[int, Image.Image], steps: pd.DataFrame, clip_range: float, title: str = ""
 ) -> tuple[Figure, pd.DataFrame]:
-    """One episode of the RL stage along its denoising steps: what the model believes, and what an update reads.
+    """Draw one episode of the RL stage along its denoising steps: the model's x̂0, and what an update reads.
 
     Args:
-        beliefs: t -> x̂0, decoded, of some steps, first to last.
-        steps: one row for each step: t, log_prob (of the policy that drew the episode), ratio (of the
-            policy as it is now), clip_high and clip_low (shares of all episodes whose gradient would be cut).
+        beliefs: t -> decoded x̂0 of some steps, first to last.
+        steps: one row for each step: t, log_prob (of the policy that drew the episode), ratio (of the current policy to
+            that one), clip_high and clip_low (shares of all episodes whose gradient is clipped).
         clip_range: ε, drawn around a ratio of 1.
-        title: above the figure, such as the prompt and the advantage.
 
     Returns:
         The figure, and `steps`.
@@ -259,14 +247,10 @@ def trajectory(
     panels = {
         "Log-probability of the step": {"log_prob": GREY},
         "Ratio, new over old policy": {"ratio": BLUE},
-        "Gradient cut, share of episodes": {
-            "clip_high": BLUE,
-            "clip_low": ORANGE,
-        },
+        "Gradient cut, share of episodes": {"clip_high": BLUE, "clip_low": ORANGE},
     }
-    with matplotlib.rc_context(HOUSE_STYLE):
-        figure = NotebookFigure(figsize=(9.6, 4.2), layout="constrained")
-        above, below = figure.subfigures(2, 1, height_ratios=(1, 1.9))
+    with house_figure(9.6, 4.2, title) as figure:
+        above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 1.9)).flat
         axes = above.subplots(1, len(beliefs), squeeze=False)[0]
         for axis, (t, picture) in zip(axes, beliefs.items(), strict=True):
             _draw_picture(axis, picture)
@@ -281,7 +265,6 @@ def trajectory(
                 axis.axhspan(1 - clip_range, 1 + clip_range, color=FAINT, lw=0)
             if "clip_high" in lines:
                 axis.set_ylim(-0.05, 1.05)
-        _head(figure, title)
     return figure, steps
 
 
@@ -294,7 +277,6 @@ def fidelity_plane(
         scores: a checked score table, usually through `stats.as_compared`.
         text: metric of text fidelity (horizontal).
         subject: metric of subject fidelity (vertical).
-        title: above the figure.
 
     Returns:
         The figure, and one row an arm: arm, n, and for text and subject: metric, value, low, high.
@@ -302,21 +284,15 @@ def fidelity_plane(
     table = summarise(scores, ("arm",), (text, subject)).set_index(["arm", "metric"])
     arms = arms_of(name for name in scores["arm"].unique() if {(name, text), (name, subject)} <= set(table.index))
     rows = []
-    with matplotlib.rc_context(HOUSE_STYLE):
-        figure = NotebookFigure(figsize=(5.6, 4.4), layout="constrained")
+    with house_figure(5.6, 4.4) as figure:
         axis = figure.subplots()
         for arm, look in arms.items():
-            x, y = table.loc[(arm, text)], table.loc[(arm, subject)]
-            rows.append(
-                {"arm": arm, "n": int(x["n"])}
-                | {
-                    f"{side}_{part}": cell[part]
-                    for side, cell in (("text", x), ("subject", y))
-                    for part in ("value", "low", "high")
-                }
-            )
+            cells = {"text": table.loc[(arm, text)], "subject": table.loc[(arm, subject)]}
+            found = {f"{side}_{part}": cell[part] for side, cell in cells.items() for part in ("value", "low", "high")}
+            rows.append({"arm": arm, "n": int(cells["text"]["n"])} | found)
+            x, y = cells.values()
             axis.errorbar(
-                x["value"], y["value"], xerr=_whiskers(x), yerr=_whiskers(y), fmt=look.marker,
+                x["value"], y["value"], xerr=whiskers(x), yerr=whiskers(y), fmt=look.marker,
                 color=look.colour, markersize=9, capsize=3, elinewidth=1.4, label=look.label,
             )  # fmt: skip
         axis.set(
@@ -336,7 +312,6 @@ def prompt_bars(scores: pd.DataFrame, metric: str = "judge_text", title: str = "
     Args:
         scores: a checked score table with a column `text`, usually through `stats.as_compared`.
         metric: the column to draw.
-        title: above the figure.
 
     Returns:
         The figure, and one row a bar: arm, prompt_id, text, metric, value, low, high, n, seeds.
@@ -346,15 +321,13 @@ def prompt_bars(scores: pd.DataFrame, metric: str = "judge_text", title: str = "
     prompts = list(dict.fromkeys(data["prompt_id"]))
     arms = arms_of(data["arm"].unique())
     bar = 0.8 / max(len(arms), 1)
-    with matplotlib.rc_context(HOUSE_STYLE):
-        figure = NotebookFigure(figsize=(max(5.5, 1.5 * len(prompts) + 1.5), 3.6), layout="constrained")
+    with house_figure(max(5.5, 1.5 * len(prompts) + 1.5), 3.6) as figure:
         axis = figure.subplots()
         for place, (arm, look) in enumerate(arms.items()):
             part = data[data["arm"] == arm].set_index("prompt_id").reindex(prompts)
             x = np.arange(len(prompts)) + (place - (len(arms) - 1) / 2) * bar
-            whiskers = np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(0)
             axis.bar(x, part["value"], bar * 0.9, color=look.colour, hatch=look.hatch, edgecolor="w", label=look.label)
-            axis.errorbar(x, part["value"], yerr=whiskers, fmt="none", color=INK, capsize=2, elinewidth=1)
+            axis.errorbar(x, part["value"], yerr=whiskers(part), fmt="none", color=INK, capsize=2, elinewidth=1)
         axis.set_xticks(range(len(prompts)), [textwrap.fill(str(texts[prompt]), 16) for prompt in prompts])
         axis.grid(False, axis="x")
         axis.axhline(0, color=INK, linewidth=0.8)
@@ -364,34 +337,21 @@ def prompt_bars(scores: pd.DataFrame, metric: str = "judge_text", title: str = "
     return figure, data.merge(texts, left_on="prompt_id", right_index=True)
 
 
-def _head(figure: Figure, title: str) -> None:
-    if title:
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
-
-
-def _draw_picture(axis: matplotlib.axes.Axes, picture: Image.Image) -> None:
+def _draw_picture(axis: Axes, picture: Image.Image) -> None:
     """Show a picture without ticks or frame; small pictures keep their pixels sharp."""
     smooth = "antialiased" if min(picture.size) > 128 else "nearest"
     axis.imshow(np.asarray(picture.convert("RGB")), interpolation=smooth)
-    axis.set_xticks([])
-    axis.set_yticks([])
+    axis.set(xticks=[], yticks=[])
     axis.grid(False)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
+    axis.spines[:].set_visible(False)
 
 
-def _picture(image: Image.Image | str | Path, root: Path) -> Image.Image:
-    if isinstance(image, Image.Image):
-        return image
-    return read_rgb(root / image)
+def whiskers(found: pd.DataFrame | pd.Series) -> np.ndarray:
+    """Lengths of the whiskers below and above the value of one row or of N rows with value, low and high, (2, N)."""
+    return np.stack([found["value"] - found["low"], found["high"] - found["value"]]).clip(0).reshape(2, -1)
 
 
-def _whiskers(cell: pd.Series) -> np.ndarray:
-    """Lengths of the whiskers below and above, shape (2, 1)."""
-    return np.array([[max(cell["value"] - cell["low"], 0)], [max(cell["high"] - cell["value"], 0)]])
-
-
-def _percent_axes(axis: matplotlib.axes.Axes, x: bool, y: bool) -> None:
+def _percent_axes(axis: Axes, x: bool, y: bool) -> None:
     """Write shares in per cent and end their axis just above 100 %."""
     if x:
         axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))

@@ -1,11 +1,13 @@
-"""Figures of the human study, in the house style of `ibkit.evaluate.figures`: tidy data in, `(figure, data)` out."""
+"""Figures of the human study, in the house style of `ibkit.evaluate.figures`: tidy data in, `(figure, data)` out.
+
+Every function takes a `title` to write above its figure; `who` names the raters, such as "seven simulated raters".
+"""
 
 from __future__ import annotations
 
 import textwrap
 from collections.abc import Mapping, Sequence
 
-import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -15,7 +17,7 @@ from PIL import Image
 
 from ibkit.data.photos import read_rgb
 from ibkit.evaluate.arms import GREY, arms_of
-from ibkit.evaluate.figures import FAINT, HOUSE_STYLE, INK, NotebookFigure
+from ibkit.evaluate.figures import FAINT, INK, house_figure, whiskers
 from ibkit.evaluate.published import published
 from ibkit.evaluate.study.items import QUESTIONS
 from ibkit.evaluate.study.ratings import Task
@@ -33,14 +35,12 @@ def questionnaire(
     Args:
         tasks: from `ratings.tasks_of`, such as the first one of each question.
         references: subject -> its photos; three at most are drawn.
-        title: above the figure.
 
     Returns:
         The figure, and one row a task: question, item, shown, text.
     """
-    with matplotlib.rc_context(HOUSE_STYLE):
-        figure = NotebookFigure(figsize=(8.4, 1.75 * len(tasks) + 0.4), layout="constrained")
-        for task, row in zip(tasks, np.atleast_1d(figure.subfigures(len(tasks), 1)), strict=True):
+    with house_figure(8.4, 1.75 * len(tasks) + 0.4, title) as figure:
+        for task, row in zip(tasks, figure.subfigures(len(tasks), 1, squeeze=False).flat, strict=True):
             asked = QUESTIONS[task.question]
             axes = row.subplots(1, 6, width_ratios=[2.6, 0.8, 0.8, 0.8, 1.3, 1.3])
             for axis in axes:
@@ -58,8 +58,6 @@ def questionnaire(
             for axis, path, label in zip(axes[4:], task.images, labels, strict=False):
                 axis.imshow(read_rgb(path), interpolation="nearest")
                 axis.set_title(label, loc="center", fontsize=8)
-        if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     rows = [(task.question, task.item, task.shown, task.text) for task in tasks]
     return figure, pd.DataFrame(rows, columns=["question", "item", "shown", "text"])
 
@@ -68,22 +66,15 @@ def fidelity_bars(shares: pd.DataFrame, who: str, title: str = "") -> tuple[Figu
     """Draw table 1: shares of "yes" by the majority, with 95 % intervals, beside the paper's.
 
     Args:
-        shares: from `study.shares`.
-        who: the raters in words, such as "seven simulated raters".
-        title: above the figure.
+        shares: from `votes.shares`.
 
     Returns:
         The figure, and `shares` with a column `paper` (missing where the paper has no such number).
     """
-    data = shares.assign(
-        paper=[
-            next((number.value for number in published(row.arm, COUNTERPART[row.question])), np.nan)
-            for row in shares.itertuples()
-        ]
-    )
+    numbers = [published(row.arm, COUNTERPART[row.question]) for row in shares.itertuples()]
+    data = shares.assign(paper=[found[0].value if found else np.nan for found in numbers])
     arms = arms_of(data["arm"])
-    with matplotlib.rc_context(HOUSE_STYLE):
-        figure = NotebookFigure(figsize=(8.4, 3.6), layout="constrained")
+    with house_figure(8.4, 3.6, title) as figure:
         for axis, (question, name) in zip(figure.subplots(1, 2, sharey=True), FIDELITY.items(), strict=True):
             part = data[data["question"] == question].set_index("arm").reindex(list(arms))
             x = np.arange(len(arms))
@@ -91,23 +82,18 @@ def fidelity_bars(shares: pd.DataFrame, who: str, title: str = "") -> tuple[Figu
                 x, part["value"], 0.6, edgecolor="w", color=[arm.colour for arm in arms.values()],
                 hatch=[arm.hatch for arm in arms.values()],
             )  # fmt: skip
-            whiskers = np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(0)
-            axis.errorbar(x, part["value"], yerr=whiskers, fmt="none", color=INK, capsize=3, elinewidth=1.2)
+            axis.errorbar(x, part["value"], yerr=whiskers(part), fmt="none", color=INK, capsize=3, elinewidth=1.2)
             axis.plot(x, part["paper"], "D", color="white", markeredgecolor=INK, markersize=7)
             axis.set_xticks(x, [textwrap.fill(arm.label, 14) for arm in arms.values()])
             axis.grid(False, axis="x")
             axis.set(title=name, ylim=(0, 1.06))
             axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         figure.axes[0].set_ylabel("share of pictures, majority says yes")
-        marks = [
-            Line2D([], [], marker="s", ls="", color=FAINT, markeredgecolor=INK, markersize=9, label=f"ours: {who}"),
-            Line2D(
-                [], [], marker="D", ls="", color="white", markeredgecolor=INK, label="paper, table 1: people, SD 1.5"
-            ),
-        ]
-        figure.legend(handles=marks, loc="outside lower center", ncols=2)
-        if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        ours = Line2D([], [], marker="s", color=FAINT, markersize=9, label=f"ours: {who}")
+        papers = Line2D([], [], marker="D", color="white", label="paper, table 1: people, SD 1.5")
+        for mark in (ours, papers):
+            mark.set(linestyle="", markeredgecolor=INK)
+        figure.legend(handles=[ours, papers], loc="outside lower center", ncols=2)
     return figure, data
 
 
@@ -118,22 +104,19 @@ def preference_bars(preferences: pd.DataFrame, who: str, title: str = "") -> tup
     part. The whisker is the 95 % interval of the left arm's share.
 
     Args:
-        preferences: from `study.preferences`.
-        who: the raters in words.
-        title: above the figure.
+        preferences: from `votes.preferences`.
 
     Returns:
         The figure, and `preferences`.
     """
+    outcomes = preferences.set_index(["arm_a", "arm_b", "outcome"])
     pairs = preferences[["arm_a", "arm_b"]].drop_duplicates()
     arms = arms_of([*pairs["arm_a"], *pairs["arm_b"]])
     pairs = sorted(pairs.itertuples(index=False), key=lambda p: (-arms[p.arm_b].order, -arms[p.arm_a].order))
-    with matplotlib.rc_context(HOUSE_STYLE):
-        figure = NotebookFigure(figsize=(8.4, 0.75 * len(pairs) + 1.5), layout="constrained")
+    with house_figure(8.4, 0.75 * len(pairs) + 1.5, title) as figure:
         axis = figure.subplots()
         for y, pair in enumerate(pairs):
-            part = preferences[(preferences["arm_a"] == pair.arm_a) & (preferences["arm_b"] == pair.arm_b)]
-            part = part.set_index("outcome")
+            part = outcomes.loc[(pair.arm_a, pair.arm_b)]
             left = 0.0
             colours = {"b": arms[pair.arm_b].colour, "tie": FAINT, "a": arms[pair.arm_a].colour}
             for outcome, colour in colours.items():
@@ -144,29 +127,24 @@ def preference_bars(preferences: pd.DataFrame, who: str, title: str = "") -> tup
                     axis.text(left + width / 2, y, f"{width:.0%}", ha="center", va="center", color=ink, fontsize=9)
                 left += width
             row = part.loc["b"]
-            whisker = [[max(row["value"] - row["low"], 0)], [max(row["high"] - row["value"], 0)]]
-            axis.errorbar(row["value"], y + 0.36, xerr=whisker, fmt="none", color=INK, capsize=3, elinewidth=1.2)
+            axis.errorbar(row["value"], y + 0.36, xerr=whiskers(row), fmt="none", color=INK, capsize=3, elinewidth=1.2)
         axis.axvline(PREFERRED_TWICE, color=INK, ls=":", lw=1.2)
-        axis.set_yticks(range(len(pairs)), [arms[pair.arm_b].label for pair in pairs])
         right = axis.secondary_yaxis("right")
-        right.set_yticks(range(len(pairs)), [arms[pair.arm_a].label for pair in pairs])
         right.spines["right"].set_visible(False)
-        axis.tick_params(length=0)
-        right.tick_params(length=0)
+        for side, end in ((axis, "arm_b"), (right, "arm_a")):
+            side.set_yticks(range(len(pairs)), [arms[getattr(pair, end)].label for pair in pairs])
+            side.tick_params(length=0)
         axis.grid(False)
         axis.set(xlim=(0, 1), ylim=(len(pairs) - 0.45, -0.5), xlabel=f"share of pairs; dotted: two to one ({who})")
         axis.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     return figure, preferences
 
 
 def agreement_bars(decided: pd.DataFrame, title: str = "") -> tuple[Figure, pd.DataFrame]:
-    """Draw how united the raters were: of the items of each question, how many got how many votes for the majority.
+    """Draw how far the raters agreed: the share of each question's items by the votes for and against the majority.
 
     Args:
-        decided: from `study.majority`.
-        title: above the figure.
+        decided: from `votes.majority`.
 
     Returns:
         The figure, and one row a bar: question, agreeing (raters on the larger side), n (raters), items, share.
@@ -175,8 +153,7 @@ def agreement_bars(decided: pd.DataFrame, title: str = "") -> tuple[Figure, pd.D
     data = decided.assign(agreeing=agreeing, n=decided["n_raters"]).groupby(["question", "agreeing", "n"]).size()
     data = data.rename("items").reset_index()
     data["share"] = data["items"] / data.groupby("question")["items"].transform("sum")
-    with matplotlib.rc_context(HOUSE_STYLE):
-        figure = NotebookFigure(figsize=(8.4, 2.8), layout="constrained")
+    with house_figure(8.4, 2.8, title) as figure:
         axes = figure.subplots(1, len(QUESTIONS), sharey=True)
         for axis, question in zip(axes, QUESTIONS, strict=True):
             part = data[data["question"] == question].sort_values(["n", "agreeing"])
@@ -186,36 +163,25 @@ def agreement_bars(decided: pd.DataFrame, title: str = "") -> tuple[Figure, pd.D
             axis.grid(False, axis="x")
             axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         axes[0].set_ylabel("share of items")
-        if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     return figure, data
 
 
 def strength_dots(strengths: pd.DataFrame, who: str, title: str = "") -> tuple[Figure, pd.DataFrame]:
     """Draw Bradley–Terry strengths with 95 % intervals.
 
-    Args:
-        strengths: from `study.strengths`.
-        who: the raters in words.
-        title: above the figure.
-
     Returns:
-        The figure, and `strengths`.
+        The figure, and `strengths` (from `agreement.strengths`).
     """
     arms = arms_of(strengths["arm"])
     rows = strengths.set_index("arm").loc[list(arms)]
-    with matplotlib.rc_context(HOUSE_STYLE):
-        figure = NotebookFigure(figsize=(6.4, 0.5 * len(rows) + 1.3), layout="constrained")
+    with house_figure(6.4, 0.5 * len(rows) + 1.3, title) as figure:
         axis = figure.subplots()
         for y, (arm, row) in enumerate(rows.iterrows()):
-            whisker = [[max(row["value"] - row["low"], 0)], [max(row["high"] - row["value"], 0)]]
             axis.errorbar(
-                row["value"], y, xerr=whisker, fmt=arms[arm].marker, color=arms[arm].colour,
+                row["value"], y, xerr=whiskers(row), fmt=arms[arm].marker, color=arms[arm].colour,
                 markersize=9, capsize=3, elinewidth=1.4,
             )  # fmt: skip
         axis.axvline(1 / len(rows), color=INK, ls=":", lw=1.2)
         axis.set_yticks(range(len(rows)), [arm.label for arm in arms.values()])
         axis.set(xlim=(0, 1), ylim=(len(rows) - 0.5, -0.5), xlabel=f"strength; dotted: all alike ({who})")
-        if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     return figure, strengths
