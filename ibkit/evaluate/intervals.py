@@ -20,22 +20,21 @@ An interval has NaN for bounds where nothing varies that could be resampled, suc
 Shape legend: S RL seeds, N units (an image seed of a prompt), G levels of a factor, R resamples.
 """
 
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import NormalDist
 
 import numpy as np
 import pandas as pd
+from numpy.typing import ArrayLike
 from scipy.special import stdtrit
 
 from ibkit.errors import ScoreError
 
-# A statistic that is not finite in more than this share of resamples has no interval.
-MAX_NOT_FINITE = 0.01
-# Differences that are smaller come from the rounding of float64.
-ROUNDING = 1e-9
+MAX_NOT_FINITE = 0.01  # share of resamples; a statistic that is not finite in more has no interval
+ROUNDING = 1e-9  # smaller differences come from the rounding of float64
 
-Groups = Sequence[Hashable] | Sequence[Sequence[Hashable]]
+Groups = ArrayLike  # N labels, or several columns of N labels, outermost first
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Interval:
 
 
 def mean_interval(
-    values: Sequence[float] | np.ndarray,
+    values: ArrayLike,
     groups: Groups | None = None,
     *,
     seeds: Groups | None = None,
@@ -68,9 +67,8 @@ def mean_interval(
     Args:
         values: scores, shape (N,), or (S, N) when the same N units were scored under each of S RL seeds; NaN marks a
             cell that was not measured. Shares are scores that are all 0, ½ or 1.
-        groups: the N group labels (prompts), or several such columns from the outermost in (subjects, prompts);
-            None resamples images.
-        seeds: labels of the S rows in the same way, where they are more than one seed each; None: every row is a seed.
+        groups: group labels of the N units, such as prompts, or subjects and prompts; None resamples images.
+        seeds: labels of the S rows, such as personalizations and tunings; None: every row is a seed.
         n_resamples: R.
         level: how often the interval shall hold the truth.
         seed: makes the interval repeatable.
@@ -83,25 +81,24 @@ def mean_interval(
     """
     data = _Data({"values": values}, groups, seeds)
     interval = data.interval(lambda values: values, n_resamples, level, seed)
-    scores = data.matrices["values"]
-    scores = scores[np.isfinite(scores)]
-    if not np.isin(scores, (0, 0.5, 1)).all():
+    if not data.are_shares:
         return interval
-    n_units = int(data.valid.sum())
-    if data.are_plain_units and set(scores) <= {0, 1}:
-        share = wilson_interval(interval.value * n_units, n_units, level)
+    scores = data.matrices["values"]
+    are_plain_units = not data.seed_factors and data.n_groups == data.n_units  # nothing but images of one prompt varies
+    if are_plain_units and not (scores == 0.5).any():
+        n: float = data.n_units
     else:
         # Prompts that are not like the others are few where the share is near 0 or 1, and may be missing here. So the n
         # images of a prompt count as √n independent ones at the most; with n, coverage near 1 fell to 85 %.
-        most = np.sqrt(n_units * data.n_groups)
+        most = np.sqrt(data.n_units * data.n_groups)
         n = data.effective_n(interval, interval.value * (1 - interval.value), most, level)
-        share = wilson_interval(interval.value * n, n, level)
+    share = wilson_interval(interval.value * n, n, level)
     return Interval(interval.value, share.low, share.high, interval.n)
 
 
 def difference_interval(
-    a: np.ndarray,
-    b: np.ndarray,
+    a: ArrayLike,
+    b: ArrayLike,
     groups: Groups | None = None,
     *,
     seeds: Groups | None = None,
@@ -111,26 +108,26 @@ def difference_interval(
 ) -> Interval:
     """Mean of a − b over paired scores; see `mean_interval` for the arguments.
 
-    Differences of shares get Bonett and Price's interval (2012): one pair more is taken to favour a, and one b, so that
-    pairs which all agree do not claim certainty.
+    Differences of shares get Bonett and Price's interval (2012), which adds one pair in favour of a and one of b, so
+    that pairs which all agree do not claim certainty.
     """
     data = _Data({"a": a, "b": b}, groups, seeds)
     interval = data.interval(lambda a, b: a - b, n_resamples, level, seed)
-    pairs = (data.matrices["a"] - data.matrices["b"])[:, data.valid]
-    pairs = pairs[np.isfinite(pairs)]
-    if not all(np.isin(m[np.isfinite(m)], (0, 0.5, 1)).all() for m in data.matrices.values()):
+    if not data.are_shares:
         return interval
+    pairs = data.matrices["a"] - data.matrices["b"]
+    variance = float(pairs[np.isfinite(pairs)].var())
     z, value = NormalDist().inv_cdf((1 + level) / 2), interval.value
-    n = data.effective_n(interval, float(pairs.var()), int(data.valid.sum()), level)
+    n = data.effective_n(interval, variance, data.n_units, level)
     centre = n * value / (n + 2)
-    variance = (n * (float(pairs.var()) + value**2) + 2) / (n + 2) - centre**2
+    variance = (n * (variance + value**2) + 2) / (n + 2) - centre**2
     half = z * np.sqrt(variance / (n + 2))
     low, high = max(-1.0, min(centre - half, value)), min(1.0, max(centre + half, value))
     return Interval(value, float(low), float(high), interval.n)
 
 
 def bootstrap_statistic(
-    columns: Mapping[str, np.ndarray],
+    columns: Mapping[str, ArrayLike],
     statistic: Callable[..., np.ndarray],
     groups: Groups | None = None,
     *,
@@ -148,8 +145,7 @@ def bootstrap_statistic(
         columns: name -> scores of the same N units, shape (N,) or (S, N); NaN marks a cell that was not measured.
         statistic: takes the means as keyword arrays of shape (R,) by those names and returns shape (R,); not finite
             where the statistic has no value.
-        groups: as in `mean_interval`.
-        seeds, n_resamples, level, seed: as in `mean_interval`.
+        groups, seeds, n_resamples, level, seed: as in `mean_interval`.
 
     Raises:
         ScoreError: empty columns, columns or labels of different lengths, or a statistic that is not finite on the
@@ -171,16 +167,13 @@ def bootstrap_weighted(
 
     Args:
         statistic: from how often each unit occurs in each resample, integers of shape (R, N), to shape (R,).
-        groups: as in `mean_interval`.
+        groups, n_resamples, level, seed: as in `mean_interval`.
         n_units: N.
-        n_resamples, level, seed: as in `mean_interval`.
     """
     rng = np.random.default_rng(seed)
     value = float(statistic(np.ones((1, n_units), dtype=np.int64))[0])
-    drawn = []
-    for codes in _crossed(_label_codes(groups, n_units), n_units):
-        weights = _draw(codes.max() + 1, n_resamples, rng)
-        drawn.append((statistic(weights[:, codes]), weights.shape[1]))
+    factors = _crossed(_label_codes(groups, n_units), n_units)
+    drawn = _resampled(factors, lambda codes, weights: statistic(weights[:, codes]), n_resamples, rng)
     return _combined(value, drawn, n_units, level, rng)
 
 
@@ -213,51 +206,50 @@ class _Data:
     """Paired columns, and the crossed factors of their units and of their seeds.
 
     Attributes:
-        matrices: name -> scores, (S or 1, N).
-        valid: the units that all columns have, (N,).
-        unit_factors: codes of the valid units, one array for each factor.
-        seed_factors: codes of the rows, (S,).
+        matrices: name -> scores of the units that all columns have, (S or 1, N).
+        n_units: N.
+        n_scores: cells of the column that has the most.
+        unit_factors, seed_factors: codes of the units, (N,), and of the rows, (S,), one array for each factor.
+        n_groups: levels of the unit factor that has the fewest.
     """
 
-    def __init__(self, columns: Mapping[str, np.ndarray], groups: Groups | None, seeds: Groups | None = None):
-        self.matrices = {name: _matrix(column, name) for name, column in columns.items()}
-        lengths = {name: matrix.shape[1] for name, matrix in self.matrices.items()}
-        n_units = next(iter(lengths.values()))
+    def __init__(self, columns: Mapping[str, ArrayLike], groups: Groups | None, seeds: Groups | None = None):
+        matrices = {name: _matrix(column, name) for name, column in columns.items()}
+        lengths = {name: matrix.shape[1] for name, matrix in matrices.items()}
         if len(set(lengths.values())) > 1:
             raise ScoreError(f"The columns to compare have different lengths: {lengths}.")
-        labels = _label_codes(groups, n_units)
-        self.valid = np.logical_and.reduce([np.isfinite(m).any(axis=0) for m in self.matrices.values()])
-        n_valid = int(self.valid.sum())
-        self.unit_factors = _crossed([pd.factorize(codes[self.valid])[0] for codes in labels], n_valid)
-        n_seeds = max(len(matrix) for matrix in self.matrices.values())
-        self.seed_factors = _crossed(_label_codes(seeds, n_seeds), n_seeds)
-
-    @property
-    def are_plain_units(self) -> bool:
-        """Whether nothing but the images of one prompt varies."""
-        n_units = int(self.valid.sum())
-        return not self.seed_factors and all(codes.max() + 1 == n_units for codes in self.unit_factors)
+        labels = _label_codes(groups, next(iter(lengths.values())))
+        valid = np.logical_and.reduce([np.isfinite(m).any(axis=0) for m in matrices.values()])
+        self.matrices = {name: matrix[:, valid] for name, matrix in matrices.items()}
+        self.n_units = int(valid.sum())
+        self.n_scores = max(int(np.isfinite(matrix).sum()) for matrix in matrices.values())
+        self.unit_factors = _crossed([pd.factorize(codes[valid])[0] for codes in labels], self.n_units)
+        self.n_seeds = max(map(len, matrices.values()))
+        self.seed_factors = _crossed(_label_codes(seeds, self.n_seeds), self.n_seeds)
+        self.n_groups = min((codes.max() + 1 for codes in self.unit_factors), default=self.n_units)
 
     def interval(self, statistic: Callable[..., np.ndarray], n_resamples: int, level: float, seed: int) -> Interval:
+        """See `bootstrap_statistic`."""
         if not 0 < level < 1 or n_resamples < 1:
             raise ScoreError(f"A level between 0 and 1 and n_resamples ≥ 1 are needed, not {level} and {n_resamples}.")
-        rng, drawn = np.random.default_rng(seed), []
+
+        def by_unit(codes: np.ndarray, weights: np.ndarray) -> np.ndarray:
+            return statistic(**self._means_by_group(codes, weights))
+
+        def by_seed(codes: np.ndarray, weights: np.ndarray) -> np.ndarray:
+            return statistic(**self._means_by_seed(weights[:, codes]))
+
+        rng = np.random.default_rng(seed)
         with np.errstate(divide="ignore", invalid="ignore"):
-            n_seeds = max(len(matrix) for matrix in self.matrices.values())
-            value = float(statistic(**self._means_by_seed(np.ones((1, n_seeds))))[0])
-            for codes in self.unit_factors:
-                weights = _draw(codes.max() + 1, n_resamples, rng)
-                drawn.append((statistic(**self._means_by_group(codes, weights)), weights.shape[1]))
-            for codes in self.seed_factors:
-                weights = _draw(codes.max() + 1, n_resamples, rng)
-                drawn.append((statistic(**self._means_by_seed(weights[:, codes])), weights.shape[1]))
-        n = max(int(np.isfinite(matrix).sum()) for matrix in self.matrices.values())
-        return _combined(value, drawn, n, level, rng)
+            value = float(statistic(**self._means_by_seed(np.ones((1, self.n_seeds))))[0])
+            drawn = _resampled(self.unit_factors, by_unit, n_resamples, rng)
+            drawn += _resampled(self.seed_factors, by_seed, n_resamples, rng)
+        return _combined(value, drawn, self.n_scores, level, rng)
 
     @property
-    def n_groups(self) -> int:
-        """Levels of the unit factor that has the fewest."""
-        return min((codes.max() + 1 for codes in self.unit_factors), default=int(self.valid.sum()))
+    def are_shares(self) -> bool:
+        """Whether all scores are 0, ½ or 1."""
+        return all(np.isin(scores[np.isfinite(scores)], (0, 0.5, 1)).all() for scores in self.matrices.values())
 
     def effective_n(self, interval: Interval, variance: float, most: float, level: float) -> float:
         """Number of independent images whose mean would be as uncertain as the interval is wide.
@@ -275,9 +267,8 @@ class _Data:
         """Mean of each column when the groups count by `weights`, (R, G): name -> (R,)."""
         counts = weights @ np.bincount(codes).astype(float)
         means = {}
-        for name, matrix in self.matrices.items():
-            measured = matrix[:, self.valid]
-            by_unit = np.nansum(measured, axis=0) / np.isfinite(measured).sum(axis=0)
+        for name, scores in self.matrices.items():
+            by_unit = np.nansum(scores, axis=0) / np.isfinite(scores).sum(axis=0)
             means[name] = (weights @ np.bincount(codes, by_unit)) / counts
         return means
 
@@ -287,12 +278,12 @@ class _Data:
 
         Units with the same gaps have the same weights in every resample, so they are summed up beforehand.
         """
-        measured = np.concatenate([np.isfinite(matrix) for matrix in self.matrices.values()])[:, self.valid]
+        measured = np.concatenate([np.isfinite(scores) for scores in self.matrices.values()])
         _, first, kinds = np.unique(measured, axis=1, return_index=True, return_inverse=True)
         members = np.eye(len(first))[kinds.ravel()]  # (N, K): which of K kinds a unit is
         counts, sums = members.sum(axis=0), {}
-        for name, matrix in self.matrices.items():
-            scores, weight = matrix[:, self.valid], weights if len(matrix) > 1 else np.ones((len(weights), 1))
+        for name, scores in self.matrices.items():
+            weight = weights if len(scores) > 1 else np.ones((len(weights), 1))
             seen = weight @ np.isfinite(scores[:, first])  # (R, K)
             sums[name] = np.where(seen > 0, (weight @ (np.nan_to_num(scores) @ members)) / seen, np.nan)
         there = np.logical_and.reduce([np.isfinite(of_kind) for of_kind in sums.values()])
@@ -300,7 +291,7 @@ class _Data:
         return {name: np.where(there, of_kind, 0.0).sum(axis=1) / total for name, of_kind in sums.items()}
 
 
-def _matrix(values: Sequence[float] | np.ndarray, name: str) -> np.ndarray:
+def _matrix(values: ArrayLike, name: str) -> np.ndarray:
     matrix = np.atleast_2d(np.asarray(values, dtype=float))
     if matrix.ndim != 2 or matrix.size == 0:
         raise ScoreError(f"{name} must be a non-empty list of scores, or a table (seeds, units).")
@@ -310,15 +301,11 @@ def _matrix(values: Sequence[float] | np.ndarray, name: str) -> np.ndarray:
 
 
 def _label_codes(labels: Groups | None, n: int) -> list[np.ndarray]:
-    """Return the label columns, outermost first, each as codes of shape (n,)."""
-    if labels is None or len(labels) == 0:
-        return []
-    nested = isinstance(labels[0], Sequence | np.ndarray | pd.Series) and not isinstance(labels[0], str)
-    columns = [list(column) for column in (labels if nested else [labels])]
-    for column in columns:
-        if len(column) != n:
-            raise ScoreError(f"There are {n} scores but {len(column)} group labels.")
-    return [pd.factorize(np.array(column, dtype=object))[0] for column in columns]
+    """The label columns, outermost first, each as codes of shape (n,)."""
+    columns = np.atleast_2d(np.asarray([] if labels is None else labels, dtype=object))
+    if columns.size and columns.shape[1] != n:
+        raise ScoreError(f"There are {n} scores but {columns.shape[1]} group labels.")
+    return [pd.factorize(column)[0] for column in columns if column.size]
 
 
 def _crossed(columns: list[np.ndarray], n: int) -> list[np.ndarray]:
@@ -334,9 +321,16 @@ def _crossed(columns: list[np.ndarray], n: int) -> list[np.ndarray]:
     return kept or ([np.arange(n)] if n > 1 else [])
 
 
-def _draw(n_levels: int, n_resamples: int, rng: np.random.Generator) -> np.ndarray:
-    """How often each level occurs in each resample, (R, G)."""
-    return rng.multinomial(n_levels, np.full(n_levels, 1 / n_levels), size=n_resamples)
+def _resampled(
+    factors: list[np.ndarray], statistic: Callable[..., np.ndarray], n_resamples: int, rng: np.random.Generator
+) -> list[tuple[np.ndarray, int]]:
+    """For each factor the statistic, (R,), of its codes and of how often each level is drawn, (R, G); and G."""
+    drawn = []
+    for codes in factors:
+        n_levels = int(codes.max()) + 1
+        weights = rng.multinomial(n_levels, np.full(n_levels, 1 / n_levels), size=n_resamples)
+        drawn.append((statistic(codes, weights), n_levels))
+    return drawn
 
 
 def _combined(

@@ -1,8 +1,9 @@
 """The tidy score table: from one row an image to one number an arm, with its interval (`evaluate.intervals`)."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 import pandas as pd
@@ -15,7 +16,7 @@ from ibkit.registry import Registry
 
 @dataclass(frozen=True)
 class Metric:
-    """How a column of the score table is called and read.
+    """A column of the score table.
 
     Attributes:
         label: name for people, with the unit.
@@ -28,7 +29,7 @@ class Metric:
     is_share: bool = False
 
     def show(self, value: float, sign: bool = False) -> str:
-        """Write a value the way tables show it: shares in per cent, scores with three digits, – for an unknown one."""
+        """Format a value for tables: shares in per cent, scores with three decimals, NaN as –."""
         if math.isnan(value):
             return "–"
         text = (f"{100 * value:+.1f}" if self.is_share else f"{value:+.3f}").replace("-", "−")
@@ -60,25 +61,26 @@ METRICS: Registry[Metric] = Registry("ibkit.metrics", "metric", {
 
 SEEDS = ("seed", "tune_seed")  # of the personalization and of the tuning; empty where there is none
 KEYS = ("arm", *SEEDS, "subject", "prompt_id", "identifier", "image_seed")
-# A unit is one noise seed of one prompt of one subject: what two arms are compared on.
+# The unit that pairs two arms: one noise seed of one prompt of one subject.
 UNIT = ("subject", "prompt_id", "image_seed")
-NO_SEED = -1  # in the index of a matrix, where an index of integers holds no gap
+NO_SEED = -1  # stands for a missing seed in an index of integers
 
-# The first metric of an axis that was measured stands for it: the judge knows the truth; the others stand in where
-# there is no ground truth, ImageReward last, since it is usually what RL raised. Fixed, so that none is chosen by its
-# result.
+# Use the first available metric of an axis, in this order: the judge (ground truth), then others; ImageReward last,
+# since RL usually optimizes it. The order is fixed, so that no metric is chosen by its result.
 PRIMARY = {
     "text": ("judge_text", "pick_score", "clip_t", "image_reward"),
     "subject": ("judge_identity", "dino", "clip_i"),
 }
 
 
+def metrics_in(scores: pd.DataFrame, names: Iterable[str] = METRICS) -> list[str]:
+    """Those of the metrics that hold a number."""
+    return [name for name in names if name in scores.columns and scores[name].notna().any()]
+
+
 def primary_metrics(scores: pd.DataFrame) -> dict[str, str]:
-    """The one metric of text and the one of subject fidelity that claims read, by axis, where scores have one."""
-    found = {
-        axis: [name for name in names if name in scores.columns and scores[name].notna().any()]
-        for axis, names in PRIMARY.items()
-    }
+    """Axis -> the one metric of it that claims read; an axis that was not measured is left out."""
+    found = {axis: metrics_in(scores, names) for axis, names in PRIMARY.items()}
     return {axis: there[0] for axis, there in found.items() if there}
 
 
@@ -110,16 +112,13 @@ def check_scores(scores: pd.DataFrame, where: str = "the score table") -> pd.Dat
             scores[name] = scores[name].astype("Int64")
         except (ValueError, TypeError) as error:
             raise ScoreError(f"The column {name} of {where} must hold whole numbers or nothing ({error}).") from error
-    answers = scores["identifier"].astype(str).str.strip().str.lower()
-    if not answers.isin(("true", "false")).all():
-        raise ScoreError(f"The column identifier of {where} must hold True or False.")
-    scores["identifier"] = answers == "true"
-    if "seen" in scores.columns:
-        answers = scores["seen"].map(lambda answer: "" if pd.isna(answer) else str(answer).strip().lower())
-        if not answers.isin(("true", "false", "")).all():
-            raise ScoreError(f"The column seen of {where} must hold True, False or nothing.")
-        scores["seen"] = answers.map({"true": True, "false": False}).astype("boolean")
-    # The same base images may be listed once per evaluation; they are still one set of images.
+    for name, kind, allowed in (("identifier", "bool", "True or False"), ("seen", "boolean", "True, False or nothing")):
+        if name in scores.columns:
+            answers = scores[name].map(lambda answer: "" if pd.isna(answer) else str(answer).strip().lower())
+            if not (answers.isin(("true", "false")) | ((name == "seen") & (answers == ""))).all():
+                raise ScoreError(f"The column {name} of {where} must hold {allowed}.")
+            scores[name] = answers.map({"true": True, "false": False}).astype(kind)
+    # Several evaluations may list the same images of the base model.
     scores = scores.drop_duplicates(subset=[*KEYS, *metrics])
     twice = scores[scores.duplicated(subset=list(KEYS), keep=False)]
     if len(twice):
@@ -136,14 +135,14 @@ def as_compared(scores: pd.DataFrame) -> pd.DataFrame:
     return scores[scores["identifier"] == (scores["arm"] != BASE)]
 
 
-def in_words(seeds: Mapping[str, object]) -> str:
+def in_words(row: pd.Series) -> str:
     """The seeds of a row, for messages: "seed 0, tune_seed 3"."""
-    said = [f"{name} {int(seeds[name])}" for name in SEEDS if name in seeds and pd.notna(seeds[name])]
+    said = [f"{name} {int(row[name])}" for name in SEEDS if name in row and pd.notna(row[name])]
     return ", ".join(said) or "untrained"
 
 
 def one_seed(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of one training of each arm, of the smallest seeds; of one personalization, where all arms share any."""
+    """Keep one training of each arm, that with the smallest seeds; of one personalization where all arms share one."""
     numbers = _seed_numbers(rows)
     of_arm = numbers["seed"].groupby(rows["arm"]).agg(lambda seeds: set(seeds) - {NO_SEED})
     shared = set.intersection(*filter(None, of_arm)) if of_arm.any() else set()
@@ -162,7 +161,7 @@ def _seed_numbers(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def unit_matrix(rows: pd.DataFrame, column: str, by: Sequence[str] = UNIT) -> pd.DataFrame:
-    """Lay the scores of one arm out as trainings × units; cells that were not measured are NaN.
+    """Arrange the scores of one arm as trainings × units; cells that were not measured are NaN.
 
     Args:
         rows: one row per image of one arm, with or without columns `SEEDS`.
@@ -173,38 +172,27 @@ def unit_matrix(rows: pd.DataFrame, column: str, by: Sequence[str] = UNIT) -> pd
         Table of shape (S, N): index `SEEDS` (`NO_SEED` for none), columns the units (a MultiIndex named as `by`).
 
     Raises:
-        ScoreError: a unit stands there twice of one training.
+        ScoreError: a training has two rows of one unit.
     """
     rows = rows.dropna(subset=[column])
-    seeds = _seed_numbers(rows)
-    keyed = pd.Series(
-        rows[column].to_numpy(dtype=float),
-        index=pd.MultiIndex.from_arrays(
-            [*(seeds[name] for name in SEEDS), *(rows[name] for name in by)], names=[*SEEDS, *by]
-        ),
-    )
+    keyed = rows.assign(**_seed_numbers(rows)).set_index([*SEEDS, *by])[column].astype(float)
     if keyed.index.has_duplicates:
-        twice = keyed.index[keyed.index.duplicated()][0]
-        raise ScoreError(
-            f"{dict(zip(keyed.index.names, twice, strict=True))} occurs more than once: nothing to pair by."
-        )
+        twice = dict(zip(keyed.index.names, keyed.index[keyed.index.duplicated()][0], strict=True))
+        raise ScoreError(f"{twice} occurs more than once: nothing to pair by.")
     return keyed.unstack(list(by)).sort_index(axis=0).sort_index(axis=1)
 
 
 def pair_up(tables: Mapping[str, pd.DataFrame], column: str, by: Sequence[str] = UNIT) -> dict[str, pd.DataFrame]:
-    """Lay several arms out on the units and the personalizations that all of them have.
+    """Arrange several arms on the units and the personalizations that all of them have.
 
-    The base model, which has no seed, meets every personalization, and a personalization every tuning of it. Tunings of
-    one personalization are lined up by their seed; where an arm has a single one, that one meets all of the others.
+    The base model, which has no seed, is paired with every personalization, and a personalization with every tuning of
+    it. Tunings of one personalization are paired by seed; where an arm has a single one, it is paired with all others.
 
     Returns:
         name -> table (S or 1, N) with the same units in the same order; S or N may be 0.
     """
     matrices = {name: unit_matrix(rows, column, by) for name, rows in tables.items()}
-    shared = None
-    for matrix in matrices.values():
-        shared = matrix.columns if shared is None else shared.intersection(matrix.columns, sort=None)
-    shared = shared.sort_values()
+    shared = reduce(pd.Index.intersection, [matrix.columns for matrix in matrices.values()]).sort_values()
     of_arm = {name: {s: m.loc[[s]].index for s in m.index.unique(level=0)} for name, m in matrices.items()}
     trained = [set(seeds) for seeds in of_arm.values() if set(seeds) != {NO_SEED}]
     trainings = []
@@ -218,7 +206,7 @@ def pair_up(tables: Mapping[str, pd.DataFrame], column: str, by: Sequence[str] =
         for training in trainings:
             there = seeds.get(training[0], seeds.get(NO_SEED))
             places.append(there[0] if len(there) == 1 else training)
-        if len(set(places)) == 1:  # one row meets all: no need to repeat it
+        if len(set(places)) == 1:  # broadcasts
             return matrix.loc[places[:1]]
         return matrix.reindex(pd.MultiIndex.from_tuples(places, names=SEEDS)).set_axis(
             pd.MultiIndex.from_tuples(trainings, names=SEEDS)
@@ -231,33 +219,20 @@ def pair_up(tables: Mapping[str, pd.DataFrame], column: str, by: Sequence[str] =
 
 
 def n_trainings(pairs: Mapping[str, pd.DataFrame]) -> int:
-    """Trainings behind a comparison; 0 where no trained arm takes part."""
+    """Number of trainings behind a comparison; 0 where no trained arm takes part."""
     return max(int((matrix.index.get_level_values("seed") != NO_SEED).sum()) for matrix in pairs.values())
 
 
 def bootstrap_difference(
-    a: pd.DataFrame,
-    b: pd.DataFrame,
-    column: str,
-    by: Sequence[str] = UNIT,
-    *,
-    n_resamples: int = 10_000,
-    level: float = 0.95,
-    seed: int = 0,
+    a: pd.DataFrame, b: pd.DataFrame, column: str, by: Sequence[str] = UNIT, level: float = 0.95
 ) -> Interval:
-    """Mean of a − b over images of the same prompt and the same noise, with its interval.
+    """Mean of a − b over images of the same prompt and the same noise, its interval, and the number of pairs.
 
     Args:
-        a: one row per image of one arm, with `column`, the columns `by`, and `SEEDS` if it was trained.
-        b: the same for the arm to compare with.
+        a, b: one row per image of one arm, with `column`, the columns `by`, and `SEEDS` if it was trained.
         column: the score.
         by: what pairs two rows, outermost first; the last is the image, the others are the groups to resample.
-        n_resamples: R.
         level: how often the interval shall hold the truth.
-        seed: makes the interval repeatable.
-
-    Returns:
-        The difference, its interval, and the number of pairs.
 
     Raises:
         ScoreError: no row of a has its pair in b.
@@ -267,38 +242,23 @@ def bootstrap_difference(
         raise ScoreError(
             f"No image of the two arms shares {', '.join(by)}: evaluate both on the same prompts and seeds."
         )
-    return difference_interval(
-        pairs["a"].to_numpy(),
-        pairs["b"].to_numpy(),
-        unit_groups(pairs["a"]),
-        seeds=seed_groups(*pairs.values()),
-        n_resamples=n_resamples,
-        level=level,
-        seed=seed,
-    )
+    one, other = (table.to_numpy() for table in pairs.values())
+    return difference_interval(one, other, unit_groups(pairs["a"]), seeds=seed_groups(*pairs.values()), level=level)
 
 
 def unit_groups(units: pd.DataFrame) -> list[np.ndarray]:
-    """Return the group labels of a table's units, outermost first: every level of the unit except the image."""
+    """Group labels of a table's units, outermost first: every level of the unit except the image."""
     return [units.columns.get_level_values(level).to_numpy() for level in range(units.columns.nlevels - 1)]
 
 
 def seed_groups(*tables: pd.DataFrame) -> list[np.ndarray]:
-    """Return the labels of the trainings of the largest of tables: personalizations, and the tunings within them."""
+    """Labels of the trainings of the table with the most: personalizations, and the tunings within them."""
     index = max((table.index for table in tables), key=len)
     return [index.get_level_values("seed").to_numpy(), index.map(str).to_numpy()]
 
 
-def summarise(
-    scores: pd.DataFrame,
-    by: Sequence[str] = ("arm",),
-    metrics: Sequence[str] | None = None,
-    *,
-    n_resamples: int = 10_000,
-    level: float = 0.95,
-    seed: int = 0,
-) -> pd.DataFrame:
-    """Mean and interval of every metric for every arm (or arm × prompt).
+def summarise(scores: pd.DataFrame, by: Sequence[str] = ("arm",), metrics: Sequence[str] | None = None) -> pd.DataFrame:
+    """Mean and 95 % interval of every metric for every arm (or arm × prompt).
 
     Args:
         scores: a checked score table, usually through `as_compared`.
@@ -308,17 +268,12 @@ def summarise(
     Returns:
         Tidy table with the columns of `by`, then metric, value, low, high, n, seeds.
     """
-    names = [name for name in metrics or METRICS if name in scores.columns and scores[name].notna().any()]
     rows = []
     for cell, part in scores.groupby(list(by), sort=False):
-        for name in names:
+        labels = dict(zip(by, cell, strict=True))
+        for name in metrics_in(scores, metrics or METRICS):
             matrix = unit_matrix(part, name)
-            if matrix.size == 0:
-                continue
-            interval = mean_interval(
-                matrix.to_numpy(), unit_groups(matrix), seeds=seed_groups(matrix),
-                n_resamples=n_resamples, level=level, seed=seed,
-            )  # fmt: skip
-            labels = dict(zip(by, cell, strict=True))
-            rows.append(labels | {"metric": name, **vars(interval), "seeds": len(matrix)})
+            if matrix.size:
+                interval = mean_interval(matrix.to_numpy(), unit_groups(matrix), seeds=seed_groups(matrix))
+                rows.append(labels | {"metric": name, **vars(interval), "seeds": len(matrix)})
     return pd.DataFrame(rows, columns=[*by, "metric", "value", "low", "high", "n", "seeds"])

@@ -1,17 +1,17 @@
 """Tables of results, for people: arms as rows, metrics as columns, each cell a mean with its interval.
 
-A difference between two arms is called one only where its paired interval says so, after Holm's correction for all
-metrics but the primary one of text and of subject fidelity (`stats.primary_metrics`). Every table is written three
-times: CSV, Markdown and LaTeX. `ibkit tables` makes them of several runs at once, such as one for each subject.
+Two arms are told apart only where their paired interval excludes zero, after Holm's correction for all metrics but the
+primary one of text and of subject fidelity (`stats.primary_metrics`). Every table is written three times: CSV, Markdown
+and LaTeX. `ibkit tables` makes them of several runs at once, such as one for each subject.
 """
-
-from __future__ import annotations
 
 import difflib
 import itertools
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -24,6 +24,7 @@ from ibkit.evaluate.stats import (
     as_compared,
     bootstrap_difference,
     check_scores,
+    metrics_in,
     primary_metrics,
     summarise,
 )
@@ -38,7 +39,7 @@ def fidelity(scores: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.D
     """The paper's tables 2 and 3: every arm on every metric.
 
     Args:
-        scores: a checked score table; rows that the paper does not compare are left out (`stats.as_compared`).
+        scores: a checked score table; only rows that the paper compares are used (`stats.as_compared`).
         metrics: columns, by default all that were measured.
 
     Returns:
@@ -51,22 +52,14 @@ def fidelity(scores: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.D
 
 
 def measured(scores: pd.DataFrame) -> list[str]:
-    """The metrics that were measured, without the judge's single questions that `judge_text` answers together."""
-    parts = (
-        ("judge_activity", "judge_pose", "judge_things", "judge_place", "judge_accessory")
-        if "judge_text" in scores.columns
-        else ()
-    )
-    return [name for name in METRICS if name in scores.columns and name not in parts and scores[name].notna().any()]
+    """The metrics that were measured, without the judge's single questions that `judge_text` sums up."""
+    parts = {f"judge_{question}" for question in ("activity", "pose", "things", "place", "accessory")}
+    return [name for name in metrics_in(scores) if "judge_text" not in scores.columns or name not in parts]
 
 
 def _asked(scores: pd.DataFrame, metrics: Sequence[str] | None) -> list[str]:
-    """The metrics asked for, by default all that were measured.
-
-    Raises:
-        ScoreError: the scores have none of that name.
-    """
-    there = [name for name in METRICS if name in scores.columns and scores[name].notna().any()]
+    """The metrics asked for, by default all that were measured; a ScoreError for one that the scores do not have."""
+    there = metrics_in(scores)
     for name in metrics or ():
         if name not in there:
             near = difflib.get_close_matches(name, there, n=1, cutoff=0.5)
@@ -76,7 +69,7 @@ def _asked(scores: pd.DataFrame, metrics: Sequence[str] | None) -> list[str]:
 
 
 def by_prompts(scores: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.DataFrame:
-    """The same apart for prompts that RL was trained on and for unseen ones (the paper's figures 6 to 9).
+    """`fidelity` apart for prompts that RL was trained on and for unseen ones (the paper's figures 6 to 9).
 
     Raises:
         ScoreError: the scores do not say which prompts were seen, or lack a metric that was asked for.
@@ -90,18 +83,18 @@ def by_prompts(scores: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd
 
 
 def differences(scores: pd.DataFrame, against: str = "", metrics: Sequence[str] | None = None) -> pd.DataFrame:
-    """Arms minus one that they are compared with, paired by prompt and noise.
+    """Differences between arms, paired by prompt and noise.
 
     Args:
         scores: a checked score table.
-        against: an arm that all others are compared with; empty = each personalization with the base model and with
-            its own tunings.
+        against: the arm to subtract from all others; empty = each personalization from the base model and from its own
+            tunings.
         metrics: by default all that were measured.
 
     Returns:
         Tidy table: arm, against, metric, value, low, high (of the 95 % interval), n, primary, and verdict: "higher"
         or "lower" where zero is outside the interval, else "not told apart". For metrics that are not primary, the
-        interval that decides is the wider one of Holm's procedure (`holm_sides`).
+        wider interval of Holm's procedure decides (`holm_sides`).
 
     Raises:
         ScoreError: no rows of `against`, or a metric that the scores do not have.
@@ -119,14 +112,9 @@ def differences(scores: pd.DataFrame, against: str = "", metrics: Sequence[str] 
             continue
         one, other = (compared[compared["arm"] == name] for name in (control, arm))
         # All that was measured, so that asking for fewer metrics does not change a verdict.
-        both = [
-            m for m in METRICS if m in {*measured(scores), *asked} and one[m].notna().any() and other[m].notna().any()
-        ]
-
-        def at_level(metric: str, level: float, other: pd.DataFrame = other, one: pd.DataFrame = one) -> Interval:
-            return bootstrap_difference(other, one, metric, level=level)
-
-        intervals = {metric: at_level(metric, 0.95) for metric in both}
+        both = [m for m in metrics_in(one) if m in {*measured(scores), *asked} and m in metrics_in(other)]
+        at_level = partial(bootstrap_difference, other, one)
+        intervals = {metric: at_level(metric) for metric in both}
         sides = {metric: intervals[metric].side() for metric in both}
         sides |= holm_sides({metric: intervals[metric] for metric in both if metric not in primary}, at_level)
         for metric in (metric for metric in asked if metric in both):
@@ -136,7 +124,7 @@ def differences(scores: pd.DataFrame, against: str = "", metrics: Sequence[str] 
     return pd.DataFrame(rows, columns=columns)
 
 
-def holm_sides(intervals: Mapping[str, Interval], at_level: Callable[[str, float], Interval]) -> dict[str, int]:
+def holm_sides(intervals: Mapping[str, Interval], at_level: Callable[..., Interval]) -> dict[str, int]:
     """On which side of zero each of several intervals lies, with 5 % false verdicts for all of them together.
 
     Holm 1979, by intervals instead of p-values: with m metrics left, those whose interval at level 1 − 0.05/m lies on
@@ -144,7 +132,7 @@ def holm_sides(intervals: Mapping[str, Interval], at_level: Callable[[str, float
 
     Args:
         intervals: name -> its interval at 95 %.
-        at_level: from a name and a level to its interval.
+        at_level: (name, level=…) -> its interval at that level.
 
     Returns:
         name -> 1 above, −1 below, 0 not told apart.
@@ -152,7 +140,7 @@ def holm_sides(intervals: Mapping[str, Interval], at_level: Callable[[str, float
     left, sides = [name for name in intervals if intervals[name].side()], dict.fromkeys(intervals, 0)
     n_left = len(intervals)
     while left:
-        found = {name: at_level(name, 1 - 0.05 / n_left).side() for name in left}
+        found = {name: at_level(name, level=1 - 0.05 / n_left).side() for name in left}
         told_apart = {name: side for name, side in found.items() if side}
         if not told_apart:
             break
@@ -176,14 +164,14 @@ def differences_in_words(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def confirmed(table: pd.DataFrame, rewards: Collection[str]) -> str:
-    """Whether measures that were not optimized rose with the rewards, in words.
+    """Say whether metrics that RL did not optimize rose with its rewards.
 
     Args:
         table: from `differences`: a tuned arm against what it started from, a row a metric.
-        rewards: the columns of what RL was trained on, of the text and of the subject.
+        rewards: the metrics that RL optimized.
 
     Returns:
-        Sentences: is it certain that the rewards rose, of which other metrics of the same axes it is, and what follows.
+        Sentences: did the rewards certainly rise, did other metrics of the same axes, and what follows.
     """
     verdicts = table.set_index("metric")["verdict"]
     said = {HIGHER: "rose", LOWER: "fell", NOT_TOLD_APART: "may have risen or not"}
@@ -204,11 +192,9 @@ def confirmed(table: pd.DataFrame, rewards: Collection[str]) -> str:
     if others:
         of_each = "; ".join(f"{name} {said[verdicts[name]]} ({verdicts[name]})" for name in others)
         return f"Optimized: {optimized}, but {of_each}: no gain is certain, so none can be confirmed. {named}"
+    if unwatched := " and ".join(sorted(axes - {METRICS[name].kind for name in apart})):
+        return f"Optimized, and higher: {optimized}. {named} Nothing else measures the {unwatched}: not confirmed."
     kinds = " and ".join(kind for kind in ("text", "subject") if kind in axes)
-    unwatched = sorted(axes - {METRICS[name].kind for name in apart})
-    if unwatched:
-        what = " and ".join(unwatched)
-        return f"Optimized, and higher: {optimized}. {named} Nothing else measures the {what}: not confirmed."
     say = "All of the others confirm" if not rest else "Some of the others confirm" if risen else "None confirms"
     return f"Optimized, and higher: {optimized}. {named} {say} the gain in {kinds}."
 
@@ -221,10 +207,9 @@ def as_markdown(table: pd.DataFrame) -> str:
 
 def as_latex(table: pd.DataFrame) -> str:
     """A text table as a LaTeX tabular, with booktabs' rules."""
-    rows = [" & ".join(str(cell).translate(LATEX_SPECIAL) for cell in row) + r" \\" for row in table.to_numpy()]
-    head = " & ".join(str(name).translate(LATEX_SPECIAL) for name in table.columns) + r" \\"
-    lines = [rf"\begin{{tabular}}{{{'l' * len(table.columns)}}}", r"\toprule", head, r"\midrule", *rows]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}"]) + "\n"
+    text = table.astype(str).map(lambda cell: cell.translate(LATEX_SPECIAL))
+    text.columns = [name.translate(LATEX_SPECIAL) for name in table.columns]
+    return text.to_latex(index=False, column_format="l" * len(text.columns))
 
 
 def in_all_formats(table: pd.DataFrame) -> dict[str, str]:
@@ -245,21 +230,21 @@ def all_tables(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
 
 
 def _wide(summary: pd.DataFrame, by: list[str]) -> pd.DataFrame:
-    """One row for each cell of `by`, in the order of arms; n is that of the row's first metric."""
+    """One row for each cell of `by` (the arm first), in the order of arms; n is the largest of the row's metrics."""
     metrics = [name for name in METRICS if name in set(summary["metric"])]
+    order = list(arms_of(summary["arm"]))
+    summary = summary.sort_values("arm", key=lambda arms: arms.map(order.index), kind="stable")
     rows = []
-    for arm in arms_of(summary["arm"].unique()):
-        for cell, part in summary[summary["arm"] == arm].groupby(by, sort=False):
-            found = {row.metric: row for row in part.itertuples()}
-            labels = {"Method": label_of(arm)} | {
-                n.capitalize(): x for n, x in zip(by, cell, strict=True) if n != "arm"
-            }
-            values = {METRICS[name].label: _cell(found[name]) if name in found else "–" for name in metrics}
-            rows.append(labels | values | {"n": part["n"].max()})
+    for (arm, *others), part in summary.groupby(by, sort=False):
+        found = {row.metric: row for row in part.itertuples()}
+        labels = {"Method": label_of(arm)} | dict(zip(map(str.capitalize, by[1:]), others, strict=True))
+        values = {METRICS[name].label: _cell(found[name]) if name in found else "–" for name in metrics}
+        rows.append(labels | values | {"n": part["n"].max()})
     return pd.DataFrame(rows)
 
 
-def _cell(row, sign: bool = False) -> str:
+def _cell(row: Any, sign: bool = False) -> str:
+    """Value and interval of a row with metric, value, low and high."""
     value, low, high = (METRICS[row.metric].show(x, sign) for x in (row.value, row.low, row.high))
     return f"{value} [{low.removesuffix(' %')}, {high.removesuffix(' %')}]"
 
@@ -300,6 +285,6 @@ def main(arguments: Namespace) -> int:
         files["scores.csv"] = scores.to_csv(index=False)
         for name, text in files.items():
             data = text.encode()
-            write_atomically(folder / name, len(data), lambda temporary, data=data: temporary.write_bytes(data))
+            write_atomically(folder / name, len(data), partial(Path.write_bytes, data=data))
         print(f"written to {folder}: {', '.join(sorted(files))}")
     return 0
