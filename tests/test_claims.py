@@ -248,7 +248,7 @@ def test_other_arms_can_play_the_roles_and_give_the_sentences_their_names():
     assert claims_from_scores(both, arms)[0].claim.startswith("DreamBooth (LoRA) loses")
     assert {claim.verdict for claim in claims.values()} == {"supported"}
     assert claims["C1"].claim == "DreamBooth (LoRA) loses text fidelity against the base model."
-    assert claims["C3"].quantity == "DreamBooth (LoRA) + DDPO minus DreamBooth (LoRA), subject fidelity"
+    assert claims["C3"].quantity == "InstructBooth (LoRA) minus DreamBooth (LoRA), subject fidelity"
     assert [(c.value, c.low, c.high) for c in claims.values()] == [
         (c.value, c.low, c.high) for c in by_id(story()).values()
     ]

@@ -8,13 +8,14 @@ prompts and trainings (`ibkit.evaluate.intervals`), and it names one side of a t
 - undecided: the threshold is inside, or the pictures are too few to decide anything;
 - not tested: the run lacks what the claim needs.
 
-A claim speaks of roles, such as "personalized" and "tuned"; the arms that play them are the paper's, or others that a
-user names. Each claim has one measure, fixed beforehand (`stats.PRIMARY`), so that none is chosen by its result. A
-paper, or an experiment, is a file with a tuple of claims and a line in `CLAIMS`.
+A claim compares roles, such as "personalized" and "tuned", played by the paper's arms or by others that a user names.
+The metric of each axis is fixed beforehand (`stats.PRIMARY`), so that none is chosen by its result. A paper, or an
+experiment, is a file with a tuple of claims and a line in `CLAIMS`.
 """
 
+import math
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ import pandas as pd
 from ibkit.errors import ParameterError, ScoreError
 from ibkit.evaluate.arms import BASE, REAL, arms_of, label_of
 from ibkit.evaluate.intervals import ROUNDING, Interval
-from ibkit.evaluate.stats import METRICS, PRIMARY, bootstrap_difference, check_scores, n_trainings, pair_up
+from ibkit.evaluate.stats import METRICS, PRIMARY, bootstrap_difference, check_scores, metrics_in, n_trainings, pair_up
 from ibkit.fields import nearest
 from ibkit.registry import Registry
 from ibkit.runs import read_run
@@ -42,15 +43,12 @@ class CannotTest(Exception):
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a test found.
+    """The numbers that a test found; metric, seeds, unit and detail are as in `Finding`.
 
     Attributes:
-        metric: the score it was measured with.
         interval: of the figure.
-        detail: the numbers behind the figure, in words.
         cells: number of pictures of each prompt of each subject; None where the claim is not about prompts.
-        seeds: trainings behind it; 0 where no trained model takes part.
-        unit: see `Finding`; empty = that of the metric.
+        unit: empty = that of the metric.
         decisive: the interval that decides, where it is not the figure's; `named` says of what it is.
     """
 
@@ -74,14 +72,15 @@ class Claim:
         statement, quantity: the claim, and what the figure is, in a sentence; "{tuned}" stands for the label of the arm
             in that role.
         source: where the paper makes it, and the paper's own number.
-        axis: "text" or "subject" fidelity; treatment, control: the roles whose difference is the figure.
-        identifier: whether both draw prompts with the identifier (the base model never does).
-        unseen: whether only prompts count that the tuning was not trained on.
+        axis: "text" or "subject" fidelity.
+        treatment, control: the roles whose difference is the figure.
+        identifier: whether both arms draw prompts with the identifier (the base model never does).
+        unseen: whether to use only prompts that RL was not trained on.
         side: the claimed side of the threshold, 1 above or −1 below.
-        threshold, border: of the interval that decides; and the threshold in words.
-        file, notebook: the table that is read, and what makes it.
-        test: (claim, table, role -> arm) -> `Outcome`, where the figure is another one than treatment − control.
-        roles: role -> arm, as the paper has it.
+        threshold, border: what the decisive interval is compared with, and the same in words.
+        file, notebook: the table to read, and the notebook that makes it.
+        test: (claim, table, role -> arm) -> `Outcome`, where the figure is not treatment − control.
+        roles: role -> arm, as in the paper.
     """
 
     id: str
@@ -90,8 +89,8 @@ class Claim:
     quantity: str
     source: str
     axis: str = ""
-    treatment: str = ""
-    control: str = ""
+    treatment: str = "tuned"
+    control: str = "personalized"
     identifier: bool = True
     unseen: bool = False
     side: int = 1
@@ -111,11 +110,11 @@ class Finding:
         id, paper, claim, source, quantity: of the claim, in words.
         value: our figure, None where the claim was not tested; fractions are fractions of 1.
         low, high: its 95 % interval; None where nothing varies that could be resampled.
-        n: pairs of images behind it.
-        seeds: trainings behind it (0 where no trained model takes part).
-        verdict: "supported", "contradicted", "undecided" or "not tested".
+        n: number of pairs of images.
+        seeds: number of trainings (0 where no trained model takes part).
+        verdict: one of `VERDICTS`.
         reason: why, in words.
-        metric: the score it was measured with.
+        metric: the column of scores that measured it.
         unit: "fraction of images", "fraction of the loss", "fraction of pairs", "times as many images" or "score".
         detail: the numbers behind the figure; empty where the claim was not tested.
     """
@@ -137,10 +136,10 @@ class Finding:
     detail: str = ""
 
     def figure(self) -> str:
-        """Write the value with its interval: a difference of shares in points, a share of the loss in per cent."""
+        """The value with its interval, as text: a difference of shares in points, a share of the loss in per cent."""
         if self.value is None:
             return "–"
-        if self.low is None:
+        if self.low is None or self.high is None:
             return f"{METRICS[self.metric].show(self.value, sign=True)}, interval unknown"
         if self.unit == "times as many images":
             return f"{self.value:.2f} [{self.low:.2f}, {self.high:.2f}] times"
@@ -175,7 +174,7 @@ def evaluate_claims(run_or_folder: str | Path, arms: Mapping[str, str] | None = 
     Args:
         run_or_folder: a main run (`outputs/<run>`, with a folder for each notebook), one notebook's own folder, or a
             folder that holds the tables directly (`outputs/reference`).
-        arms: role -> arm, where it is another one than the paper's, or than `stand_ins` finds.
+        arms: role -> arm, instead of the paper's arm or of what `stand_ins` finds.
 
     Returns:
         One finding for each claim, in the order of `all_claims`.
@@ -204,7 +203,7 @@ def load_scores(run_or_folder: str | Path) -> pd.DataFrame:
 
 
 def _find_table(folder: Path, notebook: str, file: str) -> pd.DataFrame | None:
-    """A table of a notebook's run in or at the folder; None where there is none."""
+    """Read a table from a notebook's run that lies in the folder, or is the folder; None where there is none."""
     stage = folder / notebook if (folder / notebook).is_dir() else folder
     path = stage / file
     if not path.is_file():
@@ -218,9 +217,11 @@ def _find_table(folder: Path, notebook: str, file: str) -> pd.DataFrame | None:
 
 
 def claims_from(tables: Mapping[str, pd.DataFrame], arms: Mapping[str, str] | None = None) -> list[Finding]:
-    """Test every claim on the tables that are there, by the name of their file; the scores must be checked.
+    """Test every claim, in the order of `all_claims`; one whose table is missing says which notebook makes it.
 
-    A claim whose table is missing is not tested, and says which notebook makes it.
+    Args:
+        tables: name of the file -> table; the scores must be checked.
+        arms: as in `evaluate_claims`.
 
     Raises:
         ParameterError: `arms` names a role that no claim has.
@@ -234,9 +235,9 @@ def claims_from(tables: Mapping[str, pd.DataFrame], arms: Mapping[str, str] | No
 
 
 def stand_ins(there: Collection[str]) -> dict[str, str]:
-    """Role -> arm, where a run has not the paper's arm and only one that can play its role.
+    """Role -> arm, for roles whose paper's arm is missing in a run that has only one other candidate.
 
-    What is tuned is a chain of two methods or more; what is personalized is the chain below it, else the only method.
+    A tuned arm is a chain of two or more methods; the personalized arm is what it started from, else the only method.
     """
     arms = set(there) - {BASE, REAL}
     tuned = [arm for arm in arms if "+" in arm]
@@ -251,26 +252,26 @@ def stand_ins(there: Collection[str]) -> dict[str, str]:
 
 
 def claims_from_scores(scores: pd.DataFrame, arms: Mapping[str, str] | None = None) -> list[Finding]:
-    """Test those claims that a checked score table alone can test."""
-    ids = {(claim.paper, claim.id) for claim in all_claims() if claim.file == SCORES}
-    return [found for found in claims_from({SCORES: scores}, arms) if (found.paper, found.id) in ids]
+    """Test those claims that read nothing but the score table, which must be checked."""
+    findings = zip(all_claims(), claims_from({SCORES: scores}, arms), strict=True)
+    return [found for claim, found in findings if claim.file == SCORES]
 
 
 def _test(claim: Claim, tables: Mapping[str, pd.DataFrame], arms: Mapping[str, str]) -> Finding:
     cast = dict(claim.roles) | {role: arm for role, arm in arms.items() if role in claim.roles}
     labels = {role: label_of(arm) for role, arm in cast.items()}
-    said = [words.format(**labels) for words in (claim.statement, claim.quantity)]
-    named = {"id": claim.id, "paper": claim.paper, "claim": said[0], "source": claim.source, "quantity": said[1]}
+    statement, quantity = (words.format(**labels) for words in (claim.statement, claim.quantity))
+    finding = Finding(claim.id, claim.paper, statement, claim.source, quantity)
     try:
         if claim.file not in tables:
             raise CannotTest(f"Needs {claim.file} of notebook {claim.notebook}.")
         outcome = (claim.test or compare)(claim, tables[claim.file], cast)
     except CannotTest as reason:
-        return Finding(**named, reason=str(reason))
+        return replace(finding, reason=str(reason))
     interval, (verdict, why) = outcome.interval, _verdict(claim, outcome)
     is_known = np.isfinite([interval.low, interval.high]).all()
-    return Finding(
-        **named,
+    return replace(
+        finding,
         value=interval.value,
         low=interval.low if is_known else None,
         high=interval.high if is_known else None,
@@ -287,24 +288,23 @@ def _test(claim: Claim, tables: Mapping[str, pd.DataFrame], arms: Mapping[str, s
 def _verdict(claim: Claim, outcome: Outcome) -> tuple[str, str]:
     """The verdict on a claim, and why."""
     interval, cells = outcome.decisive or outcome.interval, outcome.cells
+    n_cells = math.inf if cells is None else len(cells)
     if cells is not None and cells.max() == 1:
         return UNDECIDED, "One picture of each prompt decides nothing: draw more."
-    if cells is not None and len(cells) == 1:
+    if n_cells == 1:
         return UNDECIDED, "All pictures are of one prompt of one subject and say nothing about others."
     if not np.isfinite([interval.low, interval.high]).all():
         return UNDECIDED, "Nothing varies that could be resampled."
-    are_few = cells is not None and len(cells) < FEW_PROMPTS
+    are_few = n_cells < FEW_PROMPTS
     if are_few and interval.high - interval.low < ROUNDING:
-        return (
-            UNDECIDED,
-            f"On {len(cells)} prompts × subjects all pairs differ by the same: how others vary is unknown.",
-        )
+        why = f"On {n_cells} prompts × subjects all pairs differ by the same: how others vary is unknown."
+        return UNDECIDED, why
     side = interval.side(claim.threshold)
     verdict = UNDECIDED if side == 0 else SUPPORTED if side == claim.side else CONTRADICTED
     lies = f"holds {claim.border}" if side == 0 else f"lies {'above' if side > 0 else 'below'} {claim.border}"
     said = [f"The {'' if side == 0 else 'whole '}interval{outcome.named} {lies}."]
     if are_few:
-        said.append(f"Only {len(cells)} prompts × subjects" + (", but they decide." if side else "; draw more."))
+        said.append(f"Only {n_cells} prompts × subjects" + (", but they decide." if side else "; draw more."))
     if outcome.seeds == 1:
         said.append("Of one training: it speaks of that one alone.")
     return verdict, " ".join(said)
@@ -331,10 +331,8 @@ def compare(claim: Claim, scores: pd.DataFrame, arms: Mapping[str, str]) -> Outc
     difference = bootstrap_difference(tables[treatment], tables[control], metric)
     details = [before + levels(metric, pairs)]
     if claim.threshold < 0:
-        share = METRICS[metric].is_share
-        details.append(
-            f"allowed loss {-100 * claim.threshold:.0f} points" if share else f"allowed loss {-claim.threshold}"
-        )
+        loss = f"{-100 * claim.threshold:.0f} points" if METRICS[metric].is_share else f"{-claim.threshold}"
+        details.append(f"allowed loss {loss}")
     if not claim.identifier and claim.axis == "subject":
         try:
             other, _ = pairs_of(tables, "text")
@@ -342,7 +340,7 @@ def compare(claim: Claim, scores: pd.DataFrame, arms: Mapping[str, str]) -> Outc
             details.append(f"text fidelity of the class prompt changed by {signed(other, text)}")
         except CannotTest:
             details.append("text fidelity of the class prompt was not scored")
-    if seen and all(len(table) for table in seen.values()):
+    if seen and not any(table.empty for table in seen.values()):
         on_seen = bootstrap_difference(seen[treatment], seen[control], metric)
         details.append(f"on seen prompts the gain is {signed(metric, on_seen)}")
     return Outcome(metric, difference, "; ".join(details), cells_of(pairs), n_trainings(pairs))
@@ -356,12 +354,11 @@ def rows_of(scores: pd.DataFrame, arm: str, identifier: bool = True) -> pd.DataF
 def pairs_of(
     tables: dict[str, pd.DataFrame], axis: str, how: str = "on the same prompts and image seeds"
 ) -> tuple[str, dict[str, pd.DataFrame]]:
-    """Pick the first metric of an axis that the tables of all arms have on shared units, and lay them out on those."""
-    absent = [arm for arm, table in tables.items() if table.empty]
-    if absent:
+    """The first metric of an axis that the tables of all arms have on shared units, and its matrices (`pair_up`)."""
+    if absent := [arm for arm, table in tables.items() if table.empty]:
         raise CannotTest(f"The scores hold no images of {' or '.join(absent)} {how}.")
     for metric in PRIMARY[axis]:
-        if all(metric in table.columns and table[metric].notna().any() for table in tables.values()):
+        if all(metrics_in(table, [metric]) for table in tables.values()):
             pairs = pair_up(tables, metric)
             if all(table.size for table in pairs.values()):
                 return metric, pairs
@@ -375,12 +372,10 @@ def cells_of(pairs: Mapping[str, pd.DataFrame]) -> pd.Series:
 
 
 def levels(metric: str, pairs: Mapping[str, pd.DataFrame]) -> str:
-    """Name the level of each arm behind a difference."""
-    shown = [
-        f"{arm.label} {METRICS[metric].show(float(np.nanmean(pairs[name].to_numpy())))}"
-        for name, arm in arms_of(pairs).items()
-    ]
-    return f"{METRICS[metric].label}: " + ", ".join(shown)
+    """The mean of each arm behind a difference, in words."""
+    means = {arm.label: float(np.nanmean(pairs[name].to_numpy())) for name, arm in arms_of(pairs).items()}
+    shown = (f"{label} {METRICS[metric].show(mean)}" for label, mean in means.items())
+    return f"{METRICS[metric].label}: {', '.join(shown)}"
 
 
 def signed(metric: str, interval: Interval) -> str:

@@ -13,12 +13,12 @@ from ibkit.runs import resolve
 
 
 def claims_as_json(claims: list[Finding]) -> str:
-    """Write claims as a JSON list of objects; a claim that was not tested has null for its numbers."""
+    """The findings as a JSON list of objects; a claim that was not tested has null for its numbers."""
     return dumps([asdict(claim) for claim in claims], indent=2, ensure_ascii=False)
 
 
 def claims_as_text(claims: list[Finding], width: int = 100) -> str:
-    """Write claims as a plain table, with the claim, its source and the numbers behind it below each line."""
+    """The findings as a plain table: below each line the claim, its source and the numbers behind it."""
     lines = [f"{'':4}{'verdict':16}{'our figure, 95 % interval':38}{'n':>6}{'seeds':>7}"]
     for claim in claims:
         n, seeds = (claim.n, claim.seeds or "–") if claim.value is not None else ("–", "–")
@@ -31,7 +31,7 @@ def claims_as_text(claims: list[Finding], width: int = 100) -> str:
 
 
 def summary(claims: list[Finding]) -> str:
-    """Say in one sentence per verdict which claims got it."""
+    """A sentence for each verdict: the claims that got it."""
     sentences = []
     for verdict in VERDICTS:
         those = [f"{claim.id} ({claim.claim.rstrip('.')})" for claim in claims if claim.verdict == verdict]
@@ -58,10 +58,9 @@ def claims_command(path: str | Path = "", json: bool = False, arms: Mapping[str,
 
 
 def _newest_run() -> Path:
-    outputs = resolve("outputs")
-    evaluated = [table.parent for table in outputs.glob("*/03_evaluate/scores.csv")]
-    newest = max(evaluated, key=lambda stage: (stage / "scores.csv").stat().st_mtime_ns, default=None)
-    return newest.parent if newest else outputs / "reference"
+    tables = resolve("outputs").glob("*/03_evaluate/scores.csv")
+    newest = max(tables, key=lambda table: table.stat().st_mtime_ns, default=None)
+    return newest.parents[1] if newest else resolve("outputs/reference")
 
 
 def add_arguments(parser: ArgumentParser) -> None:
