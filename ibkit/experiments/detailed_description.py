@@ -1,14 +1,13 @@
 """A detailed description for a rare subject: InstructBooth's section 2.1 and figure 15 as an experiment.
 
-Two arms are personalized from the same base model, on the same photos and the same random streams; they differ in the
-words alone:
+Two arms are personalized from the same base model on the same photos and random streams. Only their words differ:
 
 | arm | trained on and asked for |
 |---|---|
 | with description | "a [identifier] [description] [class noun]" |
 | without | "a [identifier] [class noun]" |
 
-Both then draw the same activities from the same noise. An arm is trained once for each training seed; pictures of two
+Both then draw the same activities from the same noise. Each arm is trained once per training seed. Pictures of the two
 arms are compared within a seed, and the seeds are resampled like the prompts (`ibkit.evaluate.intervals`).
 
 Shapes: N pictures.
@@ -32,13 +31,7 @@ from ibkit.data.subject import PersonalizedSubject
 from ibkit.errors import ParameterError
 from ibkit.evaluate.intervals import Interval, wilson_interval
 from ibkit.evaluate.score import image_seeds, prompt_ids
-from ibkit.evaluate.stats import (
-    METRICS,
-    UNIT,
-    bootstrap_difference,
-    summarise,
-    unit_matrix,
-)
+from ibkit.evaluate.stats import METRICS, UNIT, bootstrap_difference, summarise, unit_matrix
 from ibkit.experiments.attention_overlap import at_size, new_scenes
 from ibkit.methods import dreambooth
 from ibkit.methods.dreambooth import DreamBoothConfig
@@ -47,12 +40,13 @@ from ibkit.model.text_to_image import TextToImage
 from ibkit.pocket.draw import render
 from ibkit.pocket.world import PATTERNS, RARE_SUBJECT, SHAPES, Subject
 from ibkit.runs import Run
-from ibkit.scorers.base import Scorer, batches
+from ibkit.scorers.base import Scorer
 from ibkit.scorers.judge import Judge
 
-# The columns of description.csv, without the measurements.
+# Columns of description.csv: what a picture is, and what was measured.
 KEYS = ("description", "train_seed", "subject", "prompt_id", "prompt", "text", "image", "image_seed")
 MEASURED = ("judge_activity", "judge_identity", "judge_shape", "dino")
+ARM_NAMES = {True: "with_description", False: "without_description"}
 
 
 @dataclass(frozen=True)
@@ -60,8 +54,8 @@ class Arm:
     """One personalization.
 
     Attributes:
-        described: whether the description is in its words.
-        train_seed: of its training; the two arms of a seed see the same photos, noise and timesteps in every step.
+        described: whether its words include the description.
+        train_seed: the two arms of a seed see the same photos, noise and timesteps in every step.
         who: the subject with this arm's words.
     """
 
@@ -71,12 +65,12 @@ class Arm:
 
     @property
     def name(self) -> str:
-        """As tables that compare arms have it."""
-        return arm_name(self.described)
+        """As in tables that compare arms."""
+        return ARM_NAMES[self.described]
 
     @property
     def folder(self) -> str:
-        """Where its files are below the run folder."""
+        """Relative to the run folder."""
         return f"arms/{self.name.replace('_', '-')}-seed{self.train_seed}"
 
     @property
@@ -85,16 +79,12 @@ class Arm:
         return f"{self.folder}/unet.safetensors"
 
 
-# (model, arm) -> numbers about the model as it is now
+# Measures a model during training: (model, arm) -> name and value of each measurement.
 Look = Callable[[TextToImage, Arm], dict[str, float]]
 
 
-def arm_name(described: bool) -> str:
-    return "with_description" if described else "without_description"
-
-
 def make_arms(who: PersonalizedSubject, train_seeds: Sequence[int]) -> list[Arm]:
-    """Both arms for each training seed; a seed named twice counts once.
+    """Both arms for each distinct training seed.
 
     Raises:
         ParameterError: the subject has no description to leave out.
@@ -109,10 +99,10 @@ def make_arms(who: PersonalizedSubject, train_seeds: Sequence[int]) -> list[Arm]
 
 
 def rare_subject(class_noun: str) -> Subject:
-    """The pocket world's rare subject: its shape was never drawn on its class in pre-training.
+    """The pocket world's rare subject: in pre-training no individual of its class had its shape.
 
     Raises:
-        ParameterError: another class noun was asked for.
+        ParameterError: it is of another class.
     """
     if class_noun != RARE_SUBJECT.class_noun:
         raise ParameterError(
@@ -126,9 +116,9 @@ def rare_subject(class_noun: str) -> Subject:
 
 
 def look_steps(n_steps: int, checkpoint_every: int, n_looks: int) -> list[int]:
-    """After how many steps a training is looked at: `n_looks` times at equal distances, fewer in a short training.
+    """After how many steps a training is measured: `n_looks` times at equal distances, fewer in a short training.
 
-    Never right after a checkpoint: a training that is stopped there goes on behind it, and the look would be lost.
+    Never at a checkpoint step before the end: resuming from it would skip the measurement.
     """
     steps = {round(n_steps * i / n_looks) for i in range(1, n_looks + 1)}
     moved = {step - (step % checkpoint_every == 0 and step < n_steps) for step in steps}
@@ -146,13 +136,13 @@ def train_arm(
     n_looks: int,
     on_step: Callable[[dict[str, float]], None] | None = None,
 ) -> None:
-    """Personalize a copy of `base` and keep its U-Net and its history in the run, unless they are there.
+    """Personalize a copy of `base` and write its U-Net and its history to the run, unless they are there already.
 
-    A training that was stopped goes on from its last checkpoint. The looks draw from streams of their own, so that
-    they do not change what is learned.
+    An interrupted training resumes from its last checkpoint.
 
     Args:
-        look: (model, arm) -> numbers, asked `n_looks` times; they stand in `history.csv` beside the loss.
+        look: called `n_looks` times; its numbers go into `history.csv` beside the loss. It draws from random streams
+            of its own, so that it does not change what is learned.
         on_step: called with each step's row, for progress.
 
     Raises:
@@ -165,7 +155,7 @@ def train_arm(
 
     def after_step(row: dict[str, float]) -> None:
         if row["step"] + 1 in steps:
-            row.update(look(model, arm))  # the row is in the training's history, and so in its next checkpoint
+            row.update(look(model, arm))  # the training keeps this row in its history and its next checkpoint
         if on_step:
             on_step(row)
 
@@ -176,28 +166,30 @@ def train_arm(
     run.write_table(f"{arm.folder}/history.csv", pd.DataFrame(history))
     run.write_tensors(arm.weights, model.unet.state_dict())
     if (checkpoints := folder / "checkpoints").exists():
-        shutil.rmtree(checkpoints)  # their work is done
+        shutil.rmtree(checkpoints)
 
 
 def load_arm(run: Run, arm: Arm, base: TextToImage) -> TextToImage:
-    """A trained arm from the run."""
+    """A trained arm of the run."""
     model = base.copy()
     model.unet.load_state_dict(load_file(run.path(arm.weights)))
     return model
 
 
 def histories(run: Run, arms: Sequence[Arm]) -> pd.DataFrame:
-    """Every trained arm's history in one table: arm, train_seed, step, the losses, and what was looked at."""
-    tables = [pd.read_csv(run.path(f"{arm.folder}/history.csv")) for arm in arms]
-    named = [t.assign(arm=arm.name, train_seed=arm.train_seed) for t, arm in zip(tables, arms, strict=True)]
-    return pd.concat(named, ignore_index=True)
+    """The histories of all arms in one table: step, losses, what the looks measured, arm, train_seed."""
+    tables = [
+        pd.read_csv(run.path(f"{arm.folder}/history.csv")).assign(arm=arm.name, train_seed=arm.train_seed)
+        for arm in arms
+    ]
+    return pd.concat(tables, ignore_index=True)
 
 
 # --- pictures and measurements -------------------------------------------------------------------------------------
 
 
 def jobs(arms: Sequence[Arm], activities: Sequence[str], n_images: int, seed: int) -> pd.DataFrame:
-    """List the pictures, one row each, without measurements; for `evaluation.generate`.
+    """List the pictures to draw, one row each; for `ibkit.evaluate.score.generate`.
 
     Args:
         activities: what every arm draws, in its own words.
@@ -205,7 +197,7 @@ def jobs(arms: Sequence[Arm], activities: Sequence[str], n_images: int, seed: in
         seed: the notebook's, from which the noise seeds are derived.
 
     Returns:
-        Table with `KEYS`, and activity, and what `as_arms` adds.
+        Table with `KEYS`, activity, and the columns of `as_arms`.
 
     Raises:
         ParameterError: no activity, or no image.
@@ -225,20 +217,17 @@ def jobs(arms: Sequence[Arm], activities: Sequence[str], n_images: int, seed: in
 
 def as_arms(table: pd.DataFrame) -> pd.DataFrame:
     """Rows of description.csv with the columns arm, seed and tune_seed, by which stats and figures compare."""
-    return table.assign(
-        arm=[arm_name(described) for described in table["description"]], seed=table["train_seed"], tune_seed=None
-    )
+    return table.assign(arm=table["description"].map(ARM_NAMES), seed=table["train_seed"], tune_seed=None)
 
 
 @dataclass(frozen=True)
 class Measures:
-    """What is asked about a picture; for a user's photos, whose truth nobody knows, DINO alone.
+    """What is measured on a picture. A user's photos have no known truth, so DINO alone measures those.
 
     Attributes:
-        photos: of the subject, for DINO.
+        photos: of the subject.
         dino: similarity to the photos.
-        judge: answers where the subject is one of the pocket world; None otherwise.
-        world: that subject.
+        judge, world: the judge and the pocket world's subject; None for a user's photos.
     """
 
     photos: Sequence[Image.Image]
@@ -247,8 +236,9 @@ class Measures:
     world: Subject | None
 
     def __call__(self, images: Sequence[Image.Image], activities: Sequence[str]) -> dict[str, np.ndarray]:
-        """Column -> (N,): judge_* are 1 or 0, whether the activity is shown, whether the subject is picked out of a
-        line-up of its class, and whether its shape is picked among look-alikes of other shapes.
+        """Column -> (N,). The judge's are 1 or 0: judge_activity, whether the activity is shown; judge_identity,
+        whether the judge picks the subject out of a line-up of its class; judge_shape, whether it picks the subject's
+        shape among look-alikes of other shapes.
         """
         columns = {"dino": self.dino(images, references=self.photos).double().numpy()}
         if self.judge is not None and self.world is not None:
@@ -261,7 +251,7 @@ class Measures:
         return columns
 
     def look(self, activities: Sequence[str], sampler: Sampler, n: int) -> Look:
-        """Make a `look` for `train_arm`: means over `n` pictures of each activity, always from the same noise."""
+        """A `Look` for `train_arm`: means over `n` pictures of each activity, always from the same noise."""
 
         def look(model: TextToImage, arm: Arm) -> dict[str, float]:
             asked = [activity for activity in activities for _ in range(n)]
@@ -277,43 +267,42 @@ def measure(
     folder: str | Path,
     measures: Measures,
     batch_size: int = 64,
-    on_image: Callable[[int], None] | None = None,
+    on_image: Callable[[int], None] = lambda done: None,
 ) -> pd.DataFrame:
-    """A copy of `rows` (from `jobs`, pictures made) with a column for each measurement."""
+    """A copy of `rows` (from `jobs`, pictures drawn) with a column for each measurement."""
     parts = []
-    for part in batches(rows, batch_size):
+    for start in range(0, len(rows), batch_size):
+        part = rows.iloc[start : start + batch_size]
         images = [read_rgb(Path(folder) / path) for path in part["image"]]
         parts.append(part.assign(**measures(images, list(part["activity"]))))
-        if on_image:
-            on_image(sum(map(len, parts)))
+        on_image(start + len(part))
     return pd.concat(parts)
 
 
 def table_of(scores: pd.DataFrame) -> pd.DataFrame:
-    """The measured rows as description.csv holds them."""
+    """The columns of description.csv."""
     return scores[[*KEYS, *(name for name in MEASURED if name in scores)]]
 
 
-# --- comparing the arms --------------------------------------------------------------------------------------------
+# --- comparing the arms; `table` is description.csv, `metric` one of its measured columns ---------------------------
 
 
 def difference(table: pd.DataFrame, metric: str) -> Interval:
     """With minus without description, on the same prompts and noise, within training seeds.
 
-    Args:
-        table: description.csv.
-        metric: one of its measured columns.
-
     Raises:
-        ScoreError: one of the arms has no measured picture that the other has.
+        ScoreError: the two arms share no measured picture.
     """
-    named = as_arms(table)
-    with_, without = (named[named["description"] == described] for described in (True, False))
-    return bootstrap_difference(with_, without, metric, UNIT)
+    return bootstrap_difference(*_both_arms(as_arms(table)), metric, UNIT)
+
+
+def _both_arms(rows: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The rows with description, and those without."""
+    return rows[rows["arm"] == ARM_NAMES[True]], rows[rows["arm"] == ARM_NAMES[False]]
 
 
 def verdict(table: pd.DataFrame, metric: str) -> str:
-    """What the difference says, in a sentence; `table` is description.csv."""
+    """The difference in a sentence."""
     gap, label, n_seeds = difference(table, metric), METRICS[metric], table["train_seed"].nunique()
     value, low, high = (label.show(x, sign=True) for x in (gap.value, gap.low, gap.high))
     said = "helps" if gap.low > 0 else "harms" if gap.high < 0 else "makes no difference that these pictures can show"
@@ -322,68 +311,52 @@ def verdict(table: pd.DataFrame, metric: str) -> str:
 
 
 def compare(table: pd.DataFrame) -> pd.DataFrame:
-    """Both arms and their difference for every measurement.
-
-    Args:
-        table: description.csv.
-
-    Returns:
-        One row a metric: metric; with, without and difference, each with _low and _high; n pairs; seeds.
-    """
+    """One row a metric: metric; with, without and difference, each with _low and _high; n pairs; seeds."""
     metrics = [name for name in MEASURED if name in table]
     cells = summarise(as_arms(table), metrics=metrics).set_index(["metric", "arm"])
     rows = []
     for metric in metrics:
-        row = {"metric": metric}
-        for name, described in (("with", True), ("without", False)):
-            cell = cells.loc[(metric, arm_name(described))]
-            row |= {name: cell["value"], f"{name}_low": cell["low"], f"{name}_high": cell["high"]}
-        d = difference(table, metric)
-        row |= {"difference": d.value, "difference_low": d.low, "difference_high": d.high, "n": d.n}
-        rows.append(row | {"seeds": table["train_seed"].nunique()})
+        gap = difference(table, metric)
+        with_, without = (cells.loc[(metric, arm)] for arm in ARM_NAMES.values())
+        row: dict[str, str | float] = {"metric": metric}
+        for name, cell in (("with", with_), ("without", without), ("difference", gap)):
+            row |= {name: cell.value, f"{name}_low": cell.low, f"{name}_high": cell.high}
+        rows.append(row | {"n": gap.n, "seeds": table["train_seed"].nunique()})
     return pd.DataFrame(rows)
 
 
 def along_training(histories: pd.DataFrame) -> pd.DataFrame:
-    """With minus without description, averaged over the looks at the trainings: which arm was ahead on the way?
+    """With minus without description, averaged over the looks in `histories`: which arm was ahead on the way?
 
-    Looks are paired by training seed and step, and resampled like pictures. Those of one training resemble each other,
+    Looks are paired by training seed and step, and resampled like pictures. Looks at one training resemble each other,
     so with one seed the interval is too narrow.
-
-    Args:
-        histories: from `histories`.
 
     Returns:
         One row a metric: metric; with, without (means over looks and seeds), difference, low, high, n (pairs of looks),
-        seeds. Where the judge was asked, also `both`: in each look the harmonic mean of its shares for activity and
-        identity, which is high only where the model has both.
+        seeds. Where the judge was asked, also `both`: the harmonic mean of its shares for activity and identity in each
+        look, which is high only where the model has both.
     """
     metrics = [name for name in MEASURED if name in histories]
-    looks = histories.dropna(subset=metrics).assign(seed=lambda rows: rows["train_seed"])
+    looks = histories.dropna(subset=metrics).rename(columns={"train_seed": "seed"})
     if "judge_activity" in metrics:
-        shares = looks["judge_activity"], looks["judge_identity"]
-        total = (shares[0] + shares[1]).where(lambda x: x > 0)
-        looks = looks.assign(both=(2 * shares[0] * shares[1] / total).fillna(0.0))
-        metrics = [*metrics, "both"]
-    arms = {described: looks[looks["arm"] == arm_name(described)] for described in (True, False)}
-    rows = []
-    for metric in metrics:
-        gap = bootstrap_difference(arms[True], arms[False], metric, ("step",))
-        means = {"with": arms[True][metric].mean(), "without": arms[False][metric].mean()}
-        bounds = {"difference": gap.value, "low": gap.low, "high": gap.high, "n": gap.n}
-        rows.append({"metric": metric} | means | bounds | {"seeds": looks["train_seed"].nunique()})
-    return pd.DataFrame(rows)
+        shown, same = looks["judge_activity"], looks["judge_identity"]
+        looks["both"] = (2 * shown * same / (shown + same)).fillna(0.0)  # 0/0 where both are 0
+        metrics.append("both")
+    with_, without = _both_arms(looks)
+    gaps = {metric: bootstrap_difference(with_, without, metric, ("step",)) for metric in metrics}
+    means = pd.DataFrame({"with": with_[metrics].mean(), "without": without[metrics].mean()})
+    found = means.join(pd.DataFrame(map(vars, gaps.values()), index=metrics)).rename(columns={"value": "difference"})
+    return found.rename_axis("metric").reset_index().assign(seeds=looks["seed"].nunique())
 
 
 def by_seed(table: pd.DataFrame) -> pd.DataFrame:
     """With minus without in each training seed: train_seed, metric, difference, n pairs."""
     rows = []
     for metric in (name for name in MEASURED if name in table):
-        with_, without = (unit_matrix(as_arms(table[table["description"] == d]), metric) for d in (True, False))
-        gaps = (with_ - without).dropna(axis=1, how="all")
+        with_, without = (unit_matrix(rows_of_arm, metric) for rows_of_arm in _both_arms(as_arms(table)))
         rows += [
             {"train_seed": seed, "metric": metric, "difference": gap.mean(), "n": int(gap.notna().sum())}
-            for (seed, _), gap in gaps.iterrows()
+            for (seed, _), gap in (with_ - without).iterrows()
         ]
     return pd.DataFrame(rows)
 
@@ -392,7 +365,7 @@ def by_seed(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def look_alikes(subject: Subject) -> list[Subject]:
-    """The subject and those that differ from it in body shape alone; the subject comes first."""
+    """The subject, and after it those that differ from it in body shape alone."""
     shapes = dict.fromkeys((subject.shape, *SHAPES["container"]))
     return [replace(subject, shape=shape) for shape in shapes]
 
@@ -400,7 +373,7 @@ def look_alikes(subject: Subject) -> list[Subject]:
 def ask_about_renders(
     judge: Judge, subject: Subject, activities: Sequence[str], n: int, model: TextToImage | None = None, seed: int = 0
 ) -> pd.DataFrame:
-    """The shape question on pictures whose answer is known: how far can `judge_shape` be trusted?
+    """Ask for the shape on pictures whose answer is known: how far can `judge_shape` be trusted?
 
     Args:
         n: renders of each look-alike and activity.
@@ -411,26 +384,24 @@ def ask_about_renders(
     """
     parade, rows = look_alikes(subject), []
     for alike in parade:
-        there = new_scenes(alike, activities, n, seed, "shape question")
-        pictures = [render(scene) for scene in there]
+        scenes = new_scenes(alike, activities, n, seed, "shape question")
+        pictures = [render(scene) for scene in scenes]
         if model is not None:
             pictures = model.decode(model.encode_images(at_size(pictures, model)))
-        for scene, k in zip(there, judge.pick(pictures, parade), strict=True):
-            rows.append({"shape": alike.shape, "activity": scene.activity, "picked": parade[k].shape})
+        rows += [
+            {"shape": alike.shape, "activity": scene.activity, "picked": parade[k].shape}
+            for scene, k in zip(scenes, judge.pick(pictures, parade), strict=True)
+        ]
     return pd.DataFrame(rows)
 
 
 def trust(answers: pd.DataFrame, shape: str) -> pd.DataFrame:
-    """How often the answer was `shape`, by the truth; from `ask_about_renders`.
-
-    Returns:
-        One row a true shape: shape, picked (share of the answer `shape`), low, high (Wilson, 95 %), n.
-    """
-    rows = []
-    for truth, part in answers.groupby("shape", sort=False):
-        share = wilson_interval(int((part["picked"] == shape).sum()), len(part))
-        rows.append({"shape": truth, "picked": share.value, "low": share.low, "high": share.high, "n": share.n})
-    return pd.DataFrame(rows)
+    """How often the answer was `shape`, by true shape: shape, picked (that share), low, high (Wilson, 95 %), n."""
+    picked = (answers["picked"] == shape).groupby(answers["shape"], sort=False)
+    shares = {truth: wilson_interval(int(is_shape.sum()), len(is_shape)) for truth, is_shape in picked}
+    return pd.DataFrame([{"shape": truth, **vars(share)} for truth, share in shares.items()]).rename(
+        columns={"value": "picked"}
+    )
 
 
 def in_known_words(subject: Subject, description: str = "") -> str:

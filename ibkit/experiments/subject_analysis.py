@@ -1,24 +1,28 @@
-"""What the tables of `ibkit.experiments.subject_changes` say about a subject metric, with intervals, and their figures.
+"""What a table of `ibkit.experiments.subject_changes.score_pairs` says about a subject metric, and its figures.
 
-Individuals are what varies, so every interval resamples subjects with all their pairs. Scores of different
-metrics have different scales; what is compared between metrics here does not depend on a scale.
+In every function `table` is such a table, and `column` (or each of `columns`) is a metric in it. Individuals are what
+varies, so every interval is a 95 % interval that resamples subjects with all their pairs. Metrics have different
+scales; what is compared between metrics here does not depend on a scale.
+
+Shapes: N references, R resamples.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
-import matplotlib
 import numpy as np
 import pandas as pd
 import seaborn
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from scipy.stats import rankdata
 
 from ibkit.errors import ScoreError
 from ibkit.evaluate.arms import BLUE, GREEN, GREY, ORANGE
-from ibkit.evaluate.figures import HOUSE_STYLE, INK, NotebookFigure
+from ibkit.evaluate.figures import INK, house_figure, whiskers
 from ibkit.evaluate.intervals import Interval, bootstrap_statistic, bootstrap_weighted, mean_interval
 from ibkit.experiments.subject_changes import CHANGES, CONTRASTS, SAME_SUBJECT
 
@@ -32,9 +36,7 @@ LABELS = {
     "subject_score": "Subject head (shipped)",
     "learned_unseen": "Quick heads, activities unseen",
 }
-# Fisher's z of a perfect correlation is infinite.
-LARGEST_R = 1 - 1e-9
-SAME_COLOUR, OTHER_COLOUR = BLUE, ORANGE
+LARGEST_R = 1 - 1e-9  # Fisher's z of a perfect correlation is infinite
 
 
 def auc(same: Sequence[float], other: Sequence[float]) -> float:
@@ -47,11 +49,12 @@ def auc(same: Sequence[float], other: Sequence[float]) -> float:
     """
     if not len(same) or not len(other):
         raise ScoreError("An AUC needs scores of the same subject and of other subjects; one of the two is empty.")
-    return float(_wins(np.asarray(same, float), np.asarray(other, float)).mean())
+    return float(_wins(np.asarray(same, float)[:, None], np.asarray(other, float)).mean())
 
 
-def _wins(same: np.ndarray, other: np.ndarray) -> np.ndarray:
-    return (same[:, None] > other) + 0.5 * (same[:, None] == other)
+def _wins(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """1 where the first is larger, ½ where they tie, else 0; the two are broadcast."""
+    return np.heaviside(first - second, 0.5)
 
 
 def side_by_side(table: pd.DataFrame, column: str, changes: Sequence[str]) -> pd.DataFrame:
@@ -67,54 +70,42 @@ def side_by_side(table: pd.DataFrame, column: str, changes: Sequence[str]) -> pd
     return wide
 
 
-def _subjects(wide: pd.DataFrame) -> np.ndarray:
-    return wide.index.get_level_values("subject").to_numpy()
+def _subjects(wide: pd.DataFrame) -> list[str]:
+    return wide.index.get_level_values("subject").tolist()
 
 
-def subject_auc(
-    table: pd.DataFrame,
-    column: str,
-    same: str,
-    other: str,
-    minus: str = "",
-    *,
-    n_resamples: int = 2000,
-    seed: int = 0,
-) -> Interval:
+def subject_auc(table: pd.DataFrame, column: str, same: str, other: str, minus: str = "") -> Interval:
     """AUC of the same subject against another, within each subject's references, as a mean over subjects.
 
     Args:
-        table: of `subject_changes.score_pairs`.
-        column: the metric.
         same, other: changes that keep and that replace the subject, such as "pose" and "identity and pose".
-        minus: a metric whose AUC on the same pairs is taken away; empty = none.
+        minus: a metric whose AUC on the same pairs is subtracted; empty = none.
 
     Returns:
-        The AUC (or the difference), its 95 % interval, and the number of references.
+        The AUC (or the difference), its interval, and the number of references.
     """
     tables = [side_by_side(table, name, (same, other)) for name in (column, minus) if name]
     subjects = _subjects(tables[0])
 
-    def over_dino(weights: np.ndarray) -> np.ndarray:
-        first, *second = [_weighted_auc(wide.to_numpy(), subjects, weights.astype(float)) for wide in tables]
-        return first - second[0] if second else first
+    def statistic(weights: np.ndarray) -> np.ndarray:
+        aucs = [_weighted_auc(wide.to_numpy(), np.array(subjects), weights.astype(float)) for wide in tables]
+        return aucs[0] - aucs[1] if minus else aucs[0]
 
-    found = bootstrap_weighted(over_dino, subjects, len(subjects), n_resamples=n_resamples, seed=seed)
-    most = (-1, 1) if minus else (0, 1)
-    return Interval(found.value, *np.clip((found.low, found.high), *most).tolist(), found.n)
+    found = bootstrap_weighted(statistic, subjects, len(subjects))
+    return replace(found, low=max(found.low, -1.0 if minus else 0.0), high=min(found.high, 1.0))
 
 
 def _weighted_auc(values: np.ndarray, subjects: np.ndarray, weights: np.ndarray) -> np.ndarray:
     """Mean over subjects of the AUC within each, for every row of weights: (N, 2), (N,), (R, N) -> (R,).
 
-    Of a subject's n × n comparisons n are within a reference. A resample that holds a reference twice would have more
-    of them, and they are easier (same pose, same place), so both kinds keep their share: 1/n and 1 − 1/n. Where a
+    Of a subject's n × n comparisons, n are within a reference. They are easier (same pose, same place), and a resample
+    that holds a reference twice would have more of them, so both kinds keep their shares, 1/n and 1 − 1/n. Where a
     resample holds only one reference of a subject, the comparisons across its references are the sample's.
     """
     total = np.zeros(len(weights))
     for subject in np.unique(subjects):
         rows = subjects == subject
-        w, wins, n = weights[:, rows], _wins(values[rows, 0], values[rows, 1]), rows.sum()
+        w, wins, n = weights[:, rows], _wins(values[rows, :1], values[rows, 1]), rows.sum()
         own_wins, own = w @ wins.diagonal(), w.sum(1)
         across_wins, across = ((w @ wins) * w).sum(1) - (w**2) @ wins.diagonal(), own**2 - (w**2).sum(1)
         within = np.divide(own_wins, own, out=np.zeros_like(own), where=own > 0)
@@ -133,8 +124,8 @@ def fall(table: pd.DataFrame, column: str, change: str, below: str = "view") -> 
 def pose_cost(table: pd.DataFrame, column: str) -> Interval:
     """What a change of pose costs, in units of what a change of identity costs: (1 − s(pose)) / (1 − s(identity)).
 
-    Every metric here gives a picture 1 with itself. 0: pose is not seen; above 1: another pose costs more than another
-    individual.
+    Every metric here scores a picture 1 against itself. 0: the metric does not see pose; above 1: another pose costs
+    more than another individual.
     """
     wide = side_by_side(table, column, ("pose", "identity"))
     columns = {name: wide[name].to_numpy() for name in wide}
@@ -146,13 +137,11 @@ def misranked(table: pd.DataFrame, column: str, same: str = "pose", other: str =
     the reference's own pose and place; a tie counts a half.
     """
     wide = side_by_side(table, column, (same, other))
-    wrong = (wide[same] < wide[other]) + 0.5 * (wide[same] == wide[other])
-    return mean_interval(wrong.to_numpy(), _subjects(wide))
+    return mean_interval(_wins(wide[other].to_numpy(), wide[same].to_numpy()), _subjects(wide))
 
 
-def spearman(x: pd.Series, y: pd.Series, subjects: pd.Series, *, n_resamples: int = 2000, seed: int = 0) -> Interval:
-    """Rank correlation (Pearson's of the ranks, ties sharing theirs) with a 95 % interval over subjects; it is
-    [−1, 1] where too few pairs have any spread.
+def spearman(x: pd.Series, y: pd.Series, subjects: pd.Series) -> Interval:
+    """Spearman's rank correlation; its interval is [−1, 1] where too few pairs have any spread.
 
     Raises:
         ScoreError: x or y is constant.
@@ -162,22 +151,16 @@ def spearman(x: pd.Series, y: pd.Series, subjects: pd.Series, *, n_resamples: in
 
     def fisher_z(weights: np.ndarray) -> np.ndarray:
         rows = [np.repeat(np.arange(len(x)), weight) for weight in weights]
-        ranked = [(_ranks(x.to_numpy()[row]), _ranks(y.to_numpy()[row])) for row in rows]
         with np.errstate(divide="ignore", invalid="ignore"):  # a resample of equal values has no correlation
-            return np.arctanh([np.corrcoef(a, b)[0, 1].clip(-LARGEST_R, LARGEST_R) for a, b in ranked])
+            r = [np.corrcoef(rankdata(x.to_numpy()[row]), rankdata(y.to_numpy()[row]))[0, 1] for row in rows]
+            return np.arctanh(np.clip(r, -LARGEST_R, LARGEST_R))
 
     value = float(np.tanh(fisher_z(np.ones((1, len(x)), dtype=np.int64))[0]))
     try:
-        found = bootstrap_weighted(fisher_z, subjects.to_numpy(), len(x), n_resamples=n_resamples, seed=seed)
+        found = bootstrap_weighted(fisher_z, subjects.tolist(), len(x))
     except ScoreError:  # so few pairs that resamples without any spread are common
         return Interval(value, -1.0, 1.0, len(x))
-    return Interval(value, *np.tanh((found.low, found.high)).tolist(), found.n)
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1; values that tie share the mean of theirs."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    return (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    return Interval(value, float(np.tanh(found.low)), float(np.tanh(found.high)), found.n)
 
 
 def compare_metrics(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
@@ -187,10 +170,10 @@ def compare_metrics(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame
         Tidy table: metric, measure (auc_pose, auc_place, auc_everything, each also as the difference to DINO's on the
         same pairs: auc_pose_over_dino, …; pose_cost; misranked), value, low, high, n.
     """
-    measures = {}
-    for name, contrast in CONTRASTS.items():
-        measures[f"auc_{name}"] = partial(subject_auc, table, same=contrast[0], other=contrast[1])
-        measures[f"auc_{name}_over_dino"] = partial(measures[f"auc_{name}"], minus="dino")
+    measures: dict[str, Callable[..., Interval]] = {}
+    for name, (same, other) in CONTRASTS.items():
+        measures[f"auc_{name}"] = partial(subject_auc, table, same=same, other=other)
+        measures[f"auc_{name}_over_dino"] = partial(subject_auc, table, same=same, other=other, minus="dino")
     measures |= {"pose_cost": partial(pose_cost, table), "misranked": partial(misranked, table)}
     rows = [
         {"metric": column, "measure": name, **vars(measure(column=column))}
@@ -206,23 +189,16 @@ def compare_metrics(table: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame
 def change_figure(table: pd.DataFrame, columns: Sequence[str], title: str = "") -> tuple[Figure, pd.DataFrame]:
     """Draw the distribution of each metric for every change, and the share that the judge takes for the subject.
 
-    Args:
-        table: of `subject_changes.score_pairs`.
-        columns: metrics, a panel each.
-        title: above the figure.
-
     Returns:
         The figure, and one row for each metric and change: metric, change, n, low, q1, median, q3, high (whiskers at
         5 and 95 %); for judge_identity: value, low and high of the share's interval.
     """
     changes = [change for change in CHANGES if change in set(table["change"])]
-    colours = {change: SAME_COLOUR if change in SAME_SUBJECT else OTHER_COLOUR for change in changes}
+    colours = {change: BLUE if change in SAME_SUBJECT else ORANGE for change in changes}
     rows = []
-    with matplotlib.rc_context(HOUSE_STYLE):
-        n_panels = len(columns) + 1
-        figure = NotebookFigure(figsize=(1.6 + 2.9 * n_panels, 0.42 * len(changes) + 1.3), layout="constrained")
-        axes = figure.subplots(1, n_panels, sharey=True)
-        for column, axis in zip(columns, axes, strict=False):
+    with house_figure(4.5 + 2.9 * len(columns), 0.42 * len(changes) + 1.3, title) as figure:
+        *axes, judged = figure.subplots(1, len(columns) + 1, sharey=True)
+        for column, axis in zip(columns, axes, strict=True):
             seaborn.boxplot(
                 table, x=column, y="change", order=changes, hue="change", hue_order=changes, palette=colours,
                 whis=(5, 95), fliersize=2, linewidth=1, width=0.6, saturation=1, legend=False, ax=axis,
@@ -234,13 +210,12 @@ def change_figure(table: pd.DataFrame, columns: Sequence[str], title: str = "") 
                 rows.append({"metric": column, "change": change, "n": len(scores), **bounds})
         for place, change in enumerate(changes):
             part = table[table["change"] == change]
-            share = mean_interval(part["judge_identity"].to_numpy(), part["subject"].to_numpy())
-            axes[-1].barh(place, share.value, 0.6, color=colours[change])
-            axes[-1].plot([share.low, share.high], [place, place], color=INK, linewidth=1.2)
+            share = mean_interval(part["judge_identity"].to_numpy(), part["subject"].tolist())
+            judged.barh(place, share.value, 0.6, color=colours[change])
+            judged.plot([share.low, share.high], [place, place], color=INK, linewidth=1.2)
             rows.append({"metric": "judge_identity", "change": change, **vars(share)})
-        axes[-1].set(title="Judge: is the subject", xlabel="share of pictures (simulated judge)", xlim=(0, 1.05))
-        axes[-1].xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        judged.set(title="Judge: is the subject", xlabel="share of pictures (simulated judge)", xlim=(0, 1.05))
+        judged.xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
     return figure, pd.DataFrame(rows)
 
 
@@ -252,7 +227,6 @@ def metric_figure(
     Args:
         compared: what the pictures were ("renders", …) -> table of `compare_metrics`; at most two.
         measures: measure -> the panel's title.
-        title: above the figure.
 
     Returns:
         The figure, and one row a mark: pictures, metric, measure, value, low, high, n.
@@ -260,18 +234,16 @@ def metric_figure(
     data = pd.concat([table.assign(pictures=name) for name, table in compared.items()], ignore_index=True)
     data = data[data["measure"].isin(measures)]
     metrics = list(dict.fromkeys(data["metric"]))
-    styles = dict(zip(compared, (("o", INK), ("D", GREEN)), strict=False))
-    with matplotlib.rc_context(HOUSE_STYLE):
-        size = (2.2 + 3.2 * len(measures), 0.42 * len(metrics) + 1.4)
-        figure = NotebookFigure(figsize=size, layout="constrained")
+    styles = dict(zip(compared, (("o", INK, -0.13), ("D", GREEN, 0.13)), strict=False))
+    with house_figure(2.2 + 3.2 * len(measures), 0.42 * len(metrics) + 1.4, title) as figure:
         axes = figure.subplots(1, len(measures), sharey=True, squeeze=False)[0]
         for (measure, label), axis in zip(measures.items(), axes, strict=True):
-            for shift, (pictures, (marker, colour)) in zip((-0.13, 0.13), styles.items(), strict=False):
+            for pictures, (marker, colour, shift) in styles.items():
                 part = data[(data["measure"] == measure) & (data["pictures"] == pictures)].set_index("metric")
                 part = part.reindex(metrics)
                 places = np.arange(len(metrics)) + shift
-                whiskers = np.stack([part["value"] - part["low"], part["high"] - part["value"]]).clip(0)
-                axis.errorbar(part["value"], places, xerr=whiskers, fmt=marker, color=colour, capsize=2, label=pictures)
+                look = {"fmt": marker, "color": colour, "capsize": 2}
+                axis.errorbar(part["value"], places, xerr=whiskers(part), label=pictures, **look)
             axis.set(title=label)
             axis.grid(False, axis="y")
             guessing = 1.0 if measure == "pose_cost" else 0.5
@@ -279,17 +251,13 @@ def metric_figure(
         axes[0].set_yticks(range(len(metrics)), [LABELS[metric] for metric in metrics])
         axes[0].invert_yaxis()
         figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(styles))
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     return figure, data
 
 
 def pose_figure(table: pd.DataFrame, column: str, title: str = "") -> tuple[Figure, pd.DataFrame]:
     """Draw a metric by activity, against how much of the silhouette stayed, and against how much changed around it.
 
-    Args:
-        table: of `subject_changes.score_pairs`; pairs that change the pose of a subject at rest are drawn.
-        column: the metric.
-        title: above the figure.
+    Pairs that change the pose of a subject at rest are drawn.
 
     Returns:
         The figure, and one row an activity: activity, n, and means: the metric, mask_iou, changed_outside.
@@ -298,19 +266,17 @@ def pose_figure(table: pd.DataFrame, column: str, title: str = "") -> tuple[Figu
     by_activity = poses.groupby("activity")[[column, "mask_iou", "changed_outside"]]
     means = by_activity.mean().assign(n=by_activity.size()).sort_values(column).reset_index()
     panels = {
-        "mask_iou": "silhouette that stayed (IoU of the true masks)",
-        "changed_outside": "changed around the subject",
+        "mask_iou": ("Pose", "silhouette that stayed (IoU of the true masks)"),
+        "changed_outside": ("Things", "changed around the subject"),
     }
-    with matplotlib.rc_context(HOUSE_STYLE):
-        figure = NotebookFigure(figsize=(11.5, 4.2), layout="constrained")
+    with house_figure(11.5, 4.2, title) as figure:
         ranks, *scatters = figure.subplots(1, 3)
-        ranks.plot(means[column], means["activity"], "o", color=SAME_COLOUR)
+        ranks.plot(means[column], means["activity"], "o", color=BLUE)
         ranks.set(title="Activities, from the lowest", xlabel=f"mean {LABELS[column]}")
-        for (quantity, label), axis in zip(panels.items(), scatters, strict=True):
+        for (quantity, (panel, label)), axis in zip(panels.items(), scatters, strict=True):
             axis.scatter(poses[quantity], poses[column], s=12, color=GREY, alpha=0.5, label="pairs")
-            axis.scatter(means[quantity], means[column], s=46, color=SAME_COLOUR, label="means of activities")
-            axis.set(xlabel=label, ylabel=LABELS[column], title="Pose" if quantity == "mask_iou" else "Things")
+            axis.scatter(means[quantity], means[column], s=46, color=BLUE, label="means of activities")
+            axis.set(title=panel, xlabel=label, ylabel=LABELS[column])
         scatters[1].xaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
         figure.legend(*scatters[0].get_legend_handles_labels(), loc="outside lower right", ncols=2)
-        figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
     return figure, means

@@ -1,8 +1,8 @@
 """Controlled changes of a picture: what subject metrics say when exactly one thing about it differs.
 
-A scene of the pocket world holds subject, activity, place, accessory and view apart, so two pictures can differ in one
-of them and be equal in all others. That makes an experiment of what InstructBooth's appendix E shows on seven pictures:
-DINO falls when the pose changes, although the subject is the same.
+Subject, activity, place, accessory and view of a pocket world's scene are independent, so two pictures can differ in
+one of them alone. This turns into an experiment what InstructBooth's appendix E shows on seven pictures: DINO falls
+when the pose changes, although the subject is the same.
 
 An activity is more than a pose: it brings things (a ball, a stove) that may hide a part of the subject.
 """
@@ -10,10 +10,11 @@ An activity is more than a pose: it brings things (a ball, a stove) that may hid
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
 from itertools import product, zip_longest
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -49,16 +50,17 @@ from ibkit.scorers.judge import Judge
 SAME_SUBJECT = ("view", "place", "accessory", "pose", "everything but identity")
 OTHER_SUBJECT = ("identity", "identity and pose", "identity and place", "everything")
 CHANGES = SAME_SUBJECT + OTHER_SUBJECT
-# What is asked of a subject metric: same individual against other individual, all else changed alike.
+# The same individual against another one, all else changed alike.
 CONTRASTS = {
     "pose": ("pose", "identity and pose"),
     "place": ("place", "identity and place"),
     "everything": ("everything but identity", "everything"),
 }
 PAIRS_PER_SUBJECT = 4
-N_TESTED = 24  # individuals of a class that subject metrics are tested on, and that no shipped one was trained on
+N_TESTED = 24  # individuals of a class for testing subject metrics; no shipped metric was trained on them
 N_FOLDS = 2
 VISIBLE_DIFFERENCE = 25  # of 255, in any colour channel
+PHOTO_PX = 256  # what DINO's own evaluation resizes to
 
 
 @dataclass(frozen=True)
@@ -66,8 +68,8 @@ class Pair:
     """Two scenes that differ in what `change` says.
 
     Attributes:
-        subject: name of the reference's individual in tables, unique among all of a set of pairs.
-        fold: of the subject's activities (`fold_of`): all that its pairs show come from this fold.
+        subject: name of the reference's individual in tables, unique within a set of pairs.
+        fold: all activities in the subject's pairs come from this fold (`fold_of`).
         number: counts the references of a subject; the pairs of one reference share it.
         change: one of `CHANGES`.
     """
@@ -90,7 +92,7 @@ def fold_of(activity: str) -> int:
 
 
 def check_classes(class_nouns: Sequence[str]) -> list[str]:
-    """The classes asked for, each once; all of the pocket world's when none is.
+    """The classes, each once; all of the pocket world's where none is named.
 
     Raises:
         ParameterError: the pocket world has no such class.
@@ -106,14 +108,14 @@ def check_classes(class_nouns: Sequence[str]) -> list[str]:
 def controlled_pairs(class_nouns: Sequence[str], n_pairs: int, seed: int = 0) -> list[Pair]:
     """Draw pairs of scenes for every class and change.
 
-    Up to four references show one individual. Those with an even number show it at rest, as a user's photos do (and as
-    the paper's figure 11), the others in an activity; what is changed to is drawn once for a reference, so that all of
-    its pairs share it. Another individual comes from the subject's line-up; for half of the references it has the
-    subject's own body colour. Containers and vehicles wear nothing: they have no pair that changes the accessory.
+    Up to four references show one individual: those with an even number at rest, as a user's photos and the paper's
+    figure 11 do, the others in an activity. The changed values are drawn once per reference, so that all of its pairs
+    share them. Another individual comes from the subject's line-up; for half of the references it has the subject's
+    own body colour. Containers and vehicles wear nothing: they have no pair that changes the accessory.
 
     Args:
-        class_nouns: classes, see `check_classes`.
-        n_pairs: references, and so pairs for each change, of a class.
+        class_nouns: see `check_classes`.
+        n_pairs: references of a class, and so pairs for each of its changes.
         seed: decides poses, places, things and views. The individuals are always those of `tested_individuals`.
 
     Raises:
@@ -126,40 +128,32 @@ def controlled_pairs(class_nouns: Sequence[str], n_pairs: int, seed: int = 0) ->
         individuals = tested_individuals(noun)
         for i in range(n_pairs):
             which, number = divmod(i, PAIRS_PER_SUBJECT)
-            individual, fold = individuals[which], which % N_FOLDS
+            name = f"{individuals[which].body} {noun} {which + 1}"
             rng = random.Random(f"controlled changes {seed} {noun} {i}")
-            name = f"{individual.body} {noun} {which + 1}"
-            for change, (reference, changed) in _changes(individual, fold, number, rng).items():
-                pairs.append(Pair(name, fold, number, change, reference, changed))
+            pairs += _pairs_of(individuals[which], name, which % N_FOLDS, number, rng)
     return pairs
 
 
-def _changes(subject: Subject, fold: int, number: int, rng: random.Random) -> dict[str, tuple[Scene, Scene]]:
-    """change -> (reference, changed) of one reference."""
+def _pairs_of(subject: Subject, name: str, fold: int, number: int, rng: random.Random) -> list[Pair]:
+    """The pairs of one reference."""
     noun = subject.class_noun
     before, after = rng.sample([a for a in activities_of(noun) if fold_of(a) == fold], 2)
     place, other_place = rng.sample(list(PLACES), 2)
     reference = Scene(subject, **doing(before if number % 2 else NO_ACTIVITY), place=place, view=sample_view(rng))
-    pose, other = doing(after), {"subject": line_up(subject)[1 + number]}
-    looks = {"view": sample_view(rng)}
-    worn = {"accessory": rng.choice(accessories_of(noun)[1:])} if len(accessories_of(noun)) > 1 else {}
-    all_but_identity = looks | {"place": other_place} | worn | pose
-    differences = {
-        "view": looks,
-        "place": {"place": other_place},
-        "accessory": worn,
-        "pose": pose,
-        "everything but identity": all_but_identity,
-        "identity": other,
-        "identity and pose": other | pose,
-        "identity and place": other | {"place": other_place},
-        "everything": other | all_but_identity,
-    }
-    return {change: (reference, replace(reference, **what)) for change, what in differences.items() if what}
+    identity: dict[str, Any] = {"subject": line_up(subject)[1 + number]}
+    changes: dict[str, dict[str, Any]] = {"view": {"view": sample_view(rng)}, "place": {"place": other_place}}
+    if len(accessories_of(noun)) > 1:
+        changes["accessory"] = {"accessory": rng.choice(accessories_of(noun)[1:])}
+    changes["pose"] = dict(doing(after))
+    changes["everything but identity"] = {k: v for values in changes.values() for k, v in values.items()}
+    changes |= {"identity": identity}
+    for same, other in CONTRASTS.values():
+        changes[other] = identity | changes[same]
+    return [Pair(name, fold, number, change, reference, replace(reference, **v)) for change, v in changes.items()]
 
 
 def _everybody(class_noun: str) -> list[Subject]:
-    """Every individual that a class of the pocket world has, in a fixed order without a pattern."""
+    """Every individual of a class, in a fixed random order."""
     looks = product(COLOURS, COLOURS, PATTERNS, SHAPES[GROUP_OF[class_noun]], (False, True))
     everybody = [Subject(class_noun, *look) for look in looks if look[0] != look[1]]
     random.Random(f"individuals 0 {class_noun}").shuffle(everybody)
@@ -167,7 +161,7 @@ def _everybody(class_noun: str) -> list[Subject]:
 
 
 def tested_individuals(class_noun: str) -> list[Subject]:
-    """The individuals of a class that subject metrics are tested on, in a fixed order."""
+    """The individuals of a class for testing subject metrics, in a fixed order."""
     return _everybody(class_noun)[:N_TESTED]
 
 
@@ -177,7 +171,7 @@ def training_individuals(class_nouns: Sequence[str], n: int = 0) -> list[Subject
     None of them is tested, is one that users personalize, or stands in the line-up of one of these.
 
     Args:
-        class_nouns: classes, see `check_classes`.
+        class_nouns: see `check_classes`.
         n: how many; 0 = all.
 
     Raises:
@@ -209,22 +203,21 @@ def draw(pairs: Iterable[Pair]) -> dict[Scene, Image.Image]:
 def reconstruct(
     pictures: Mapping[Scene, Image.Image], model: TextToImage, batch_size: int = 32
 ) -> dict[Scene, Image.Image]:
-    """The same pictures as a model's autoencoder gives them back: what a generated picture looks like at its best."""
-    back: list[Image.Image] = []
-    for batch in batches(list(pictures.values()), batch_size):
-        back += model.decode(model.encode_images(batch))
-    return dict(zip(pictures, back, strict=True))
+    """The pictures as a model's autoencoder reconstructs them, which is how a generated picture looks at its best."""
+    parts = batches(list(pictures.values()), batch_size)
+    rebuilt = [picture for part in parts for picture in model.decode(model.encode_images(part))]
+    return dict(zip(pictures, rebuilt, strict=True))
 
 
 def mask_iou(a: Scene, b: Scene) -> float:
-    """How much of two scenes' subjects lies on the same pixels: intersection over union of the true masks."""
+    """Intersection over union of two scenes' true subject masks."""
     first, second = (np.asarray(subject_mask(scene)) > 127 for scene in (a, b))
     return float((first & second).sum() / max((first | second).sum(), 1))
 
 
 def changed_outside(a: Scene, b: Scene) -> float:
-    """Share of the pixels outside both scenes' subjects that look different: the things that an activity brings, where
-    place and view are the same.
+    """Share of the pixels outside both scenes' subjects that look different. Where place and view are the same, these
+    are the things that an activity brings.
     """
     outside = np.logical_and(*(np.asarray(subject_mask(scene)) == 0 for scene in (a, b)))
     first, second = (np.asarray(render(scene), dtype=int) for scene in (a, b))
@@ -249,33 +242,14 @@ def score_pairs(
         pictures: of `draw` or `reconstruct`.
         scorers: column name -> scorer that needs references.
         judge: picks the individual out of a line-up of eight (simulated).
-        on_pair: called with the number of pairs that are done.
+        on_pair: called with the number of pairs done.
 
     Returns:
         One row a pair: class_noun, subject, pair, change, same_identity, same_colour (body colours), fold,
         reference_activity, activity, mask_iou, changed_outside, judge_identity (1 where the judge takes the changed
         picture for the reference's subject), and a column for each scorer.
     """
-    by_reference: dict[tuple, list[Pair]] = {}
-    by_subject: dict[Subject, list[Pair]] = {}
-    for pair in pairs:
-        by_reference.setdefault((pair.subject, pair.number), []).append(pair)
-        by_subject.setdefault(pair.reference.subject, []).append(pair)
-    values: dict[Pair, dict[str, float]] = {pair: {} for pair in pairs}
-    for subject, group in by_subject.items():
-        same = judge.identifies([pictures[pair.changed] for pair in group], subject)
-        for pair, answer in zip(group, same.tolist(), strict=True):
-            values[pair]["judge_identity"] = int(answer)
-    done = 0
-    for group in by_reference.values():
-        images = [pictures[pair.changed] for pair in group]
-        for name, scorer in scorers.items():
-            scores = scorer(images, references=[pictures[group[0].reference]])
-            for pair, score in zip(group, scores.tolist(), strict=True):
-                values[pair][name] = score
-        done += len(group)
-        on_pair(done)
-    rows = [
+    table = pd.DataFrame(
         {
             "class_noun": pair.reference.subject.class_noun,
             "subject": pair.subject,
@@ -288,21 +262,28 @@ def score_pairs(
             "activity": pair.changed.activity,
             "mask_iou": mask_iou(pair.reference, pair.changed),
             "changed_outside": changed_outside(pair.reference, pair.changed),
-            **values[pair],
         }
         for pair in pairs
-    ]
-    return pd.DataFrame(rows)
+    )
+    for rows in table.groupby("subject").groups.values():
+        same = judge.identifies([pictures[pairs[i].changed] for i in rows], pairs[rows[0]].reference.subject)
+        table.loc[rows, "judge_identity"] = same.numpy()
+    done = 0
+    for rows in table.groupby(["subject", "pair"], sort=False).groups.values():
+        images = [pictures[pairs[i].changed] for i in rows]
+        for name, scorer in scorers.items():
+            scores = scorer(images, references=[pictures[pairs[rows[0]].reference]])
+            table.loc[rows, name] = scores.double().numpy()
+        done += len(rows)
+        on_pair(done)
+    return table.astype({"judge_identity": int})
 
 
 # --- photos without truth --------------------------------------------------------------------------------------
 
 
-PHOTO_PX = 256  # what DINO's own evaluation resizes to
-
-
 def photos_to_compare(folder: Path | None, class_noun: str) -> tuple[list[Image.Image], list[str]]:
-    """A user's photos and their names; without a folder those of the pocket world's own individual of a class.
+    """A user's photos and their names; without a folder, those of the pocket world's own individual of the class.
 
     Raises:
         PhotoError: see `load_subject_photos`.
@@ -316,7 +297,7 @@ def photos_to_compare(folder: Path | None, class_noun: str) -> tuple[list[Image.
     return [photo.image for photo in loaded], [photo.name for photo in loaded]
 
 
-def _require_two(photos: Sequence) -> None:
+def _require_two(photos: Sized) -> None:
     if len(photos) < 2:
         raise ScoreError(
             f"There is {len(photos)} photo of the subject, and photos are compared with each other here: "
@@ -329,7 +310,7 @@ def score_photos(
 ) -> pd.DataFrame:
     """Score a user's photos against each other, and each against itself mirrored and cropped.
 
-    Pose, place and light of two photos differ all at once and nobody wrote down how, so this has no column for it.
+    Two photos differ in pose, place and light at once, and nobody recorded how: there is no column for it.
 
     Args:
         photos: at least two photos of one subject.
@@ -346,13 +327,12 @@ def score_photos(
     _require_two(photos)
     parts = []
     for i, (photo, name) in enumerate(zip(photos, names, strict=True)):
-        margin = [round(side * (1 - crop) / 2) for side in photo.size]
-        box = (*margin, photo.width - margin[0], photo.height - margin[1])
+        x, y = (round(side * (1 - crop) / 2) for side in photo.size)
         others = [j for j in range(len(photos)) if j != i]
-        images = [ImageOps.mirror(photo), photo.crop(box), *(photos[j] for j in others)]
-        part = pd.DataFrame({"reference": name, "photo": [name, name, *(names[j] for j in others)]})
-        part["change"] = ["mirrored", "cropped", *["other photo"] * len(others)]
-        for column, scorer in scorers.items():
-            part[column] = scorer(images, references=[photo]).numpy()
-        parts.append(part)
+        cropped = photo.crop((x, y, photo.width - x, photo.height - y))
+        images = [ImageOps.mirror(photo), cropped, *(photos[j] for j in others)]
+        what = {"reference": name, "photo": [name, name, *(names[j] for j in others)]}
+        what["change"] = ["mirrored", "cropped", *["other photo"] * len(others)]
+        scores = {column: scorer(images, references=[photo]).numpy() for column, scorer in scorers.items()}
+        parts.append(pd.DataFrame(what | scores))
     return pd.concat(parts, ignore_index=True)

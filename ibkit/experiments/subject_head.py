@@ -1,7 +1,7 @@
-"""Does a learned subject metric hold on activities that it never saw? Quick heads, each trained on half of them.
+"""Does a learned subject metric generalize to activities that it never saw? Quick heads, each trained on half of them.
 
-The kit's own head, the scorer `subject`, learned from every activity (`ibkit.pocket.build.subject`). The heads here are
-of the same kind, trained for seconds: two pictures of one individual come together, whatever it does.
+The kit's own head, the scorer `subject`, was trained on every activity (`ibkit.pocket.build.subject`). The heads here
+are of the same kind, trained for seconds to embed pictures of one individual close together, whatever it does.
 
 Shapes: N pictures, L patches, D token width, B individuals a step, E embedding width.
 """
@@ -26,22 +26,15 @@ from ibkit.pocket.world import NO_ACTIVITY, Scene, Subject, sample_scene
 from ibkit.scorers.base import Scorer, batches, column_of
 from ibkit.scorers.dino import Dino
 from ibkit.scorers.judge import Judge
-from ibkit.scorers.subject import (
-    LAST_LAYER,
-    IdentityHead,
-    PatchMatch,
-    SubjectFidelity,
-    middle_layer,
-    patch_tokens,
-)
+from ibkit.scorers.subject import LAST_LAYER, IdentityHead, PatchMatch, SubjectFidelity, middle_layer, patch_tokens
 
 
 def identity_loss(first: torch.Tensor, second: torch.Tensor, who: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Each picture finds the other one of its individual, among all other pictures of both halves.
+    """Cross-entropy of finding, among all other pictures of both halves, the other one of the same individual.
 
     Args:
         first, second: embeddings (B, E) of unit length; row i of both shows individual `who[i]`.
-        who: (B,) integers; a further picture of the same individual is left out, it is neither right nor wrong.
+        who: (B,) integers; further pictures of an individual are left out, as neither right nor wrong.
         temperature: divides the cosines.
 
     Source: NT-Xent (Chen et al. 2020, SimCLR, equation 1), with the individual as the class (Khosla et al. 2020).
@@ -54,12 +47,12 @@ def identity_loss(first: torch.Tensor, second: torch.Tensor, who: torch.Tensor, 
 
 @dataclass(frozen=True)
 class HeadConfig:
-    """How the head is trained; about ten seconds on one CPU core for the pocket DINO.
+    """How a head is trained; about ten seconds on one CPU core for the pocket DINO.
 
     Attributes:
-        n_pictures: of each individual, every one with random pose, place, accessory and view.
+        n_pictures: of each individual, with random pose, place, accessory and view.
         batch: individuals a step, two pictures of each.
-        temperature: of the cosines in the loss.
+        temperature: see `identity_loss`.
     """
 
     n_pictures: int = 8
@@ -71,9 +64,7 @@ class HeadConfig:
 
 @dataclass(frozen=True)
 class TrainingPictures:
-    """What a head learns from: tokens (N, L, D) in half precision, and for each picture whom it shows and which fold
-    of the activities it is of (−1 at rest).
-    """
+    """Tokens (N, L, D) in half precision, and of each picture the individual (N,) and the fold (N,), −1 at rest."""
 
     tokens: torch.Tensor
     individual: torch.Tensor
@@ -83,13 +74,11 @@ class TrainingPictures:
 def training_pictures(
     dino: Dino, individuals: Sequence[Subject], config: HeadConfig = HeadConfig(), seed: int = 0
 ) -> TrainingPictures:
-    """Draw random scenes of every individual and look at them with DINO's middle layer."""
+    """Draw random scenes of every individual and encode them by DINO's middle layer."""
     rng = random.Random(f"identity head {seed}")
     scenes = [sample_scene(rng, individual) for individual in individuals for _ in range(config.n_pictures)]
-    parts = [
-        patch_tokens(dino, [render(scene) for scene in batch], middle_layer(dino)).half().cpu()
-        for batch in batches(scenes, 256)
-    ]
+    layer = middle_layer(dino)
+    parts = [patch_tokens(dino, list(map(render, part)), layer).half().cpu() for part in batches(scenes, 256)]
     folds = [-1 if scene.activity == NO_ACTIVITY else fold_of(scene.activity) for scene in scenes]
     who = torch.arange(len(individuals)).repeat_interleave(config.n_pictures)
     return TrainingPictures(torch.cat(parts), who, torch.tensor(folds))
@@ -103,7 +92,7 @@ def train_head(
     device: str | torch.device = "cpu",
     on_step: Callable[[int, float], None] = lambda done, loss: None,
 ) -> IdentityHead:
-    """Train a head that puts pictures of one individual together, whatever it does and wherever it is.
+    """Train one head.
 
     Args:
         pictures: of `training_pictures`.
@@ -146,21 +135,13 @@ def train_heads(
     device: str | torch.device = "cpu",
     on_step: Callable[[int, float], None] = lambda done, loss: None,
 ) -> list[IdentityHead]:
-    """For each fold a head that never saw its activities.
+    """For each fold, a head that never saw its activities; see `train_head`. `on_step` counts through all heads."""
 
-    Args and raises: as `train_head`; `on_step` counts through all heads.
-    """
-    heads = []
-    for fold in range(N_FOLDS):
+    def counted_from(before: int) -> Callable[[int, float], None]:
+        return lambda done, loss: on_step(before + done, loss)
 
-        def report(done: int, loss: float, before: int = fold * config.n_steps) -> None:
-            on_step(before + done, loss)
-
-        heads.append(train_head(pictures, fold, config, seed, device, report))
-    return heads
-
-
-# --- all metrics together --------------------------------------------------------------------------------------
+    folds = range(N_FOLDS)
+    return [train_head(pictures, k, config, seed, device, counted_from(k * config.n_steps)) for k in folds]
 
 
 def measure(
@@ -177,7 +158,7 @@ def measure(
 
     Args:
         pairs, pictures, judge, on_pair: as in `subject_changes.score_pairs`.
-        clip_i: None where its weights are missing; the table has no such column then.
+        clip_i: None where its weights are missing; then the table has no such column.
         subject: the scorer of that name.
         heads: of `train_heads`.
 

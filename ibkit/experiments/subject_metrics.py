@@ -1,10 +1,9 @@
-"""Subject metrics that say where the subject is: from DINO's patches inside of a mask, a true one or a found one.
+"""Subject metrics that know where the subject is: they read DINO's patches inside a true or an estimated mask.
 
 DINO's usual score compares one vector a picture, the class token, which has seen the whole picture: pose, things and
-background too. `ibkit.scorers.subject` has two metrics of the patches that need no mask. Each is a `Scorer`, called as
-`scorer(images, references=photos)`.
+background too. `ibkit.scorers.subject` has two metrics of the patches that need no mask.
 
-Shapes: N pictures, R reference photos, L patches, D token width.
+Shapes: N pictures, L patches.
 """
 
 from __future__ import annotations
@@ -23,15 +22,14 @@ from ibkit.scorers.base import Scorer, mean_cosine, rgb_square
 from ibkit.scorers.dino import Dino
 from ibkit.scorers.subject import LAST_LAYER, patch_tokens
 
-# Says which patches show the subject: N pictures -> weights (N, L) in [0, 1].
+# Which patches show the subject: N pictures -> weights (N, L) in [0, 1].
 Foreground = Callable[[Sequence[Image.Image]], torch.Tensor]
 
 
 class TrueMask:
-    """Foreground from the pocket world's truth: which share of a patch the subject covers. An oracle.
+    """Foreground from the pocket world's truth: which share of each of DINO's patches the subject covers. An oracle.
 
     Args:
-        dino: whose patches are meant.
         pictures: scene -> its picture (or that picture's reconstruction); other pictures have no truth.
     """
 
@@ -45,15 +43,14 @@ class TrueMask:
         Raises:
             ScoreError: a picture whose scene is not known.
         """
-        unknown = [i for i, image in enumerate(images) if image.tobytes() not in self._scenes]
-        if unknown:
-            raise ScoreError(
-                f"Where the subject is in image {unknown[0]} is not known: the true mask is for pictures of the "
-                "pocket world; use FoundMask for others."
-            )
         patch = self.dino.model.config.patch_size
         shares = []
-        for image in images:
+        for i, image in enumerate(images):
+            if image.tobytes() not in self._scenes:
+                raise ScoreError(
+                    f"Where the subject is in image {i} is not known: the true mask is for pictures of the "
+                    "pocket world; use FoundMask for others."
+                )
             mask = subject_mask(self._scenes[image.tobytes()])
             square = np.asarray(rgb_square(mask, self.dino.resize_px, self.dino.image_px))[..., 0] / 255.0
             side = len(square) // patch
@@ -64,12 +61,11 @@ class TrueMask:
 class FoundMask:
     """Foreground of any picture: the patches least like any patch at its left, right or upper edge.
 
-    It supposes that the edge shows background and that the subject fills about `share` of the picture.
+    It assumes that the edge shows background and that the subject fills about `share` of the picture.
     """
 
     def __init__(self, dino: Dino, share: float = 0.25) -> None:
-        self.dino = dino
-        self.share = share
+        self.dino, self.share = dino, share
 
     def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Weights (N, L), 0 or 1."""
@@ -84,21 +80,19 @@ class FoundMask:
 
 
 def show_mask(picture: Image.Image, weights: torch.Tensor) -> Image.Image:
-    """The picture with what is outside of the mask darkened; weights (L,) of a square of patches."""
+    """The picture, darkened outside the mask; weights (L,) of a square of patches."""
     side = round(len(weights) ** 0.5)
     light = Image.fromarray((weights.cpu().view(side, side) * 200 + 55).round().byte().numpy())
-    return Image.composite(
-        picture, Image.new("RGB", picture.size), light.resize(picture.size, Image.Resampling.NEAREST)
-    )
+    light = light.resize(picture.size, Image.Resampling.NEAREST)
+    return Image.composite(picture, Image.new("RGB", picture.size), light)
 
 
 class MaskedMean(Scorer):
-    """Cosine of the mean patch token inside the subject's mask; a picture whose mask is empty scores 0.
+    """Cosine of the mean patch tokens inside the subject's masks; a picture whose mask is empty scores 0.
 
     Args:
-        dino: the frozen network.
         foreground: `TrueMask` or `FoundMask`.
-        layer: see `patch_tokens`. A late layer's patch has looked at the whole picture, and a mask cannot undo that.
+        layer: see `patch_tokens`. A patch of a late layer has attended to the whole picture; a mask cannot undo that.
     """
 
     name = "masked"
