@@ -1,7 +1,7 @@
-"""DreamBench (Ruiz et al. 2023): 30 subjects, 25 prompts for objects and 25 for live subjects, 4 images a prompt.
+"""DreamBench (Ruiz et al. 2023): 30 subjects, 25 prompts for objects and 25 for live subjects, 4 images per prompt.
 
-The photos are not part of the kit. `ibkit data dreambench` says how to get them, and checks a folder that has them. It
-is read as published: `dataset/<subject>/NN.jpg` beside `prompts_and_classes.txt`, which lists classes and prompts.
+The photos are not part of the kit. `ibkit data dreambench` prints how to get them, and checks a folder of them. The
+folder is read as published: `dataset/<subject>/NN.jpg` beside `prompts_and_classes.txt`.
 """
 
 from __future__ import annotations
@@ -37,9 +37,7 @@ class BenchSubject:
 
 @dataclass(frozen=True)
 class DreamBench:
-    """The subjects that are there, and the prompts as templates such as "a {subject} in the snow"
-    (`ibkit.data.prompts.make_prompt`).
-    """
+    """The subjects that are there, and the prompts as templates (see `ibkit.data.prompts.make_prompt`)."""
 
     subjects: tuple[BenchSubject, ...]
     object_prompts: tuple[str, ...]
@@ -47,13 +45,13 @@ class DreamBench:
 
 
 def read(folder: str | Path) -> DreamBench:
-    """Read a DreamBench folder, or a part of one: subjects without photos are left out.
+    """Read a DreamBench folder, or a part of one: subjects without a folder are left out.
 
     Args:
         folder: the published repository, or its `dataset/`.
 
     Raises:
-        PhotoError: no such folder, no prompts file in it, or one that does not list 30 classes and twice 25 prompts.
+        PhotoError: no such folder, or its prompts file is missing or does not list 30 classes and twice 25 prompts.
     """
     root = Path(folder).expanduser()
     root = root / "dataset" if (root / "dataset").is_dir() else root
@@ -81,30 +79,23 @@ def read(folder: str | Path) -> DreamBench:
 
 
 def differences(folder: str | Path, bench: DreamBench) -> list[str]:
-    """What a folder lacks, has too much of, or has altered, in words; empty when it is the published one."""
-    found = []
-    n_photos = sum(len(subject.photos) for subject in bench.subjects)
-    n_live = sum(subject.live for subject in bench.subjects)
-    for what, there, wanted in (
-        ("subjects", len(bench.subjects), N_SUBJECTS),
-        ("live subjects", n_live, N_LIVE),
-        ("photos", n_photos, N_PHOTOS),
-    ):
-        if there != wanted:
-            found.append(f"{there} {what} instead of {wanted}")
+    """What a folder lacks, has too much of, or has altered, in words; empty if it is the published one."""
+    counts = {
+        "subjects": (len(bench.subjects), N_SUBJECTS),
+        "live subjects": (sum(subject.live for subject in bench.subjects), N_LIVE),
+        "photos": (sum(len(subject.photos) for subject in bench.subjects), N_PHOTOS),
+    }
+    found = [f"{there} {what} instead of {wanted}" for what, (there, wanted) in counts.items() if there != wanted]
     published = json.loads(HASHES.read_text())
     for subject in bench.subjects:
-        there = {f"{subject.name}/{photo.name}": photo for photo in subject.photos}
-        wanted = {name for name in published if name.startswith(f"{subject.name}/")}
-        if len(there) != len(wanted):
-            found.append(f"{subject.name} has {len(there)} photos instead of {len(wanted)}")
-        found += [f"{name} is missing" for name in sorted(wanted - there.keys())]
-        found += [f"{photo} is not in the published set" for name, photo in there.items() if name not in wanted]
-        found += [
-            f"{photo} is not the published file"
-            for name, photo in there.items()
-            if name in wanted and hash_file(photo) != published[name]
-        ]
+        photos = {f"{subject.name}/{photo.name}": photo for photo in subject.photos}
+        names = {name for name in published if name.startswith(f"{subject.name}/")}
+        if len(photos) != len(names):
+            found.append(f"{subject.name} has {len(photos)} photos instead of {len(names)}")
+        found += [f"{name} is missing" for name in sorted(names - photos.keys())]
+        found += [f"{photo} is not in the published set" for name, photo in photos.items() if name not in names]
+        altered = [name for name in photos if name in names and hash_file(photos[name]) != published[name]]
+        found += [f"{photos[name]} is not the published file" for name in altered]
     return found
 
 
@@ -115,7 +106,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Say how to get DreamBench, or check a folder; returns 1 when the folder is not the published one."""
+    """Print how to get DreamBench, or check a folder; returns 1 if the folder is not the published one."""
     if arguments.folder is None:
         print(
             f"DreamBench is published at {SOURCE} (photos: see its references_and_licenses.txt):\n"

@@ -1,8 +1,8 @@
 """The user's photos of one subject, made into equal RGB squares.
 
-Photos come as phones and editors leave them: turned by an EXIF flag, with transparency, in CMYK, in 16 bits, far too
-large or far too small. Each is either converted rightly or refused with a sentence that names the file; nothing is
-clipped, guessed or skipped without a word.
+Phones and editors write photos that are turned by an EXIF flag, have transparency, are in CMYK or in 16 bits, are far
+too large or far too small. Each is either converted correctly, or refused with a message that names the file; nothing
+is clipped, guessed or skipped silently.
 """
 
 import hashlib
@@ -17,17 +17,16 @@ from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from ibkit.errors import PhotoError
 
-# A file with one of these endings is meant to be a picture: if it does not decode, that is an error, not a skip.
+# A file with one of these endings is meant to be a picture: if it does not decode, that is an error.
 IMAGE_SUFFIXES = frozenset(
     f".{name}"
     for name in "jpg jpeg jpe jfif mpo png apng webp gif bmp tif tiff avif heic heif jp2 tga ppm pgm pnm".split()
 )
-# Raster formats only: Pillow would hand an EPS file to Ghostscript, whatever the file is called.
+# Raster formats only: Pillow would pass an EPS file to Ghostscript, whatever its name.
 DECODERS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "TGA", "PPM", "HEIF")
-# A photo may be enlarged this many times at most; beyond that there is no subject left to learn.
-MAX_ENLARGEMENT = 4
+MAX_ENLARGEMENT = 4  # a photo that must be enlarged further has no detail to learn from
 # Larger JPEGs are decoded at reduced size to save memory. Smaller ones are not: reduced decoding works in blocks and
-# would shift the picture by up to 1 % of its width.
+# shifts the picture by up to 1 % of its width.
 REDUCED_DECODING_PIXELS = 16_000_000
 
 
@@ -43,7 +42,7 @@ class Photo:
         image: RGB, `size_px` × `size_px`.
         name: file name in its folder.
         sha256: hash of the file's bytes.
-        original_size: (width, height) in px as the photo is looked at, after EXIF orientation.
+        original_size: (width, height) in px, after EXIF orientation.
     """
 
     image: Image.Image
@@ -61,12 +60,8 @@ def load_subject_photos(folder: str | Path, size_px: int) -> list[Photo]:
         folder: the folder that holds the photos of one subject; three to six photos are usual.
         size_px: side of the squares, in px.
 
-    Returns:
-        The photos, ordered by file name.
-
     Raises:
-        PhotoError: the folder is missing, is a file or holds no photo; or a photo is damaged, too large, too small or
-            in a format that cannot be converted rightly. The message names the file and says what to do.
+        PhotoError: see `photo_files` and `load_photo`; the message names the file and says what to do.
 
     Warns:
         PhotoWarning: only one photo, a photo that had to be enlarged, or two photos with the same picture.
@@ -118,7 +113,7 @@ def load_photo(path: str | Path, size_px: int) -> Photo:
         size_px: side of the square, in px.
 
     Raises:
-        PhotoError: the file cannot be read as a picture, or is too large or too small.
+        PhotoError: the file is damaged, too large, too small, or in a format that cannot be converted correctly.
 
     Warns:
         PhotoWarning: the photo had to be enlarged.
@@ -155,40 +150,35 @@ def load_photo(path: str | Path, size_px: int) -> Photo:
 
 
 def read_rgb(path: str | Path) -> Image.Image:
-    """A picture that the kit wrote, such as a run's PNG, as RGB; a user's photo needs `load_photo`."""
+    """A picture that the kit wrote, such as a run's PNG, as RGB; for a user's photo see `load_photo`."""
     with Image.open(path) as picture:
         return picture.convert("RGB")
 
 
 def _open(content: bytes, path: Path) -> Image.Image:
-    """Read the header of a picture; the pixels stay undecoded."""
+    """Read the header of a picture, but not its pixels."""
     Image.init()
     known = [name for name in DECODERS if name in Image.OPEN]
+    too_large = f"The photo {path} is too large to decode safely ({{}}): save a smaller copy, say 2000 px wide."
     with warnings.catch_warnings():
         # Pillow warns above 89 megapixels and refuses above 179. A JPEG in between is decoded at reduced size.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         try:
             picture = Image.open(io.BytesIO(content), formats=known)
         except Image.DecompressionBombError:
-            raise _too_large(path, "more than 179 megapixels") from None
+            raise PhotoError(too_large.format("more than 179 megapixels")) from None
         except UnidentifiedImageError:
             raise PhotoError(_not_a_picture(content, path)) from None
         except (OSError, ValueError, SyntaxError) as error:
             raise PhotoError(f"The photo {path} cannot be read ({error}): save it again as JPEG or PNG.") from error
-    n_pixels = picture.width * picture.height
-    if picture.format not in ("JPEG", "MPO") and n_pixels > Image.MAX_IMAGE_PIXELS:
-        raise _too_large(path, f"{picture.width} × {picture.height} px")
+    n_pixels, most = picture.width * picture.height, Image.MAX_IMAGE_PIXELS
+    if picture.format not in ("JPEG", "MPO") and most and n_pixels > most:
+        raise PhotoError(too_large.format(f"{picture.width} × {picture.height} px"))
     return picture
 
 
-def _too_large(path: Path, size: str) -> PhotoError:
-    return PhotoError(
-        f"The photo {path} is too large to decode safely ({size}): save a smaller copy, say 2000 px wide."
-    )
-
-
 def _not_a_picture(content: bytes, path: Path) -> str:
-    """Say why a file with an image ending is none."""
+    """The message for a file with an image ending that is no picture."""
     if not content:
         return f"The photo {path} is empty (0 bytes): copy it again or delete it."
     if path.suffix.lower() in (".heic", ".heif"):
@@ -197,7 +187,7 @@ def _not_a_picture(content: bytes, path: Path) -> str:
 
 
 def _decode(picture: Image.Image, path: Path) -> Image.Image:
-    """Decode the pixels and turn the picture the way its EXIF flag says."""
+    """Decode the pixels and turn the picture as its EXIF flag says."""
     try:
         picture.load()
     except (OSError, ValueError, SyntaxError, struct.error, MemoryError) as error:
@@ -212,14 +202,16 @@ def _decode(picture: Image.Image, path: Path) -> Image.Image:
 def _flatten(picture: Image.Image, path: Path) -> Image.Image:
     """Return an 8-bit opaque picture in mode L, RGB or CMYK; transparency goes on white."""
     mode = picture.mode
-    if mode.startswith("I"):
-        return _from_16_bit(picture, path)
-    if mode == "F":
-        raise PhotoError(f"The photo {path} has floating-point pixels of unknown range: save it with 8 or 16 bits.")
+    if mode == "F" or mode.startswith("I"):
+        values = np.asarray(picture).astype(np.int64)
+        if mode == "F" or values.min() < 0 or values.max() > 65535:
+            kind = "floating-point" if mode == "F" else "32-bit"
+            raise PhotoError(f"The photo {path} has {kind} pixels of unknown range: save it with 8 or 16 bits.")
+        # Pillow's own conversion of 16-bit grey clips everything above 255 to white.
+        return Image.fromarray(np.rint(values / 257).astype(np.uint8))
     if picture.has_transparency_data:
-        layers = picture.convert("RGBA")
-        white = Image.new("RGBA", layers.size, "white")
-        return Image.alpha_composite(white, layers).convert("RGB")
+        white = Image.new("RGBA", picture.size, "white")
+        return Image.alpha_composite(white, picture.convert("RGBA")).convert("RGB")
     if mode in ("L", "RGB", "CMYK"):
         return picture
     try:
@@ -228,22 +220,15 @@ def _flatten(picture: Image.Image, path: Path) -> Image.Image:
         raise PhotoError(f"The photo {path} has the colour mode {mode}: save it as an RGB JPEG or PNG.") from error
 
 
-def _from_16_bit(picture: Image.Image, path: Path) -> Image.Image:
-    """Scale 16-bit grey, 0…65535, to 8 bits; Pillow's own conversion clips everything above 255 to white."""
-    values = np.asarray(picture).astype(np.int64)
-    if values.min() < 0 or values.max() > 65535:
-        raise PhotoError(f"The photo {path} has 32-bit pixels of unknown range: save it with 8 or 16 bits.")
-    return Image.fromarray(np.rint(values / 257).astype(np.uint8))
-
-
 def _to_srgb(picture: Image.Image, icc_profile: bytes | None, path: Path) -> Image.Image:
-    """Convert to sRGB by the photo's own colour profile where it has one (CMYK, Display P3), else plainly."""
+    """Convert to sRGB by the photo's own colour profile if it has one (CMYK, Display P3), else by Pillow's formula."""
     if icc_profile:
         try:
             source = ImageCms.ImageCmsProfile(io.BytesIO(icc_profile))
             space = source.profile.xcolor_space.strip()
             if space == {"L": "GRAY"}.get(picture.mode, picture.mode):
-                return ImageCms.profileToProfile(picture, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
+                to_srgb = ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), picture.mode, "RGB")
+                return to_srgb.apply(picture)
         except (ImageCms.PyCMSError, OSError, ValueError) as error:
             _warn(f"{path.name} has a damaged colour profile ({error}): its colours may be slightly off.")
     return picture.convert("RGB")

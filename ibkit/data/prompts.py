@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from ibkit.model.text_to_image import TextToImage
 
 
-SLOT = "{subject}"  # where the subject stands in a template
-# The first sound, where it is not that of the first letter: "a unicorn" but "an unidentified", "an hour".
+SLOT = "{subject}"  # the place of the subject in a template
+# Words whose first sound is not that of their first letter: "a unicorn" (but "an unidentified"), "an hour".
 CONSONANT_SOUND = re.compile(r"uni(?![dmn])|use|eu|one\b", re.IGNORECASE)
 VOWEL_SOUND = re.compile(r"[aeiou]|hour|honest|heir", re.IGNORECASE)
 
@@ -38,13 +38,13 @@ class Prompt:
 
 
 def article(words: str) -> str:
-    """ "a" or "an", as the first word sounds; quotes and brackets before it make no sound."""
+    """ "a" or "an", by the sound of the first word; quotes and brackets before it are skipped."""
     heard = re.sub(r"^\W+", "", words)
     return "an" if VOWEL_SOUND.match(heard) and not CONSONANT_SOUND.match(heard) else "a"
 
 
 def subject_phrase(class_noun: str, identifier: str = "", description: str = "") -> str:
-    """ "a [identifier] [description] [class noun]" (InstructBooth, section 2.1), parts left out where empty."""
+    """ "a [identifier] [description] [class noun]" (InstructBooth, section 2.1), without the parts that are empty."""
     words = _subject_words(class_noun, identifier, description)
     return f"{article(words)} {words}"
 
@@ -57,12 +57,12 @@ def make_prompt(activity: str, class_noun: str, identifier: str = "", descriptio
     """One prompt of either kind. Its clean text is built from the same words without the identifier.
 
     Args:
-        activity: what follows the subject, "playing soccer"; or a template that says where the subject stands, such as
+        activity: what follows the subject, "playing soccer"; or a template with the place of the subject, such as
             "a red {subject} in the snow"; empty for the bare subject.
 
     Raises:
-        ParameterError: the identifier is in the other words, the class noun is in the activity where it would come
-            twice, or there are braces other than one {subject}.
+        ParameterError: another word is the identifier, the activity repeats the class noun, or there are braces other
+            than one {subject}.
     """
     if activity.count(SLOT) > 1:
         raise ParameterError(f"prompt {activity!r} has {SLOT} more than once: name the subject once.")
@@ -93,19 +93,14 @@ def make_prompt(activity: str, class_noun: str, identifier: str = "", descriptio
 
 
 def _alone(words: str) -> str:
-    """A pattern for words that stand alone, though in quotes, brackets or the possessive: "v" is not in "v-neck"."""
+    """A pattern for whole words, also in quotes, brackets or the possessive; "v-neck" does not match "v"."""
     joined = r"\s+".join(map(re.escape, words.split()))
     return rf"(?<!\S)[^\w\s]*{joined}(['’]s)?[^\w\s]*(?!\S)"
 
 
 def _fix_article(before: str, word: str) -> str:
-    """`before`, its last word "a" or "an" made to fit the word that now follows; with its case and spaces."""
-
-    def fitting(match: re.Match) -> str:
-        right = article(word)
-        return (right.capitalize() if match[1][0].isupper() else right) + match[2]
-
-    return re.sub(r"\b(an?)(\s+)$", fitting, before, flags=re.IGNORECASE)
+    """Make a final "a" or "an" of `before` fit the word that now follows, and keep its case and spaces."""
+    return re.sub(r"\b(a)n?(?=\s+$)", rf"\1{article(word)[1:]}", before, flags=re.IGNORECASE)
 
 
 def training_prompts(
@@ -114,29 +109,25 @@ def training_prompts(
     """The RL prompts: each activity with the identifier and, by default, without it too."""
     if not activities:
         raise ParameterError("no activities to train on: give prompts such as ['playing soccer'].")
-    prompts = []
-    for activity in dict.fromkeys(activities):
-        prompts.append(make_prompt(activity, class_noun, identifier, description))
-        if use_class_prompts:
-            prompts.append(make_prompt(activity, class_noun))
-    return prompts
+    kinds = [(identifier, description), ()] if use_class_prompts else [(identifier, description)]
+    return [make_prompt(activity, class_noun, *words) for activity in dict.fromkeys(activities) for words in kinds]
 
 
 def check_identifier(model: TextToImage, identifier: str, class_noun: str) -> list[int]:
-    """Token ids of the identifier; says so when it is a poor one.
+    """Token ids of the identifier, which is checked first.
 
     Raises:
-        ParameterError: empty, several words, a word of the class noun, or a common word of the model's language.
+        ParameterError: it is empty, several words, a word of the class noun, or a common word.
 
     Warns:
         UserWarning: it is several tokens, which DreamBooth advises against (its section 3.2: a rare, short token).
     """
-    if not identifier or len(identifier.split()) != 1:
+    if len(identifier.split()) != 1:
         raise ParameterError(f"identifier {identifier!r} must be one word: a rare one such as 'sks'.")
     if identifier.lower() in class_noun.lower().split() or identifier.lower() in COMMON_WORDS:
         raise ParameterError(
-            f"identifier {identifier!r} is a common word, whose meaning "
-            f"would be overwritten: choose a rare one such as 'sks'."
+            f"identifier {identifier!r} is a common word, whose meaning would be overwritten: "
+            "choose a rare one such as 'sks'."
         )
     ids = model.token_ids(identifier)
     if len(ids) > 1:
@@ -148,15 +139,12 @@ def check_identifier(model: TextToImage, identifier: str, class_noun: str) -> li
     return ids
 
 
-# Words that an identifier must not be: the grammar of prompts, colours, and what pictures are usually of.
+# Words that an identifier must not be: the grammar of prompts, colours, and common subjects of pictures.
 COMMON_WORDS = frozenset(
     """a an the of in on at with and or is are to from by for my your this that it its photo picture image painting
-    drawing
-    red orange yellow green blue purple pink brown white black gray grey cat dog bear teddy toy monster pot cup bike
-    motorbike car
-    person man woman boy girl child baby people house tree flower food water sky sun moon street city park beach
-    forest kitchen
-    playing riding reading cooking sleeping dancing wearing holding sitting standing running round square striped
-    spotted plain
-    new old big small good best beautiful dragon robot castle bird horse fish book chair table""".split()
+    drawing red orange yellow green blue purple pink brown white black gray grey cat dog bear teddy toy monster pot cup
+    bike motorbike car person man woman boy girl child baby people house tree flower food water sky sun moon street city
+    park beach forest kitchen playing riding reading cooking sleeping dancing wearing holding sitting standing running
+    round square striped spotted plain new old big small good best beautiful dragon robot castle bird horse fish book
+    chair table""".split()
 )

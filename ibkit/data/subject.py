@@ -1,4 +1,4 @@
-"""Who a run is about: what the later notebooks have to know of the subject that the first one personalized."""
+"""The subject of a run: what later notebooks have to know of the subject that the first one personalized."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class PersonalizedSubject:
 
     Attributes:
         name: for tables and figures.
-        class_noun, identifier, description: "a [identifier] [description] [class noun]" (InstructBooth, section 2.1).
+        class_noun, identifier, description: see `subject_phrase`.
         base_model, base_revision: the model that was personalized.
-        world: the individual of the pocket world, whose truth the judge knows; None for a user's photos.
+        world: the individual of the pocket world, which the judge can recognise; None for a user's photos.
     """
 
     name: str
@@ -48,10 +48,9 @@ class PersonalizedSubject:
         return subject_phrase(self.class_noun)
 
     def prompt(self, activity: str, identifier: bool = True) -> Prompt:
-        """The prompt for an activity, about the subject or about any individual of its class."""
-        if identifier:
-            return make_prompt(activity, self.class_noun, self.identifier, self.description)
-        return make_prompt(activity, self.class_noun)
+        """The prompt for an activity, about the subject or, without `identifier`, about any individual of its class."""
+        own = (self.identifier, self.description) if identifier else ()
+        return make_prompt(activity, self.class_noun, *own)
 
     def save(self, run: Run) -> None:
         """Write `subject.json` as an output of the run."""
@@ -62,7 +61,7 @@ class PersonalizedSubject:
         """Read it from a finished run.
 
         Raises:
-            ArtifactError: the run has no `subject.json`, or one of another ibkit.
+            ArtifactError: the run has no `subject.json`, or one that another version of ibkit wrote.
         """
         path = run.path(FILE)
         try:
@@ -74,22 +73,22 @@ class PersonalizedSubject:
 
 
 def personalization_of(run: CompletedRun) -> CompletedRun:
-    """The run of 01 behind one of 01 or 02: it holds the subject and the photos.
+    """The run of notebook 01 that a run of 01 or 02 is based on: it holds the subject and the photos.
 
     Raises:
-        ArtifactError: it is not to be found, or not finished.
+        ArtifactError: it is missing or not finished.
     """
     return run if run.kind == "01_personalize" else input_of(run, "run_in", "01_personalize")
 
 
 def choose_activities(subject: PersonalizedSubject, asked: Sequence[str], usual: Sequence[str]) -> list[str]:
-    """The activities to train or evaluate on: those asked for, else the usual ones, each once.
+    """The activities to train or evaluate on: those asked for, else the usual ones, without duplicates.
 
-    A subject of the pocket world takes what its world knows; where its class has none of the usual activities (a pot
-    plays no soccer), its first two.
+    A subject of the pocket world gets only those of the usual ones that its class can do, or the first two of its class
+    if there are none (a pot plays no soccer).
 
     Raises:
-        ParameterError: one that the pocket world does not know of the subject's class.
+        ParameterError: the pocket world does not know an activity that is asked for, or not of the subject's class.
     """
     if subject.world is None:
         return list(dict.fromkeys(asked or usual))
@@ -117,7 +116,7 @@ def demo_subject(class_noun: str) -> Subject:
 
 
 def world_photos(subject: Subject, n: int = 5) -> list[Image.Image]:
-    """The few photos that a user of the pocket world has of a subject: at rest, in two places, nothing worn."""
+    """Photos of a subject of the pocket world: at rest, in two places, without accessories."""
     from ibkit.pocket.draw import render
 
     return [render(scene) for scene in reference_scenes(subject, n)]

@@ -1,7 +1,7 @@
-"""Protocols: which prompts an evaluation draws, and which of them RL may see. Each is a plain file beside this one.
+"""Protocols: the prompts of an evaluation, and those that RL may train on. Each is a plain file beside this one.
 
 `dreambench` has no file: its prompts are read from the published folder that holds the subject's photos (see
-`ibkit.data.dreambench`). The paper trains RL on two prompts of its own there, one of each kind that DreamBench has.
+`ibkit.data.dreambench`). There the paper trains RL on two prompts of its own, one of each kind that DreamBench has.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from ibkit.errors import ParameterError
 
 FOLDER = Path(__file__).parent
 DREAMBENCH = "dreambench"
-# InstructBooth, appendix D: one recontextualization, one accessorization, none of the benchmark's. The words are ours.
+# InstructBooth, appendix D: a recontextualization and an accessorization, not of the benchmark. The wording is ours.
 DREAMBENCH_TRAIN = {True: ("in a library", "wearing a raincoat"), False: ("in a library", "with a candle beside it")}
 
 
@@ -26,8 +26,8 @@ class Protocol:
     Attributes:
         name: of the file, such as "actions".
         title: in words, with the numbers of subjects, prompts and images.
-        train: activities that RL is trained on.
-        evaluate: activities (or templates, see `ibkit.data.prompts.make_prompt`) that pictures are drawn for.
+        train: activities to train RL on.
+        evaluate: activities, or templates (see `ibkit.data.prompts.make_prompt`), to draw pictures for.
         images_per_prompt: pictures for each prompt and method.
     """
 
@@ -39,7 +39,7 @@ class Protocol:
 
 
 def names() -> list[str]:
-    """The protocols there are."""
+    """The names of all protocols."""
     return [*sorted(path.stem for path in FOLDER.glob("*.toml")), DREAMBENCH]
 
 
@@ -53,8 +53,8 @@ def read_protocol(name: str, class_noun: str = "", photos: str | Path = "") -> P
 
     Args:
         name: see `names`.
-        class_noun: the subject's class; DreamBench knows it by its photos.
-        photos: the subject's folder, needed by DreamBench alone.
+        class_noun: the subject's class; DreamBench takes it from `photos`.
+        photos: the subject's folder, which only DreamBench needs.
 
     Raises:
         ParameterError: no such protocol, or it has no prompts for the class.
@@ -65,9 +65,8 @@ def read_protocol(name: str, class_noun: str = "", photos: str | Path = "") -> P
     data = _read(name)
     for group in data["group"]:
         if class_noun in group["class_nouns"]:
-            return Protocol(
-                name, data["title"], tuple(group["train"]), tuple(group["evaluate"]), data["images_per_prompt"]
-            )
+            prompts = (tuple(group["train"]), tuple(group["evaluate"]))
+            return Protocol(name, data["title"], *prompts, data["images_per_prompt"])
     raise ParameterError(
         f"protocol {name!r} has no prompts for {class_noun!r}: it knows {', '.join(class_nouns(name))}."
     )
