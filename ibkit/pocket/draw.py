@@ -1,10 +1,8 @@
 """Draw a scene of the pocket world: 64x64 pixels, rendered four times larger and averaged down.
 
-All shapes go through a `Pen`, which carries an affine map from a figure's own coordinates to canvas pixels, so a pose
-is a handful of numbers and a
-rotated figure costs nothing extra. The same drawing code gives the subject's true mask: a pen in mask mode paints the
-subject white and all else black,
-in the same order, so what hides the subject hides it in the mask too.
+All shapes go through a `Pen`, which maps a figure's own coordinates to canvas pixels, so a pose is a handful of numbers
+and rotation costs nothing extra. The same code draws the subject's true mask: a pen in mask mode paints the subject
+white and all else black in the same order, so what hides the subject hides it in the mask too.
 
 Coordinates of a figure: feet at y = 0, up is negative, a standing character is 1 high.
 """
@@ -30,7 +28,8 @@ _CIRCLE = np.stack([np.cos(_ANGLES), np.sin(_ANGLES)], 1)
 
 
 def _shade(colour: Colour, factor: float) -> Colour:
-    return tuple(int(c * factor) for c in colour)
+    red, green, blue = (int(c * factor) for c in colour)
+    return red, green, blue
 
 
 class Pen:
@@ -50,16 +49,13 @@ class Pen:
     def as_subject(self) -> Pen:
         return Pen(self.canvas, self.matrix, self.mask, subject=True)
 
-    def _colour(self, colour: Colour):
-        return (255 if self.subject else 0) if self.mask else colour
+    def _colour(self, colour: Colour | None) -> Colour | int | None:
+        return (255 if self.subject else 0) if self.mask and colour else colour
 
     def polygon(self, points, fill: Colour, outline: Colour | None = OUTLINE, width: float = 0.022):
         xy = np.asarray(points, float) @ self.matrix[:, :2].T + self.matrix[:, 2]
-        if outline is None:
-            self.canvas.polygon(xy.ravel().tolist(), fill=self._colour(fill))
-        else:
-            px = max(1, round(width * self.unit_px))
-            self.canvas.polygon(xy.ravel().tolist(), fill=self._colour(fill), outline=self._colour(outline), width=px)
+        px = max(1, round(width * self.unit_px))
+        self.canvas.polygon(xy.ravel().tolist(), self._colour(fill), self._colour(outline), px)
 
     def ellipse(self, x, y, rx, ry, fill: Colour, outline: Colour | None = OUTLINE, width: float = 0.022):
         self.polygon(_CIRCLE * (rx, ry) + (x, y), fill, outline, width)
@@ -129,18 +125,24 @@ def _body(pen: Pen, hull: np.ndarray, subject: Subject):
 
 
 @dataclass(frozen=True)
-class Pose:
-    """Where a character's parts are; hands and feet are end points, with an optional joint before them."""
+class Stance:
+    """How a character does something: where its parts are, where it stands in the figure's frame, and how tilted.
 
-    left_hand: tuple[Point, ...] = ((-0.32, -0.30),)
-    right_hand: tuple[Point, ...] = ((0.32, -0.30),)
-    left_foot: tuple[Point, ...] = ((-0.15, -0.03),)
-    right_foot: tuple[Point, ...] = ((0.15, -0.03),)
+    Hands and feet, left before right, are end points with an optional joint before them.
+    """
+
+    hands: tuple[tuple[Point, ...], tuple[Point, ...]] = (((-0.32, -0.30),), ((0.32, -0.30),))
+    feet: tuple[tuple[Point, ...], tuple[Point, ...]] = (((-0.15, -0.03),), ((0.15, -0.03),))
     head: Point = (0.0, -0.79)
     asleep: bool = False
+    x: float = 0.0
+    y: float = 0.0
+    scale: float = 1.0
+    angle: float = 0.0
+    hands_in_front: bool = False
 
 
-def _character(pen: Pen, subject: Subject, accessory: str, pose: Pose, hands_in_front: bool = False):
+def _character(pen: Pen, subject: Subject, accessory: str, stance: Stance):
     pen = pen.as_subject()
     body, second = COLOURS[subject.body], COLOURS[subject.second]
     limb, tall = _shade(body, 0.86), subject.long_ears
@@ -150,23 +152,23 @@ def _character(pen: Pen, subject: Subject, accessory: str, pose: Pose, hands_in_
         pen.limb([(-0.12, -0.16), (-0.36, -0.14), (-0.42, -0.36 if not tall else -0.5)], limb, 0.07)
     elif kind == "dog":
         pen.limb([(-0.14, -0.2), (-0.32, -0.3)], limb, 0.08)
-    for hip, foot in (((-0.1, -0.2), pose.left_foot), ((0.1, -0.2), pose.right_foot)):
-        pen.limb([hip, *foot], limb, 0.12)
+    for x, foot in zip((-0.1, 0.1), stance.feet, strict=True):
+        pen.limb([(x, -0.2), *foot], limb, 0.12)
         pen.ellipse(foot[-1][0], foot[-1][1], 0.075, 0.055, second)
 
     def arms():
-        for shoulder, hand in (((-0.16, -0.5), pose.left_hand), ((0.16, -0.5), pose.right_hand)):
-            pen.limb([shoulder, *hand], limb, 0.1)
+        for x, hand in zip((-0.16, 0.16), stance.hands, strict=True):
+            pen.limb([(x, -0.5), *hand], limb, 0.1)
 
-    if not hands_in_front:
+    if not stance.hands_in_front:
         arms()
     width = {"round": 0.235, "square": 0.225, "triangular": 0.26}[subject.shape]
     _body(pen, _hull(subject.shape, 0, -0.37, width, 0.25), subject)
-    if hands_in_front:
+    if stance.hands_in_front:
         arms()
-    _head(pen.at(*pose.head), subject, accessory, pose.asleep)
+    _head(pen.at(*stance.head), subject, accessory, stance.asleep)
     if accessory == "scarf":
-        x, y = pose.head
+        x, y = stance.head
         cloth = (226, 36, 60)
         pen.limb([(x * 0.6 - 0.16, y + 0.22), (x * 0.6 + 0.16, y + 0.22)], cloth, 0.085)
         pen.limb([(x * 0.6 + 0.1, y + 0.24), (x * 0.6 + 0.14, y + 0.44)], cloth, 0.075)
@@ -238,25 +240,13 @@ def _head(pen: Pen, subject: Subject, accessory: str, asleep: bool):
         pen.ellipse(0, -0.5, 0.048, 0.048, (255, 240, 90))
 
 
-@dataclass(frozen=True)
-class Stance:
-    """How a character does something: the pose of its parts, where it stands in the figure's frame, and how tilted."""
-
-    pose: Pose = Pose()
-    x: float = 0.0
-    y: float = 0.0
-    scale: float = 1.0
-    angle: float = 0.0
-    hands_in_front: bool = False
-
-
 def _nothing(pen: Pen):
     pass
 
 
 @dataclass(frozen=True)
 class Things:
-    """What lies around a character that does something, and where one stands who does something else there."""
+    """What lies around a character that does something, and the place of a character that does something else there."""
 
     behind: Callable[[Pen], None] = _nothing
     before: Callable[[Pen], None] = _nothing
@@ -407,93 +397,61 @@ def _music(pen: Pen):
 _STANCES: dict[str, Stance] = {
     NO_ACTIVITY: Stance(),
     "playing soccer": Stance(
-        Pose(
-            left_hand=((-0.36, -0.58),),
-            right_hand=((0.36, -0.56),),
-            left_foot=((-0.2, 0.02),),
-            right_foot=((0.24, -0.1), (0.36, -0.12)),
-        ),
-        -0.1,
-        -0.02,
+        hands=(((-0.36, -0.58),), ((0.36, -0.56),)),
+        feet=(((-0.2, 0.02),), ((0.24, -0.1), (0.36, -0.12))),
+        x=-0.1,
+        y=-0.02,
         angle=-10,
     ),
     "riding a bike": Stance(
-        Pose(
-            left_hand=((0.2, -0.36),),
-            right_hand=((0.4, -0.38),),
-            left_foot=((-0.04, 0.1),),
-            right_foot=((0.22, -0.06), (0.16, 0.12)),
-        ),
-        -0.08,
-        -0.24,
-        0.82,
+        hands=(((0.2, -0.36),), ((0.4, -0.38),)),
+        feet=(((-0.04, 0.1),), ((0.22, -0.06), (0.16, 0.12))),
+        x=-0.08,
+        y=-0.24,
+        scale=0.82,
         angle=8,
         hands_in_front=True,
     ),
     "cooking a gourmet meal": Stance(
-        Pose(left_hand=((-0.3, -0.42),), right_hand=((0.3, -0.5), (0.36, -0.46))), -0.08, -0.12, hands_in_front=True
+        hands=(((-0.3, -0.42),), ((0.3, -0.5), (0.36, -0.46))), x=-0.08, y=-0.12, hands_in_front=True
     ),
     "reading a book": Stance(
-        Pose(
-            left_hand=((-0.32, -0.32), (-0.24, -0.24)),
-            right_hand=((0.32, -0.32), (0.24, -0.24)),
-            left_foot=((-0.36, -0.04),),
-            right_foot=((0.36, -0.04),),
-            head=(0, -0.76),
-        ),
+        hands=(((-0.32, -0.32), (-0.24, -0.24)), ((0.32, -0.32), (0.24, -0.24))),
+        feet=(((-0.36, -0.04),), ((0.36, -0.04),)),
+        head=(0, -0.76),
     ),
     "playing tennis": Stance(
-        Pose(
-            left_hand=((-0.36, -0.2),),
-            right_hand=((0.32, -0.62), (0.36, -0.78)),
-            left_foot=((-0.26, -0.02),),
-            right_foot=((0.26, -0.02),),
-        ),
-        -0.12,
+        hands=(((-0.36, -0.2),), ((0.32, -0.62), (0.36, -0.78))),
+        feet=(((-0.26, -0.02),), ((0.26, -0.02),)),
+        x=-0.12,
         angle=6,
     ),
     "sleeping": Stance(
-        Pose(
-            left_hand=((-0.2, -0.3),),
-            right_hand=((0.18, -0.26),),
-            left_foot=((-0.08, -0.02),),
-            right_foot=((0.1, -0.02),),
-            asleep=True,
-        ),
-        0.47,
-        -0.3,
-        0.98,
+        hands=(((-0.2, -0.3),), ((0.18, -0.26),)),
+        feet=(((-0.08, -0.02),), ((0.1, -0.02),)),
+        asleep=True,
+        x=0.47,
+        y=-0.3,
+        scale=0.98,
         angle=-90,
     ),
     "playing the guitar": Stance(
-        Pose(
-            left_hand=((-0.34, -0.34), (-0.16, -0.26)),
-            right_hand=((0.36, -0.48), (0.42, -0.58)),
-            left_foot=((-0.22, -0.02),),
-            right_foot=((0.2, -0.02),),
-        ),
+        hands=(((-0.34, -0.34), (-0.16, -0.26)), ((0.36, -0.48), (0.42, -0.58))),
+        feet=(((-0.22, -0.02),), ((0.2, -0.02),)),
     ),
     "surfing a wave": Stance(
-        Pose(
-            left_hand=((-0.42, -0.5),),
-            right_hand=((0.42, -0.54),),
-            left_foot=((-0.28, -0.02),),
-            right_foot=((0.28, -0.02),),
-        ),
-        -0.14,
-        -0.17,
-        0.88,
+        hands=(((-0.42, -0.5),), ((0.42, -0.54),)),
+        feet=(((-0.28, -0.02),), ((0.28, -0.02),)),
+        x=-0.14,
+        y=-0.17,
+        scale=0.88,
         angle=-12,
     ),
     "dancing": Stance(
-        Pose(
-            left_hand=((-0.34, -0.66), (-0.28, -0.92)),
-            right_hand=((0.34, -0.66), (0.3, -0.94)),
-            left_foot=((-0.3, -0.2), (-0.16, -0.3)),
-            right_foot=((0.12, 0.04),),
-        ),
-        0.02,
-        -0.03,
+        hands=(((-0.34, -0.66), (-0.28, -0.92)), ((0.34, -0.66), (0.3, -0.94))),
+        feet=(((-0.3, -0.2), (-0.16, -0.3)), ((0.12, 0.04),)),
+        x=0.02,
+        y=-0.03,
         angle=9,
     ),
 }
@@ -515,12 +473,12 @@ def _draw_character(pen: Pen, scene: Scene):
     stance, things = _STANCES[scene.pose], _THINGS[scene.things]
     if scene.pose == scene.things or scene.things == NO_ACTIVITY:
         place = pen.at(stance.x, stance.y, stance.scale, stance.angle)
-    elif scene.pose == "sleeping":  # it lies on its back: its feet are at its side, not below it
+    elif scene.pose == "sleeping":  # on its back, with the feet at its side and not below it
         place = pen.at(stance.x, stance.y + things.y, stance.scale * things.scale, stance.angle)
     else:
         place = pen.at(things.x, things.y, things.scale, stance.angle)
     things.behind(pen)
-    _character(place, scene.subject, scene.accessory, stance.pose, stance.hands_in_front)
+    _character(place, scene.subject, scene.accessory, stance)
     things.before(pen)
 
 
@@ -535,16 +493,7 @@ def _container(pen: Pen, subject: Subject, contents: Callable[[Pen], None] | Non
     top = -2 * ry
     hull = _hull(subject.shape, 0, -ry, rx, ry)
     if subject.shape == "triangular":
-        hull = np.array(
-            [
-                (-0.45 * rx, top),
-                (0.45 * rx, top),
-                (1.25 * rx, -0.04),
-                (1.1 * rx, 0),
-                (-1.1 * rx, 0),
-                (-1.25 * rx, -0.04),
-            ]
-        )
+        hull = np.array([(-0.45, top), (0.45, top), (1.25, -0.04), (1.1, 0), (-1.1, 0), (-1.25, -0.04)]) * (rx, 1)
         rim = 0.5 * rx
     else:
         hull = _band(hull, top + 0.1, 0.0)
@@ -552,28 +501,12 @@ def _container(pen: Pen, subject: Subject, contents: Callable[[Pen], None] | Non
     if pot:
         reach = 0.17 if subject.long_ears else 0.1
         for side in (-1, 1):
-            pen.limb(
-                [
-                    (side * rx * 0.8, -0.42),
-                    (side * (rx + reach), -0.42),
-                    (side * (rx + reach), -0.28),
-                    (side * rx * 0.8, -0.28),
-                ],
-                second,
-                0.055,
-            )
+            near, far = side * rx * 0.8, side * (rx + reach)
+            pen.limb([(near, -0.42), (far, -0.42), (far, -0.28), (near, -0.28)], second, 0.055)
     else:
-        drop = 0.42 if subject.long_ears else 0.28
-        pen.limb(
-            [
-                (rx * 0.6, top + 0.14),
-                (rx + 0.19, top + 0.14),
-                (rx + 0.19, top + 0.14 + drop),
-                (rx * 0.6, top + 0.14 + drop),
-            ],
-            second,
-            0.06,
-        )
+        near, far, high = rx * 0.6, rx + 0.19, top + 0.14
+        low = high + (0.42 if subject.long_ears else 0.28)
+        pen.limb([(near, high), (far, high), (far, low), (near, low)], second, 0.06)
     if contents is not None:
         contents(Pen(pen.canvas, pen.at(0, top).matrix, pen.mask, subject=False))
     _body(pen, hull, subject)
@@ -663,11 +596,8 @@ def _vehicle(pen: Pen, subject: Subject):
         pen.limb([(0.42, -0.22), (0.26, -0.6), (0.16, bar), (0.04, bar - 0.02)], (150, 154, 162), 0.065)
         pen.box(-0.2, -0.34, 0.16, -0.12, (110, 114, 122))
         pen.limb([(-0.16, -0.14), (-0.56, -0.1)], (170, 174, 180), 0.06)
-        _body(
-            pen,
-            np.array([(-0.46, -0.46), (-0.12, -0.6), (0.24, -0.66), (0.36, -0.48), (0.2, -0.26), (-0.3, -0.26)]),
-            subject,
-        )
+        hull = np.array([(-0.46, -0.46), (-0.12, -0.6), (0.24, -0.66), (0.36, -0.48), (0.2, -0.26), (-0.3, -0.26)])
+        _body(pen, hull, subject)
         pen.limb([(-0.5, -0.56), (-0.14, -0.6)], second, 0.1)
         pen.ellipse(0.36, -0.6, 0.08, 0.08, (255, 244, 170))
 
@@ -761,13 +691,10 @@ def _kitchen(pen: Pen, shift: float):
         pen.line([(i / 6, 0), (i / 6, 0.7)], (232, 206, 170), 0.01)
     for y in (0.16, 0.34, 0.52):
         pen.line([(0, y), (1, y)], (232, 206, 170), 0.01)
-    for i in range(8):
-        if i % 2:
-            pen.polygon(
-                [(i / 8, 0.7), ((i + 1) / 8, 0.7), ((i + 1) / 8 + (i - 3) * 0.05, 1), (i / 8 + (i - 4) * 0.05, 1)],
-                (236, 214, 190),
-                None,
-            )
+    for i in range(1, 8, 2):
+        left, right = i / 8, (i + 1) / 8
+        tile = [(left, 0.7), (right, 0.7), (right + (i - 3) * 0.05, 1), (left + (i - 4) * 0.05, 1)]
+        pen.polygon(tile, (236, 214, 190), None)
     x = 0.14 + 0.05 * shift
     pen.box(x - 0.13, 0.08, x + 0.13, 0.32, (150, 100, 70), None)
     pen.box(x - 0.1, 0.1, x + 0.1, 0.3, (176, 126, 90), None)
@@ -789,11 +716,8 @@ def _mountains(pen: Pen, shift: float):
     for x, w, top in ((0.2, 0.32, 0.2), (0.62, 0.4, 0.1), (0.95, 0.28, 0.26)):
         x = x + 0.05 * shift
         pen.polygon([(x - w, 0.64), (x + w, 0.64), (x, top)], (120, 136, 168), None)
-        pen.polygon(
-            [(x - w * 0.35, top + (0.64 - top) * 0.35), (x + w * 0.35, top + (0.64 - top) * 0.35), (x, top)],
-            (250, 252, 255),
-            None,
-        )
+        half, foot = w * 0.35, top + (0.64 - top) * 0.35
+        pen.polygon([(x - half, foot), (x + half, foot), (x, top)], (250, 252, 255), None)
     for x, y in ((0.1, 0.1), (0.35, 0.3), (0.8, 0.06), (0.9, 0.4), (0.5, 0.05), (0.08, 0.5)):
         pen.ellipse(x, y, 0.012, 0.012, (255, 255, 255), None)
 
@@ -812,15 +736,9 @@ def _city(pen: Pen, shift: float):
         pen.box(x - w, top, x + w, 0.72, c, None)
         for row in range(4):
             for col in (-0.6, 0.0, 0.6):
-                y = top + 0.05 + row * 0.11
-                pen.box(
-                    x + col * w - 0.018,
-                    y,
-                    x + col * w + 0.018,
-                    y + 0.05,
-                    (255, 236, 150) if (row + i) % 2 else (70, 80, 100),
-                    None,
-                )
+                middle, y = x + col * w, top + 0.05 + row * 0.11
+                light = (255, 236, 150) if (row + i) % 2 else (70, 80, 100)
+                pen.box(middle - 0.018, y, middle + 0.018, y + 0.05, light, None)
     for x in (0.05, 0.4, 0.75):
         pen.box(x, 0.9, x + 0.2, 0.925, (250, 240, 200), None)
 
@@ -866,13 +784,12 @@ _PLACES: dict[str, Callable[[Pen, float], None]] = {
     "desert": _desert,
     "moon": _moon,
 }
-_GROUPS: dict[str, Callable[[Pen, Scene], None]] = {
-    "character": _draw_character,
-    "container": _draw_container,
-    "vehicle": _draw_vehicle,
+# group -> how it is drawn, and its height as a fraction of the picture, which keeps all props inside the frame
+_GROUPS: dict[str, tuple[Callable[[Pen, Scene], None], float]] = {
+    "character": (_draw_character, 0.64),
+    "container": (_draw_container, 0.62),
+    "vehicle": (_draw_vehicle, 0.62),
 }
-# figure height as a fraction of the picture, chosen so that every activity with its props stays inside the frame
-_FIGURE_HEIGHT = {"character": 0.64, "container": 0.62, "vehicle": 0.62}
 
 
 def _paint(scene: Scene, mask: bool) -> Image.Image:
@@ -881,9 +798,9 @@ def _paint(scene: Scene, mask: bool) -> Image.Image:
     pen = Pen(ImageDraw.Draw(image), np.array([[size, 0.0, 0.0], [0.0, size, 0.0], [0, 0, 1]])[:2], mask)
     if not mask:
         _PLACES[scene.place](pen, scene.view.backdrop)
-    view, group = scene.view, scene.subject.group
-    figure = pen.at(0.5 + view.dx, 0.9 + view.dy, _FIGURE_HEIGHT[group] * view.scale, flip=view.flip)
-    _GROUPS[group](figure, scene)
+    view = scene.view
+    draw, height = _GROUPS[scene.subject.group]
+    draw(pen.at(0.5 + view.dx, 0.9 + view.dy, height * view.scale, flip=view.flip), scene)
     return image.reduce(SUPERSAMPLE)
 
 
@@ -893,7 +810,5 @@ def render(scene: Scene) -> Image.Image:
 
 
 def subject_mask(scene: Scene) -> Image.Image:
-    """The true mask of the subject (accessories included): 64x64, 8-bit grey, 255 where the subject covers the
-    pixel.
-    """
+    """The true mask of the subject (accessories included): 64x64, 8-bit grey, 255 where the subject is."""
     return _paint(scene, mask=True)

@@ -1,27 +1,20 @@
-"""The words of the pocket world: captions of scenes, and what a phrase names."""
+"""The words of the pocket world: captions of scenes, and the meaning of a phrase."""
 
 from __future__ import annotations
 
 import random
 import re
+from itertools import chain
 
-from ibkit.pocket.world import (
-    ACCESSORIES,
-    ACTIVITIES,
-    CLASSES,
-    COLOURS,
-    IDENTIFIERS,
-    NO_ACCESSORY,
-    NO_ACTIVITY,
-    PARTS,
-    PATTERNS,
-    PLACES,
-    SHAPES,
-    Scene,
-    Subject,
-    accessories_of,
-    activities_of,
-)
+from ibkit.pocket import world
+from ibkit.pocket.world import NO_ACCESSORY, NO_ACTIVITY, Scene, Subject
+
+# question -> name -> the ways to say it
+_WAYS: dict[str, dict[str, tuple[str, ...]]] = {
+    "activity": {name: ways for name, (_, ways) in world.ACTIVITIES.items()},
+    "place": world.PLACES,
+    "accessory": world.ACCESSORIES,
+}
 
 
 def _article(words: str) -> str:
@@ -40,23 +33,23 @@ def noun_phrase(subject: Subject, rng: random.Random) -> str:
         adjectives.insert(0, subject.pattern)
     words = " ".join([*adjectives, subject.class_noun])
     if full and subject.pattern != "plain":
-        detail = f"{subject.second} {PATTERNS[subject.pattern]}"
+        detail = f"{subject.second} {world.PATTERNS[subject.pattern]}"
         words += f" with {_article(detail) if subject.pattern == 'patched' else ''}{detail}"
     return _article(words) + words
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
-    """Say a scene in words. Activity and accessory are always said, place and looks often; order and wording vary."""
+    """Describe a scene, always with activity and accessory, often with place and looks; order and wording vary."""
+
+    def said(ways: tuple[str, ...]) -> str:
+        return ways[0] if rng.random() < 0.7 else rng.choice(ways[1:])
+
     parts = [noun_phrase(scene.subject, rng)]
     if scene.accessory != NO_ACCESSORY:
-        parts.append(rng.choice(ACCESSORIES[scene.accessory]))
+        parts.append(rng.choice(world.ACCESSORIES[scene.accessory]))
     if scene.activity != NO_ACTIVITY:
-        phrases = ACTIVITIES[scene.activity][1]
-        parts.append(phrases[0] if rng.random() < 0.7 else rng.choice(phrases[1:]))
-    place = ""
-    if rng.random() < 0.6:
-        phrases = PLACES[scene.place]
-        place = phrases[0] if rng.random() < 0.7 else rng.choice(phrases[1:])
+        parts.append(said(world.ACTIVITIES[scene.activity][1]))
+    place = said(world.PLACES[scene.place]) if rng.random() < 0.6 else ""
     prefix = rng.choice(("", "", "", "a photo of ", "a picture of "))
     if place and not prefix and rng.random() < 0.15:
         return f"{place}, {' '.join(parts)}"
@@ -65,18 +58,16 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 def vocabulary() -> list[str]:
     """Every word that a caption can use, sorted, then the identifiers that none uses."""
-    phrases = ["a an photo picture of with and the is on in", ",", *COLOURS, *PATTERNS, *PATTERNS.values(), *CLASSES]
-    phrases += [s for shapes in SHAPES.values() for s in shapes]
-    for table in (PLACES, ACCESSORIES):
-        phrases += [p for ways in table.values() for p in ways]
-    phrases += [p for _, ways in ACTIVITIES.values() for p in ways]
-    return sorted({w for p in phrases for w in p.replace(",", " ,").split()}) + list(IDENTIFIERS)
+    phrases = ["a an photo picture of with and the is on in ,", *world.COLOURS, *world.CLASSES, *world.PATTERNS]
+    ways = chain(*(table.values() for table in _WAYS.values()))
+    phrases += chain(world.PATTERNS.values(), *world.SHAPES.values(), *ways)
+    return sorted(set(" ".join(phrases).split())) + list(world.IDENTIFIERS)
 
 
 def parts_in(phrase: str) -> dict[str, str]:
-    """What a phrase asks of a picture, as the judge is asked: pose, things, place and accessory, where it names any."""
+    """What a phrase asks of a picture, as the judge's questions: pose, things, place, accessory, where it names any."""
     said = said_in(phrase)
-    parts = {part: said["activity"] for part in PARTS.get(said["activity"], ())}
+    parts = {part: said["activity"] for part in world.PARTS.get(said["activity"], ())}
     return parts | {question: said[question] for question in ("place", "accessory") if said[question]}
 
 
@@ -86,34 +77,28 @@ def said_in(phrase: str) -> dict[str, str]:
 
 
 def check_phrase(class_noun: str, phrase: str) -> None:
-    """Refuse a phrase of which the world could not say whether a picture shows it.
+    """Refuse a phrase that the world cannot check a picture for.
 
     Raises:
         ValueError: it names nothing, two of a kind, something the class cannot do or wear, or has other words.
     """
     named, rest = _named(phrase)
-    possible = {
-        "activity": activities_of(class_noun),
-        "place": tuple(PLACES),
-        "accessory": accessories_of(class_noun)[1:],
-    }
+    accessories = world.accessories_of(class_noun)[1:]
+    possible = {"activity": world.activities_of(class_noun), "accessory": accessories, "place": tuple(world.PLACES)}
     right = any(named.values()) and not rest
     right &= all(len(found) <= 1 and set(found) <= set(possible[question]) for question, found in named.items())
     if not right:
-        accessories = f", {', '.join(ACCESSORIES[a][0] for a in possible['accessory'])}" * bool(possible["accessory"])
+        known = ", ".join(_WAYS[question][name][0] for question, names in possible.items() for name in names)
         raise ValueError(
-            f"the pocket world knows no {class_noun} {phrase!r}: choose prompts of {', '.join(possible['activity'])}"
-            f"{accessories}, {', '.join(ways[0] for ways in PLACES.values())}, or one of each kind."
+            f"the pocket world knows no {class_noun} {phrase!r}: choose prompts of {known}, or one of each kind."
         )
 
 
 def _named(phrase: str) -> tuple[dict[str, list[str]], list[str]]:
     """What a phrase names of each kind, and its words that name nothing ("and" aside)."""
     words = f" {' '.join(re.findall(r'[a-z]+', phrase.lower()))} "
-    tables = {"activity": {name: ways for name, (_, ways) in ACTIVITIES.items()}, "place": PLACES}
-    tables["accessory"] = ACCESSORIES
     named, rest = {}, words
-    for question, table in tables.items():
+    for question, table in _WAYS.items():
         named[question] = [name for name, ways in table.items() if any(f" {way} " in words for way in ways)]
         for way in sorted((way for name in named[question] for way in table[name]), key=len, reverse=True):
             rest = rest.replace(f" {way} ", " ")

@@ -1,15 +1,17 @@
-"""What there is in the pocket world, how a scene is sampled, and how it is said in words.
+"""What exists in the pocket world, and how scenes are sampled.
 
-A `Scene` is the ground truth of a picture: who (a `Subject`), in which pose, among which things, where, wearing what,
-seen how. An activity has a pose, things, or both; a picture shows it when every part that it has is right.
-`ibkit.pocket.draw` turns it into pixels; `caption` turns it into text with varied wording.
-Everything is a pure function of its arguments: the same scene gives the same pixels, the same seed the same scene.
+A `Scene` is the ground truth of a picture: its `Subject`, pose, things, place, accessory and view. An activity has a
+pose, things, or both; a picture shows it when every part that it has is right. `ibkit.pocket.draw` renders a scene, and
+`ibkit.pocket.words` describes it. Everything is a pure function of its arguments: the same scene gives the same pixels,
+the same seed the same scene.
 """
 
 from __future__ import annotations
 
 import random
+from collections.abc import Collection
 from dataclasses import dataclass, field, replace
+from typing import TypedDict
 
 IMAGE_PX = 64
 
@@ -25,22 +27,21 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (246, 246, 244),
     "black": (44, 44, 52),
 }
-# pattern -> the noun that says it: "a red cat with blue stripes"
+# pattern -> its noun in a caption: "a red cat with blue stripes"
 PATTERNS: dict[str, str] = {"plain": "", "striped": "stripes", "spotted": "spots", "patched": "belly"}
 
 CHARACTERS = ("cat", "dog", "teddy bear", "monster toy")
 CONTAINERS = ("pot", "cup")
 VEHICLES = ("motorbike", "bike")
 CLASSES = CHARACTERS + CONTAINERS + VEHICLES
-GROUP_OF = (
-    {c: "character" for c in CHARACTERS} | {c: "container" for c in CONTAINERS} | {c: "vehicle" for c in VEHICLES}
-)
+GROUP_OF = dict.fromkeys(CHARACTERS, "character") | dict.fromkeys(CONTAINERS, "container")
+GROUP_OF |= dict.fromkeys(VEHICLES, "vehicle")
 
 # Body shapes by group. Characters are never triangular: the word is taught by pots and cups alone, so a triangular
 # character is the rare subject (the paper's Phryge, section 2.1).
 SHAPES = {"character": ("round", "square"), "container": ("round", "square", "triangular"), "vehicle": ("round",)}
 
-# activity -> (groups that can do it, ways to say it, the first being the canonical phrase)
+# activity, its canonical phrase -> (groups that can do it, ways to say it with the canonical one first)
 ACTIVITIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "playing soccer": (("character",), ("playing soccer", "kicking a soccer ball")),
     "riding a bike": (("character",), ("riding a bike", "cycling on a bike")),
@@ -63,24 +64,13 @@ ACTIVITIES: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 NO_ACTIVITY = "none"
 
-# What an activity consists of where it is not both, a pose and things ("playing soccer": a kick and a ball).
-_POSE_ALONE = frozenset({"lying on its side", "doing a wheelie"})
-_THINGS_ALONE = frozenset(
-    {
-        "with popcorn in it",
-        "with pens in it",
-        "with flowers in it",
-        "floating on the water",
-        "carrying a stack of boxes",
-        "covered in soap bubbles",
-    }
-)
-PARTS: dict[str, tuple[str, ...]] = {
-    activity: ("pose",) * (activity not in _THINGS_ALONE) + ("things",) * (activity not in _POSE_ALONE)
-    for activity in ACTIVITIES
-}
+# What an activity consists of: a pose and things ("playing soccer": a kick and a ball), or one of them alone.
+PARTS: dict[str, tuple[str, ...]] = dict.fromkeys(ACTIVITIES, ("pose", "things"))
+PARTS |= dict.fromkeys(("lying on its side", "doing a wheelie"), ("pose",))
+PARTS |= dict.fromkeys(("with popcorn in it", "with pens in it", "with flowers in it"), ("things",))
+PARTS |= dict.fromkeys(("floating on the water", "carrying a stack of boxes", "covered in soap bubbles"), ("things",))
 
-# Poses that cannot be told from rest behind the stove of "cooking a gourmet meal": it hides the legs and low hands.
+# Poses that look like rest behind the stove of "cooking a gourmet meal", which hides the legs and low hands.
 _BEHIND_THE_STOVE = ("playing soccer", "riding a bike", "reading a book", "playing the guitar", "surfing a wave")
 
 PLACES: dict[str, tuple[str, ...]] = {
@@ -103,7 +93,7 @@ ACCESSORIES: dict[str, tuple[str, ...]] = {
 }
 NO_ACCESSORY = "none"
 
-# Pairs the diffusion model never saw in pre-training (the scorers and the judge did): what "unseen" means here.
+# The "unseen" pairs: pre-training never showed them to the diffusion model, but to the scorers and the judge.
 HELD_OUT = frozenset(
     {
         ("cat", "playing tennis"),
@@ -117,13 +107,18 @@ HELD_OUT = frozenset(
     }
 )
 
-# Tokens of the vocabulary that no caption ever uses: the unique identifiers ("[V]" in DreamBooth).
+# The unique identifiers ("[V]" in DreamBooth): tokens of the vocabulary that no caption uses.
 IDENTIFIERS = ("sks", "ohwx", "zwx")
+
+
+def _require(found: str, known: Collection[str], wrong: str) -> None:
+    if found not in known:
+        raise ValueError(f"{wrong}: choose one of {', '.join(known)}")
 
 
 @dataclass(frozen=True)
 class Subject:
-    """One individual: the instance that a personalization method has to learn."""
+    """One individual: the instance that a personalization method has to learn. An impossible one is a ValueError."""
 
     class_noun: str
     body: str
@@ -133,15 +128,13 @@ class Subject:
     long_ears: bool = False  # ears and limbs of a character, handle of a cup, handlebar of a bike: long or short
 
     def __post_init__(self):
-        if self.class_noun not in CLASSES:
-            raise ValueError(f"unknown class {self.class_noun!r}: choose one of {', '.join(CLASSES)}")
+        _require(self.class_noun, CLASSES, f"unknown class {self.class_noun!r}")
         if self.body not in COLOURS or self.second not in COLOURS or self.body == self.second:
             raise ValueError(
                 f"body {self.body!r} and second colour {self.second!r} "
                 f"must be two different colours of {', '.join(COLOURS)}"
             )
-        if self.pattern not in PATTERNS:
-            raise ValueError(f"unknown pattern {self.pattern!r}: choose one of {', '.join(PATTERNS)}")
+        _require(self.pattern, PATTERNS, f"unknown pattern {self.pattern!r}")
 
     @property
     def group(self) -> str:
@@ -150,7 +143,7 @@ class Subject:
 
 @dataclass(frozen=True)
 class View:
-    """Nuisances of a picture: where the subject stands, how large, which way it faces, and the backdrop's shift."""
+    """Nuisances of a picture: position, size and direction of the subject, and the shift of the backdrop."""
 
     dx: float = 0.0
     dy: float = 0.0
@@ -161,7 +154,7 @@ class View:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows. `Scene(subject, **doing("playing soccer"))` has both parts of an activity.
+    """What a picture shows: `Scene(subject, **doing("playing soccer"))`. An impossible one is a ValueError.
 
     Attributes:
         pose: the activity whose pose the subject has, or none: at rest.
@@ -176,24 +169,19 @@ class Scene:
     view: View = field(default_factory=View)
 
     def __post_init__(self):
-        possible = activities_of(self.subject.class_noun)
+        noun = self.subject.class_noun
         for part, activity in (("pose", self.pose), ("things", self.things)):
             if activity == NO_ACTIVITY:
                 continue
-            if activity not in possible:
-                raise ValueError(
-                    f"a {self.subject.class_noun} cannot be {activity!r}: choose one of {', '.join(possible)}"
-                )
+            _require(activity, activities_of(noun), f"a {noun} cannot be {activity!r}")
             if part not in PARTS[activity]:
                 raise ValueError(f"{activity!r} has no {part} of its own: it is {' and '.join(PARTS[activity])} alone")
-        if self.place not in PLACES:
-            raise ValueError(f"unknown place {self.place!r}: choose one of {', '.join(PLACES)}")
-        if self.accessory not in accessories_of(self.subject.class_noun):
-            raise ValueError(f"a {self.subject.class_noun} cannot wear {self.accessory!r}")
+        _require(self.place, PLACES, f"unknown place {self.place!r}")
+        _require(self.accessory, accessories_of(noun), f"a {noun} cannot wear {self.accessory!r}")
 
     @property
     def shown(self) -> tuple[str, ...]:
-        """The activities of which every part is there, see `shown_by`."""
+        """See `shown_by`."""
         return shown_by(self.pose, self.things)
 
     @property
@@ -201,14 +189,9 @@ class Scene:
         """The activity that is shown (the one of the pose, if there are two), or none."""
         return self.shown[0] if self.shown else NO_ACTIVITY
 
-    @property
-    def is_mixture(self) -> bool:
-        """Whether pose and things are neither of one activity nor both absent."""
-        return (self.pose, self.things) != tuple(doing(self.activity).values())
-
 
 def shown_by(pose: str, things: str) -> tuple[str, ...]:
-    """The activities that a pose among things shows whole: none, one, or both of a wheelie with boxes."""
+    """The activities of which a pose among things shows every part: none, one, or both of a wheelie with boxes."""
     facts = {"pose": pose, "things": things}
     return tuple(
         activity
@@ -217,19 +200,31 @@ def shown_by(pose: str, things: str) -> tuple[str, ...]:
     )
 
 
-def doing(activity: str) -> dict[str, str]:
-    """The facts of a scene in which a whole activity goes on: `Scene(subject, **doing("dancing"))`."""
-    parts = PARTS.get(activity, ())
-    if not parts and activity != NO_ACTIVITY:
-        raise ValueError(f"unknown activity {activity!r}: choose one of {', '.join(ACTIVITIES)}")
-    return {part: activity if part in parts else NO_ACTIVITY for part in ("pose", "things")}
+class Doing(TypedDict):
+    """The parts of a scene that make its activity."""
+
+    pose: str
+    things: str
+
+
+def doing(activity: str) -> Doing:
+    """The parts of a whole activity, ValueError if there is none: `Scene(subject, **doing("dancing"))`."""
+    if activity != NO_ACTIVITY:
+        _require(activity, ACTIVITIES, f"unknown activity {activity!r}")
+    pose, things = (activity if part in PARTS.get(activity, ()) else NO_ACTIVITY for part in ("pose", "things"))
+    return Doing(pose=pose, things=things)
+
+
+def keeping(scene: Scene, *parts: str) -> Scene:
+    """The scene with only these parts of its activity: "pose", "things", or none for rest."""
+    pose, things = (getattr(scene, part) if part in parts else NO_ACTIVITY for part in ("pose", "things"))
+    return replace(scene, pose=pose, things=things)
 
 
 def activities_of(class_noun: str, with_none: bool = False) -> tuple[str, ...]:
     """Activities and interactions that a class can do, in a fixed order."""
-    group = GROUP_OF[class_noun]
-    found = tuple(name for name, (groups, _) in ACTIVITIES.items() if group in groups)
-    return ((NO_ACTIVITY,) if with_none else ()) + found
+    able = tuple(name for name, (groups, _) in ACTIVITIES.items() if GROUP_OF[class_noun] in groups)
+    return (NO_ACTIVITY, *able) if with_none else able
 
 
 def accessories_of(class_noun: str) -> tuple[str, ...]:
@@ -240,24 +235,13 @@ def accessories_of(class_noun: str) -> tuple[str, ...]:
 def sample_subject(rng: random.Random, class_noun: str | None = None) -> Subject:
     class_noun = class_noun or rng.choice(CLASSES)
     body, second = rng.sample(list(COLOURS), 2)
-    return Subject(
-        class_noun,
-        body,
-        second,
-        rng.choice(list(PATTERNS)),
-        rng.choice(SHAPES[GROUP_OF[class_noun]]),
-        rng.random() < 0.5,
-    )
+    pattern, shape = rng.choice(list(PATTERNS)), rng.choice(SHAPES[GROUP_OF[class_noun]])
+    return Subject(class_noun, body, second, pattern, shape, long_ears=rng.random() < 0.5)
 
 
 def sample_view(rng: random.Random) -> View:
-    return View(
-        rng.uniform(-0.07, 0.07),
-        rng.uniform(-0.03, 0.02),
-        rng.uniform(0.9, 1.06),
-        rng.random() < 0.5,
-        rng.uniform(-1, 1),
-    )
+    dx, dy, scale = rng.uniform(-0.07, 0.07), rng.uniform(-0.03, 0.02), rng.uniform(0.9, 1.06)
+    return View(dx, dy, scale, flip=rng.random() < 0.5, backdrop=rng.uniform(-1, 1))
 
 
 def sample_scene(
@@ -268,16 +252,11 @@ def sample_scene(
     accessory: str | None = None,
     held_out: bool = True,
 ) -> Scene:
-    """Draw a scene; what is given is kept, the rest is random.
-
-    Args:
-        held_out: whether the held-out (class, activity) pairs may appear (False for the diffusion model's pre-
-            training).
-    """
+    """Draw a scene: what is given is kept, the rest is random; without `held_out`, no pair of `HELD_OUT` is drawn."""
     subject = subject or sample_subject(rng)
     if activity is None:
-        choices = activities_of(subject.class_noun)
-        choices = [a for a in choices if held_out or (subject.class_noun, a) not in HELD_OUT]
+        noun = subject.class_noun
+        choices = [a for a in activities_of(noun) if held_out or (noun, a) not in HELD_OUT]
         activity = NO_ACTIVITY if rng.random() < 0.2 else rng.choice(choices)
     if accessory is None:
         worn = accessories_of(subject.class_noun)
@@ -290,8 +269,8 @@ def mixtures_of(class_noun: str) -> dict[str, list[tuple[str, str]]]:
     """Every (pose, things) of a class that is neither one activity nor rest, by kind.
 
     The kinds are `pose without things`, `things at rest` (without the pose), and `another pose` (of one activity among
-    the things of another). A pose or things that make a whole activity alone are in no mixture of the first two kinds;
-    a pose that things would hide is in none with them.
+    the things of another). The first two leave out a pose or things that make a whole activity alone, the third a pose
+    that the things would hide.
     """
     able = activities_of(class_noun)
     poses, things = ([a for a in able if part in PARTS[a]] for part in ("pose", "things"))
@@ -308,22 +287,21 @@ def sample_mixture(rng: random.Random, subject: Subject | None = None, kind: str
     """Draw a scene whose pose and things do not belong together; what is given is kept (see `sample_scene`).
 
     Args:
-        kind: of `mixtures_of`; None draws one that the class has. Containers have no pose with things of its own.
+        kind: of `mixtures_of`; None draws one. A kind of which the class has no mixture is a ValueError.
     """
     subject = subject or sample_subject(rng)
     kinds = {name: pairs for name, pairs in mixtures_of(subject.class_noun).items() if pairs}
-    if kind is not None and kind not in kinds:
-        raise ValueError(f"a {subject.class_noun} has no mixture {kind!r}: choose one of {', '.join(kinds)}")
-    pose, things = rng.choice(kinds[kind or rng.choice(list(kinds))])
+    kind = kind or rng.choice(list(kinds))
+    _require(kind, kinds, f"a {subject.class_noun} has no mixture {kind!r}")
+    pose, things = rng.choice(kinds[kind])
     return replace(sample_scene(rng, subject, NO_ACTIVITY, **given), pose=pose, things=things)
 
 
 def line_up(subject: Subject, n: int = 8) -> list[Subject]:
     """The subject and `n - 1` others of its class for an identity parade; the subject comes first.
 
-    Any two of them differ in at least two of body colour, second colour, pattern and shape, one of the two being a
-    colour (a book can hide a pattern);
-    two of the others share the subject's body colour, so that this colour alone does not settle the question.
+    Any two differ in at least one colour and in two of body colour, second colour, pattern and shape, since a book can
+    hide a pattern. Two of the others share the subject's body colour, so that it alone does not settle the question.
     Deterministic in the subject.
     """
     rng = random.Random(f"line-up {subject}")
@@ -345,7 +323,6 @@ def line_up(subject: Subject, n: int = 8) -> list[Subject]:
 
 
 RARE_SUBJECT = Subject("monster toy", "red", "white", "patched", "triangular", long_ears=False)
-RARE_DESCRIPTION = "triangular"
 
 # The evaluation's own eight individuals, one of each class (InstructBooth, appendix C).
 DEMO_SUBJECTS: dict[str, Subject] = {
