@@ -8,8 +8,8 @@ Three arms of RL start from the same personalized model, with the same settings 
 | `identifier_equal_identifier` | n with the identifier | images that show the subject; half the cost |
 | `identifier_equal_totals` | 2n with the identifier | images in all, so the cost |
 
-In every arm a gradient step takes half of the epoch's images, as InstructBooth does (8 of 16), so that each arm makes
-two gradient steps an epoch. All are watched on the same identifier prompts and the same noise.
+In every arm a gradient step takes half of the epoch's images, as InstructBooth does (8 of 16), so each arm makes two
+gradient steps an epoch. All are measured on the same identifier prompts and the same noise.
 
 Shapes: E epochs of a run, N pictures.
 """
@@ -43,7 +43,7 @@ from ibkit.pocket.world import IDENTIFIERS
 from ibkit.runs import Run
 from ibkit.scorers.judge import Judge
 
-# The columns of prompt_kinds.csv: what a row is about, how far the run had got, and what was measured there.
+# Columns of prompt_kinds.csv: which personalized model and RL seed, and what was measured on the fixed noise.
 RUN_KEYS = ("class_noun", "subject", "dreambooth_steps", "rl_seed")
 MEASURED = ("reward_identifier", "judge_activity", "judge_identity", "monitor")
 
@@ -53,7 +53,7 @@ class Arm:
     """One way to choose the prompts of an epoch.
 
     Attributes:
-        label, short: for figures.
+        label, short, colour, dash: for figures.
         n_identifier, n_class: images an epoch for each prompt, as multiples of those of the arm "both".
         axis: the column along which it is compared with "both": what the two hold equal.
     """
@@ -87,24 +87,18 @@ ARMS = {
     "both": Arm("both kinds of prompts", "both kinds", 1, 1, BLUE, "-", ""),
     "identifier_equal_totals": Arm("identifier only, as many images", "as many images", 2, 0, ORANGE, "--", "n_images"),
     "identifier_equal_identifier": Arm(
-        "identifier only, half the images",
-        "half the images",
-        1,
-        0,
-        GREEN,
-        ":",
-        "n_identifier_images",
+        "identifier only, half the images", "half the images", 1, 0, GREEN, ":", "n_identifier_images"
     ),
 }
 
 
 def images_per_prompt(n_images: int, n_prompts: int) -> int:
-    """Images of each prompt, at least one: as near to `n_images` in all as every prompt getting as many allows."""
+    """Images of each prompt, equally many and at least one, so that all make up about `n_images`."""
     return max(1, round(n_images / n_prompts))
 
 
 def on_fixed_noise(prompts: Sequence[Prompt], n_images: int, seed: int) -> tuple[list[Prompt], list[int]]:
-    """What to draw to look at a policy: every prompt with the same noise seeds; a prompt and a seed a picture.
+    """The prompt and the noise seed of each picture on which a policy is measured: every prompt with the same seeds.
 
     Args:
         n_images: pictures in all, see `images_per_prompt`.
@@ -126,7 +120,7 @@ class Case:
     activities: list[str]
 
     def model_file(self, n_steps: int) -> str:
-        """Where the run keeps the U-Net after `n_steps` of DreamBooth."""
+        """The run's file of the U-Net after `n_steps` of DreamBooth."""
         return f"models/{self._stem(n_steps)}.safetensors"
 
     def arm_folder(self, arm: str, n_steps: int, rl_seed: int) -> str:
@@ -142,7 +136,8 @@ def make_cases(
     """The demonstration subjects of the classes, each class once.
 
     Args:
-        asked: activities for every class; usual: the preset's, where none is asked for (see `choose_activities`).
+        asked: activities for every class.
+        usual: the preset's activities, where none is asked for; see `choose_activities`.
         model, revision: the base model, as `load_model` takes it.
         image_px: size of the model's pictures.
 
@@ -152,8 +147,8 @@ def make_cases(
     cases = []
     for class_noun in dict.fromkeys(class_nouns):
         world = demo_subject(class_noun)
-        name = f"{world.body} {class_noun}"
-        subject = PersonalizedSubject(name, class_noun, IDENTIFIERS[0], "", model, revision, world)
+        words = f"{world.body} {class_noun}", class_noun, IDENTIFIERS[0], ""
+        subject = PersonalizedSubject(*words, model, revision, world)
         photos = [photo.resize((image_px, image_px)) for photo in world_photos(world)]
         cases.append(Case(subject, photos, choose_activities(subject, asked, usual)))
     return cases
@@ -169,11 +164,10 @@ def personalize(
     seed: int,
     on_step: Callable[[dict[str, float]], None] | None = None,
 ) -> None:
-    """Train DreamBooth to each of `steps` and keep its U-Net as an output of the run.
+    """Train DreamBooth to each of `steps` and write the U-Nets as outputs of the run, unless they are there already.
 
     A training of fewer steps is the same training ended earlier: its random streams are named by the step, and the
-    learning rate is constant. So the next one continues from the checkpoints of the last, and an interrupted one goes
-    on. What the run has already is not trained again.
+    learning rate is constant. So each training continues from the checkpoints of the one before it.
 
     Args:
         priors: class images.
@@ -202,7 +196,7 @@ def load_personalized(run: Run, base: TextToImage, case: Case, n_steps: int) -> 
     return model
 
 
-# --- what is there to learn from ------------------------------------------------------------------------------------
+# --- what there is to learn from ------------------------------------------------------------------------------------
 
 
 def draw_both_kinds(
@@ -217,28 +211,23 @@ def draw_both_kinds(
         One row a picture: prompt, activity, identifier, reward, shown and same_subject (the judge's answers, 1 or 0);
         and the pictures.
     """
+    assert case.subject.world, "a case is of the pocket world"
     prompts = ARMS["both"].prompts(case.subject, case.activities)
     asked, seeds = on_fixed_noise(prompts, n_images * len(prompts), seed)
-    pictures = sample(model, [p.text for p in asked], seeds, sampler)
-    rows = pd.DataFrame(
-        {
-            "prompt": [p.text for p in asked],
-            "activity": [p.activity for p in asked],
-            "identifier": [p.identifier for p in asked],
-            "reward": Objective.of(reward)(pictures, asked)[0].double(),
-            "shown": judge.agrees(pictures, "activity", [p.activity for p in asked]),
-            "same_subject": judge.identifies(pictures, case.subject.world),
-        }
-    )
+    rows = pd.DataFrame(asked).drop(columns="clean").rename(columns={"text": "prompt"})
+    pictures = sample(model, list(rows["prompt"]), seeds, sampler)
+    rows["reward"] = Objective.of(reward)(pictures, asked)[0].double().numpy()
+    rows["shown"] = judge.agrees(pictures, "activity", list(rows["activity"])).numpy()
+    rows["same_subject"] = judge.identifies(pictures, case.subject.world).numpy()
     return rows, pictures
 
 
 def explained_share(rewards: torch.Tensor, shown: torch.Tensor) -> float:
     """Share of the rewards' variance that goes with showing the activity, η² = Var(E[r | shown]) / Var(r).
 
-    It is 0 where every picture shows the activity or none does: then the advantages of the prompt, whatever their
-    size, rank the pictures by something else, at best by how nearly they show it. Of N pictures in which the two have
-    nothing to do with each other it is 1 / (N - 1) on average.
+    It is 0 where every picture shows the activity or none does: then the prompt's advantages rank the pictures by
+    something else, at best by how nearly they show it. For N pictures whose reward is independent of showing the
+    activity it is 1 / (N - 1) on average.
 
     Args:
         rewards: (N,) of one prompt.
@@ -258,17 +247,16 @@ def explained_share(rewards: torch.Tensor, shown: torch.Tensor) -> float:
 
 @dataclass(frozen=True)
 class FixedNoise:
-    """A monitor that looks at the policy instead of at the epoch's pictures: it draws the identifier prompts from
-    noise of its own, the same at each epoch and in each arm.
+    """A monitor that measures the policy on fixed noise, the same in each epoch and arm, not on the epoch's pictures.
 
-    So curves of different arms are means over equally many pictures that differ by the policy alone, and an arm that
-    makes more images does not look smoother. Called between rollout and update, it sees the policy that drew the
-    epoch's images: row k of a history is the policy after k epochs.
+    So the curves of all arms are means over equally many pictures, which differ by the policy alone; an arm that makes
+    more images does not look smoother. The monitor is called between rollout and update: row k of a history is the
+    policy after k epochs.
 
     Attributes:
         prompts, seeds: one a picture.
-        reward: of the training.
-        watch: of these pictures, see `SubjectMonitor`.
+        reward: what is trained on.
+        watch: measures the pictures, see `SubjectMonitor`.
     """
 
     model: TextToImage
@@ -278,7 +266,7 @@ class FixedNoise:
     reward: Reward
     watch: Monitor
 
-    def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> dict[str, float]:
+    def __call__(self, images: list[Image.Image], prompts: list[Prompt]) -> dict[str, float]:
         pictures = sample(self.model, [p.text for p in self.prompts], self.seeds, self.sampler)
         scores, _ = Objective.of(self.reward)(pictures, self.prompts)
         return {"fixed_reward": scores.mean().item(), **self.watch(pictures, self.prompts)}
@@ -295,9 +283,9 @@ def train_arm(
     look: FixedNoise,
     on_epoch: Callable[[dict[str, float], TextToImage], None] | None = None,
 ) -> None:
-    """Train one arm in its own folder below the run's and note its history and adapter as outputs.
+    """Train one arm in `folder` of the run, whose outputs become its history and adapter; skip it where they are there.
 
-    An arm that the run has already is left alone; one that was interrupted goes on from its checkpoint.
+    An interrupted training resumes from its checkpoint.
 
     Args:
         model: the personalized model; trained in place.
@@ -320,9 +308,9 @@ def train_arms(
     config: DDPOConfig,
     look: Callable[[TextToImage], FixedNoise],
     reward_base: float,
-    on_epoch: Callable[[str, dict[str, float]], None] | None = None,
+    on_epoch: Callable[[str, dict[str, float]], None] = lambda folder, row: None,
 ) -> pd.DataFrame:
-    """Train every arm from every personalized model with every seed; what the run has already is not trained again.
+    """Train every arm from every personalized model with every seed.
 
     Args:
         config: the preset's, with the images of an epoch of the arm "both".
@@ -333,24 +321,19 @@ def train_arms(
     Returns:
         The rows of prompt_kinds.csv, see `arm_rows`.
     """
+
+    def reporter(folder: str) -> Callable[[dict[str, float], TextToImage], None]:
+        return lambda row, model: on_epoch(folder, row)
+
     n_activities = len(case.activities)
     per_prompt = images_per_prompt(config.images_per_epoch, 2 * n_activities)
     parts = []
     for n_steps, rl_seed, (name, arm) in product(steps, rl_seeds, ARMS.items()):
         folder = case.arm_folder(name, n_steps, rl_seed)
         model = load_personalized(run, base, case, n_steps)
+        prompts, own = arm.prompts(case.subject, case.activities), arm.config(config, per_prompt, n_activities)
         watch = look(model)
-        train_arm(
-            run,
-            folder,
-            model,
-            arm.prompts(case.subject, case.activities),
-            watch.reward,
-            arm.config(config, per_prompt, n_activities),
-            rl_seed,
-            watch,
-            on_epoch=lambda row, _, folder=folder: on_epoch(folder, row) if on_epoch else None,
-        )
+        train_arm(run, folder, model, prompts, watch.reward, own, rl_seed, watch, reporter(folder))
         history = pd.read_csv(run.path(f"{folder}/history.csv"))
         parts.append(arm_rows(history, name, case, n_steps, rl_seed, per_prompt, reward_base))
     return pd.concat(parts, ignore_index=True)
@@ -370,7 +353,7 @@ def load_arm(
 def arm_rows(
     history: pd.DataFrame, arm: str, case: Case, n_steps: int, rl_seed: int, per_prompt: int, reward_base: float
 ) -> pd.DataFrame:
-    """The rows of prompt_kinds.csv for one arm: one an epoch, in which the policy after `epoch` epochs was measured.
+    """The rows of prompt_kinds.csv for one arm: one an epoch, which measures the policy after `epoch` epochs.
 
     Args:
         history: of `train_arm`.
@@ -378,13 +361,10 @@ def arm_rows(
         reward_base: what the base model gets for the class prompts, on the same noise.
 
     Returns:
-        arm, class_noun, subject, dreambooth_steps, rl_seed, epoch; n_images and n_identifier_images made until then;
-        reward_identifier, judge_activity, judge_identity, monitor on the fixed noise; training_reward_identifier and
-        training_reward_class of the epoch's own pictures; reward_base.
+        arm, `RUN_KEYS`, epoch; n_images and n_identifier_images made until then; `MEASURED` on the fixed noise;
+        training_reward_identifier and training_reward_class of the epoch's own pictures; reward_base.
     """
-    made = ARMS[arm].images(per_prompt, len(case.activities))
-    epoch = history["epoch"]
-    own = {f"training_{name}": history.get(name) for name in ("reward_identifier", "reward_class")}
+    made, epoch = ARMS[arm].images(per_prompt, len(case.activities)), history["epoch"]
     return pd.DataFrame(
         {
             "arm": arm,
@@ -397,7 +377,7 @@ def arm_rows(
             "n_identifier_images": epoch * made["identifier"],
             "reward_identifier": history["fixed_reward"],
             **{name: history[name] for name in MEASURED[1:]},
-            **own,
+            **{f"training_{name}": history.get(name) for name in ("reward_identifier", "reward_class")},
             "reward_base": reward_base,
         }
     )

@@ -1,46 +1,45 @@
-"""What the arms of `prompt_ablation` came to: images until half of the lost reward is won back, and the curves."""
+"""Results of `prompt_ablation`: images until half of the lost reward is won back, and learning curves.
+
+In every function `table` is prompt_kinds.csv (`prompt_ablation.arm_rows`).
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pandas as pd
 import seaborn
-from matplotlib import rc_context
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from ibkit.errors import ScoreError
 from ibkit.evaluate.arms import BLUE, ORANGE
-from ibkit.evaluate.figures import HOUSE_STYLE, INK, NotebookFigure
+from ibkit.evaluate.figures import INK, house_figure
 from ibkit.evaluate.intervals import bootstrap_statistic
 from ibkit.experiments.prompt_ablation import ARMS, RUN_KEYS
 
 AXES = {"n_images": "images made", "n_identifier_images": "images made with the identifier"}
-# Half of the reward that personalization lost is to be won back; reached when this many epochs are there on average.
-SHARE, WINDOW = 0.5, 3
-# Of runs, below which an interval is not given: the t-quantiles of fewer make it too wide to say anything.
-MIN_PAIRS = 6
+SHARE, WINDOW = 0.5, 3  # the share of the lost reward to win back, by the mean over a window of epochs
+MIN_PAIRS = 6  # with fewer pairs of runs, t-quantiles make the interval too wide to say anything: none is given
 
 
 # --- sample efficiency ----------------------------------------------------------------------------------------------
 
 
 def images_to_reach(images: Sequence[float], values: Sequence[float], level: float) -> float:
-    """Images made until a curve is at `level`, by the mean of the newest `WINDOW` rows; infinite if it never is.
+    """Images made until the mean of a curve's newest `WINDOW` rows is at `level`; infinite if it never is.
 
-    Between two rows the mean is taken to be linear.
+    Between two rows the mean is interpolated linearly.
 
     Args:
         images, values: (E,), in the order of training.
     """
     mean = pd.Series(values, dtype=float).rolling(WINDOW, min_periods=1).mean().to_numpy()
-    there = np.flatnonzero(mean >= level)
-    if not len(there):
+    if not (mean >= level).any():
         return math.inf
-    i = there[0]
+    i = int((mean >= level).argmax())
     if i == 0:
         return float(images[0])
     way = (level - mean[i - 1]) / (mean[i] - mean[i - 1])
@@ -48,7 +47,7 @@ def images_to_reach(images: Sequence[float], values: Sequence[float], level: flo
 
 
 def mean_gain(images: Sequence[float], values: Sequence[float], horizon: float) -> float:
-    """Area between a curve and its start, over the images up to `horizon`, divided by `horizon`: the mean gain."""
+    """Mean of a curve's gain over its start, over the images up to `horizon`."""
     x, y = np.asarray(images, dtype=float), np.asarray(values, dtype=float)
     inside = x < horizon
     x_cut = np.append(x[inside], horizon)
@@ -59,25 +58,22 @@ def mean_gain(images: Sequence[float], values: Sequence[float], horizon: float) 
 def pair_runs(table: pd.DataFrame, arm: str) -> pd.DataFrame:
     """Set each run of `arm` beside the run of "both" from the same personalized model with the same RL seed.
 
-    Args:
-        table: prompt_kinds.csv.
-
     Returns:
         One row a pair, with `RUN_KEYS`; the start, the level to reach and the horizon (images of the shorter run);
         `both` and `other`, images to reach the level, infinite where a run never does; `gain_both` and `gain_other`
         (`mean_gain`) of the reward, `activity_both` and `activity_other` of the judge's share.
-        A pair in which personalization lost no reward has nothing to win back and is left out.
+        Pairs in which personalization lost no reward have nothing to win back and are left out.
 
     Raises:
-        ScoreError: a column is missing, or a run stands there twice.
+        ScoreError: a column is missing, or an epoch of a run stands there twice.
     """
     axis = ARMS[arm].axis
     _check_columns(table, {"arm", "epoch", "reward_identifier", "judge_activity", "reward_base", axis, *RUN_KEYS})
     if table.duplicated(["arm", *RUN_KEYS, "epoch"]).any():
         raise ScoreError("the table of prompt kinds holds an epoch of a run twice: keep one of each.")
     rows = []
-    for keys, part in table.sort_values("epoch").groupby(list(RUN_KEYS), sort=True):
-        curves = {name: part[part["arm"] == name] for name in ("both", arm)}
+    for keys, part in table.sort_values("epoch").groupby(list(RUN_KEYS)):
+        curves = {name: part[part["arm"] == of_arm] for name, of_arm in (("both", "both"), ("other", arm))}
         if any(len(curve) < 2 for curve in curves.values()):
             continue
         start = float(np.mean([curve["reward_identifier"].iloc[0] for curve in curves.values()]))
@@ -86,19 +82,17 @@ def pair_runs(table: pd.DataFrame, arm: str) -> pd.DataFrame:
             continue
         horizon = float(min(curve[axis].iloc[-1] for curve in curves.values()))
         row = dict(zip(RUN_KEYS, keys, strict=True)) | {"start": start, "level": level, "horizon": horizon}
-        for name, curve in zip(("both", "other"), curves.values(), strict=True):
-            x, y = curve[axis].to_numpy(float), curve["reward_identifier"].to_numpy(float)
-            n = images_to_reach(x, y, level)
-            shown = curve["judge_activity"].to_numpy(float)
-            row |= {name: n if n <= horizon else math.inf, f"gain_{name}": mean_gain(x, y, horizon)}
+        for name, curve in curves.items():
+            x, reward, shown = curve[[axis, "reward_identifier", "judge_activity"]].to_numpy(float).T
+            n = images_to_reach(x, reward, level)
+            row |= {name: n if n <= horizon else math.inf, f"gain_{name}": mean_gain(x, reward, horizon)}
             row |= {f"activity_{name}": mean_gain(x, shown, horizon)}
         rows.append(row)
-    columns = [*RUN_KEYS, "start", "level", "horizon"]
-    columns += [f"{kind}{name}" for name in ("both", "other") for kind in ("", "gain_", "activity_")]
-    return pd.DataFrame(rows, columns=columns)
+    columns = [f"{kind}{name}" for name in ("both", "other") for kind in ("", "gain_", "activity_")]
+    return pd.DataFrame(rows, columns=[*RUN_KEYS, "start", "level", "horizon", *columns])
 
 
-def efficiency(table: pd.DataFrame, n_resamples: int = 10_000) -> pd.DataFrame:
+def efficiency(table: pd.DataFrame) -> pd.DataFrame:
     """How many times as many images the identifier prompts alone need as both kinds, and by how much less they gain.
 
     For each number of DreamBooth steps, and each arm with the identifier only against "both" along what the two hold
@@ -108,10 +102,10 @@ def efficiency(table: pd.DataFrame, n_resamples: int = 10_000) -> pd.DataFrame:
 
     over pairs of runs from the same model with the same RL seed, n the images until half of the lost reward is won
     back (`images_to_reach`). Above 1, both kinds are faster. A run that never gets there counts with its horizon, as in
-    a restricted mean survival time: the ratio then says less than the truth about the slower arm, never more, as long
-    as only the slower arm's runs are cut. Where no run of either arm gets there, there is no ratio. The difference of
-    mean gains (`mean_gain`, both - other) needs no level and is always there, for the reward that was trained and for
-    the activity that the judge sees, which was not.
+    a restricted mean survival time: the ratio then understates how slow the slower arm is, as long as only that arm's
+    runs are cut. Where no run of either arm gets there, there is no ratio. The difference of mean gains (`mean_gain`,
+    both - other) needs no level and always exists, for the trained reward and for the activity that the judge sees,
+    which was not trained.
 
     Returns:
         One row a comparison: dreambooth_steps, arm, axis, n_pairs, reached_both, reached_other, ratio, ratio_low,
@@ -124,41 +118,42 @@ def efficiency(table: pd.DataFrame, n_resamples: int = 10_000) -> pd.DataFrame:
     """
     rows = []
     for steps, part in table.groupby("dreambooth_steps"):
-        for arm, spec in ARMS.items():
-            if arm == "both" or (pairs := pair_runs(part, arm)).empty:
+        for arm in (name for name in ARMS if name != "both"):
+            pairs = pair_runs(part, arm)
+            if pairs.empty:
                 continue
             cut = {name: np.minimum(pairs[name], pairs["horizon"]).to_numpy() for name in ("both", "other")}
-            reached = {name: int(np.isfinite(pairs[name]).sum()) for name in ("both", "other")}
-            ratio = cut["other"].mean() / cut["both"].mean() if sum(reached.values()) else math.nan
-            row = {"dreambooth_steps": steps, "arm": arm, "axis": spec.axis, "n_pairs": len(pairs)}
-            row |= {f"reached_{name}": count for name, count in reached.items()}
-            row |= {"ratio": ratio, "ratio_low": math.nan, "ratio_high": math.nan}
-            options = {"groups": list(pairs["class_noun"]), "n_resamples": n_resamples}
-            if len(pairs) >= MIN_PAIRS and sum(reached.values()):
+            row = {"dreambooth_steps": steps, "arm": arm, "axis": ARMS[arm].axis, "n_pairs": len(pairs)}
+            row |= {f"reached_{name}": int(np.isfinite(pairs[name]).sum()) for name in cut}
+            row |= dict.fromkeys(("ratio", "ratio_low", "ratio_high"), math.nan)
+            if row["reached_both"] or row["reached_other"]:
                 # Of the logarithm, whose interval stays above zero.
-                interval = bootstrap_statistic(cut, lambda both, other: np.log(other / both), **options)
-                row |= {"ratio_low": math.exp(interval.low), "ratio_high": math.exp(interval.high)}
-            for kind in ("gain", "activity"):
-                gains = {name: pairs[f"{kind}_{name}"].to_numpy() for name in ("both", "other")}
+                low, high = _bounds(pairs, cut, lambda both, other: np.log(other / both))
+                row |= {"ratio": cut["other"].mean() / cut["both"].mean()}
+                row |= {"ratio_low": math.exp(low), "ratio_high": math.exp(high)}
+            for kind, most in (("gain", math.inf), ("activity", 1.0)):  # a share of pictures differs by 1 at the most
+                gains = {name: pairs[f"{kind}_{name}"].to_numpy() for name in cut}
+                low, high = _bounds(pairs, gains, lambda both, other: both - other)
                 row |= {f"{kind}_difference": gains["both"].mean() - gains["other"].mean()}
-                row |= {f"{kind}_low": math.nan, f"{kind}_high": math.nan}
-                if len(pairs) >= MIN_PAIRS:
-                    gain = bootstrap_statistic(gains, lambda both, other: both - other, **options)
-                    # A share of pictures differs by 1 at the most.
-                    most = 1.0 if kind == "activity" else math.inf
-                    row |= {f"{kind}_low": max(gain.low, -most), f"{kind}_high": min(gain.high, most)}
+                row |= {f"{kind}_low": max(low, -most), f"{kind}_high": min(high, most)}
             rows.append(row | {"verdict": _verdict(row)})
     return pd.DataFrame(rows)
+
+
+def _bounds(
+    pairs: pd.DataFrame, columns: dict[str, np.ndarray], statistic: Callable[..., np.ndarray]
+) -> tuple[float, float]:
+    if len(pairs) < MIN_PAIRS:
+        return math.nan, math.nan
+    found = bootstrap_statistic(columns, statistic, list(pairs["class_noun"]))
+    return found.low, found.high
 
 
 def kept_by_class(table: pd.DataFrame) -> pd.DataFrame:
     """Of the reward that personalization took from the identifier prompts, the share that the class prompts still have.
 
-    From the first epoch's own pictures, before any update. Near 1 the class prompts can teach what the identifier
-    prompts have lost, as InstructBooth's section 2.2 has it; near 0 they have lost as much.
-
-    Args:
-        table: prompt_kinds.csv.
+    From the first epoch's own pictures, before any update. Near 1, the class prompts can teach what the identifier
+    prompts have lost, as InstructBooth's section 2.2 says; near 0, they have lost as much.
 
     Returns:
         One row for each class_noun and dreambooth_steps: rewards `identifier` (all arms), `class` (of "both") and
@@ -205,16 +200,13 @@ def learning_curves(table: pd.DataFrame, column: str, title: str = "") -> tuple[
     over RL seeds; on the left against all images made, on the right against those with the identifier.
 
     Args:
-        table: prompt_kinds.csv.
-        column: one of `MEASURED`. Beside the reward, what the base model gets and the level to reach are marked.
-        title: above the figure.
+        column: one of `MEASURED`. For the reward, what the base model gets and the level to reach are marked.
 
     Returns:
         The figure, and one row a point: subject, dreambooth_steps, arm, rl_seed, epoch, the two axes, value.
     """
     cells = list(table.groupby(["subject", "dreambooth_steps"], sort=False))
-    with rc_context(HOUSE_STYLE):
-        figure = NotebookFigure(figsize=(9.6, 3.1 * len(cells) + 0.9), layout="constrained")
+    with house_figure(9.6, 3.1 * len(cells) + 0.9, title) as figure:
         all_axes = figure.subplots(len(cells), len(AXES), squeeze=False, sharey="row")
         for axes, ((subject, steps), part) in zip(all_axes, cells, strict=True):
             for axis, (x, label) in zip(axes, AXES.items(), strict=True):
@@ -226,19 +218,15 @@ def learning_curves(table: pd.DataFrame, column: str, title: str = "") -> tuple[
                     )  # fmt: skip
                 if column == "reward_identifier":
                     start, base = part.loc[part["epoch"] == 0, column].mean(), part["reward_base"].iloc[0]
+                    level = start + SHARE * (base - start)
                     axis.axhline(base, color=INK, lw=1, ls="-", label="base model, class prompts")
-                    axis.axhline(
-                        start + SHARE * (base - start), color=INK, lw=1, ls=":", label="half of the loss won back"
-                    )
+                    axis.axhline(level, color=INK, lw=1, ls=":", label="half of the loss won back")
                 elif column != "monitor":
                     axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=0))
                     axis.set_ylim(bottom=0)
                 axis.xaxis.set_major_locator(MaxNLocator(integer=True))
                 axis.set(xlabel=label, ylabel=LABELS[column], title=f"{subject}, {steps} DreamBooth steps")
-        handles, names = all_axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=3)
-        if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        figure.legend(*all_axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     keys = ["subject", "dreambooth_steps", "arm", "rl_seed", "epoch", *AXES]
     return figure, table[[*keys, column]].rename(columns={column: "value"})
 
@@ -248,36 +236,24 @@ def reward_spread(drawn: pd.DataFrame, title: str = "") -> tuple[Figure, pd.Data
 
     Args:
         drawn: one row a picture: dreambooth_steps, prompt, reward, shown (1 or 0).
-        title: above the figure.
 
     Returns:
         The figure, and `drawn`.
     """
     groups = list(drawn.groupby("dreambooth_steps", sort=False))
-    n_prompts = drawn["prompt"].nunique()
-    with rc_context(HOUSE_STYLE):
-        figure = NotebookFigure(figsize=(9.6, 0.45 * n_prompts * len(groups) + 1.6), layout="constrained")
-        for axis, (steps, part) in zip(
-            figure.subplots(len(groups), 1, squeeze=False, sharex=True)[:, 0], groups, strict=True
-        ):
-            for shown, colour, label in (
-                (0, ORANGE, "no"),
-                (1, BLUE, "yes"),
-            ):
+    with house_figure(9.6, 0.45 * drawn["prompt"].nunique() * len(groups) + 1.6, title) as figure:
+        axes = figure.subplots(len(groups), 1, squeeze=False, sharex=True)[:, 0]
+        for axis, (steps, part) in zip(axes, groups, strict=True):
+            for shown, colour, marker, label in ((0, ORANGE, "X", "no"), (1, BLUE, "o", "yes")):
                 others = np.random.get_state()
-                np.random.seed(0)  # of the jitter, which seaborn draws from here: equal tables give equal figures
+                np.random.seed(0)  # seaborn draws the jitter from here: equal tables give equal figures
                 seaborn.stripplot(
                     part[part["shown"] == shown], x="reward", y="prompt", order=list(part["prompt"].unique()),
-                    color=colour, marker="X" if not shown else "o", size=6, alpha=0.7, label=label, legend=False,
-                    ax=axis,
+                    color=colour, marker=marker, size=6, alpha=0.7, label=label, legend=False, ax=axis,
                 )  # fmt: skip
                 np.random.set_state(others)
             axis.set(title=f"{steps} DreamBooth steps", ylabel="", xlabel="reward")
         handles, names = axis.get_legend_handles_labels()
-        first = {name: handle for handle, name in zip(handles, names, strict=True)}
-        figure.legend(
-            first.values(), first.keys(), title="activity shown (simulated judge)", loc="outside lower center", ncols=2
-        )
-        if title:
-            figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+        by_name, asked = dict(zip(names, handles, strict=True)), "activity shown (simulated judge)"
+        figure.legend(by_name.values(), by_name.keys(), title=asked, loc="outside lower center", ncols=2)
     return figure, drawn
