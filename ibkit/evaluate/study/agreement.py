@@ -1,14 +1,14 @@
-"""How united the raters of a study were, and one scale from many pairs: Fleiss' κ, and Bradley and Terry's strengths.
+"""How far the raters of a study agreed, and one scale from many pairs: Fleiss' κ, and Bradley and Terry's strengths.
 
 Shape legend: N items, M arms, R resamples.
 """
 
-from __future__ import annotations
-
+import math
 from contextlib import suppress
 
 import numpy as np
 import pandas as pd
+from scipy.sparse.csgraph import connected_components
 
 from ibkit.errors import ScoreError, StudyError
 from ibkit.evaluate.arms import arms_of
@@ -32,16 +32,13 @@ def fleiss_kappa(counts: np.ndarray) -> float:
     Raises:
         StudyError: fewer than two raters, or not as many for each item.
     """
-    columns, n_raters = _agreement(np.asarray(counts, dtype=float))
-    observed, shares = columns.pop("agree").mean(), np.array([column.mean() for column in columns.values()])
-    expected = (shares**2).sum()
-    return float((observed - expected) / (1 - expected)) if expected < 1 else float("nan")
+    return float(_kappa(**{name: column.mean() for name, column in _agreement(counts).items()}))
 
 
 def kappas(votes: pd.DataFrame) -> pd.DataFrame:
     """Fleiss' κ for every question, and for every pair of arms of the preference, with 95 % intervals.
 
-    κ wants the same number of raters on each item, so only items that every rater of the table voted on count.
+    κ needs the same number of raters for each item, so only items that every rater of the table voted on count.
     Intervals resample subjects and prompts; of a single prompt, its noises.
 
     Returns:
@@ -56,36 +53,38 @@ def kappas(votes: pd.DataFrame) -> pd.DataFrame:
     decided = decided.assign(arms=[f"{a} – {b}" if a else "" for a, b in decided[["arm_a", "arm_b"]].to_numpy()])
     rows = []
     for (question, arms), part in decided.groupby(["question", "arms"], sort=False):
-        counts = np.stack([part["n_first"], part["n_raters"] - part["n_first"]], axis=1)
-        columns, _ = _agreement(counts.astype(float))
-        expected = float(sum(column.mean() ** 2 for name, column in columns.items() if name != "agree"))
-        row = {"question": question, "arms": arms, "kappa": np.nan, "low": np.nan, "high": np.nan}
-        if expected < 1:
+        columns = _agreement(np.stack([part["n_first"], part["n_raters"] - part["n_first"]], axis=1))
+        means = {name: float(column.mean()) for name, column in columns.items()}
+        row = {"question": question, "arms": arms, "kappa": float(_kappa(**means)), "low": np.nan, "high": np.nan}
+        if not math.isnan(row["kappa"]):
             noises = part.groupby(list(UNIT)).ngroup()  # the same seed is another noise under another prompt
             groups = [*(part[name].to_numpy() for name in UNIT[:-1]), noises.to_numpy()]
-            row |= {"kappa": (float(columns["agree"].mean()) - expected) / (1 - expected), "low": -1.0, "high": 1.0}
+            row |= {"low": -1.0, "high": 1.0}
             # κ is not defined on prompts whose votes are all alike; where many resamples hold only these, no bound is.
             with suppress(ScoreError):
-                interval = bootstrap_statistic(columns, _kappa_of_means, groups)
+                interval = bootstrap_statistic(columns, _kappa, groups)
                 row |= {"low": max(interval.low, -1.0), "high": min(interval.high, 1.0)}
-        observed = float(columns["agree"].mean())
+        observed = means.pop("agree")
+        expected = sum(share**2 for share in means.values())
         rows.append(row | {"observed": observed, "expected": expected, "n": len(part), "raters": n_raters})
     names = ["question", "arms", "kappa", "low", "high", "observed", "expected", "n", "raters"]
     return pd.DataFrame(rows, columns=names)
 
 
-def _agreement(counts: np.ndarray) -> tuple[dict[str, np.ndarray], int]:
+def _agreement(counts: np.ndarray) -> dict[str, np.ndarray]:
     """Per item: the share of pairs of raters that agree, and the share of votes in each category."""
+    counts = np.asarray(counts, dtype=float)
     n_raters = counts.sum(axis=1)
     if counts.ndim != 2 or not len(counts) or n_raters.min() < 2 or np.ptp(n_raters) > 0:
         raise StudyError("Fleiss' κ needs the same number of raters, two or more, for every item.")
     n = n_raters[0]
     agree = ((counts**2).sum(axis=1) - n) / (n * (n - 1))
-    return {"agree": agree} | {f"share{j}": column / n for j, column in enumerate(counts.T)}, int(n)
+    return {"agree": agree} | {f"share{j}": column / n for j, column in enumerate(counts.T)}
 
 
-def _kappa_of_means(agree: np.ndarray, **shares: np.ndarray) -> np.ndarray:
-    expected = sum(share**2 for share in shares.values())
+def _kappa(agree: np.ndarray | float, **shares: np.ndarray | float) -> np.ndarray:
+    """κ from means over items, (R,) or scalars; NaN where all votes are in one category."""
+    expected = np.asarray(sum(share**2 for share in shares.values()))
     return (agree - expected) / np.where(expected < 1 - ROUNDING, 1 - expected, np.nan)
 
 
@@ -97,8 +96,8 @@ def bradley_terry(wins: np.ndarray, n_iterations: int = 2000, tolerance: float =
 
     Args:
         wins: how often i beat j, shape (..., M, M) with a zero diagonal; a tie is half a win for each.
-        n_iterations: at most so many steps.
-        tolerance: steps end when no strength moves by more.
+        n_iterations: the largest number of steps.
+        tolerance: stop when no strength moves by more.
 
     Returns:
         Strengths, shape (..., M). They are finite and unique where `separated_groups` finds one group; else the limit
@@ -120,18 +119,16 @@ def bradley_terry(wins: np.ndarray, n_iterations: int = 2000, tolerance: float =
 
 
 def separated_groups(wins: np.ndarray) -> list[list[int]]:
-    """Groups of arms with no way back and forth between them by wins; one group where strengths are finite.
+    """The strongly connected components of the graph of wins; one where strengths are finite.
 
-    If all arms of one group beat, or never meet, those of another, the likelihood has no maximum: the one's
-    strength could always be larger yet (Ford 1957).
+    If all arms of one group beat, or never meet, those of another, the likelihood has no maximum: it grows with the
+    strength of the one without end (Ford 1957).
 
     Args:
         wins: as in `bradley_terry`, shape (M, M).
     """
-    n = len(wins)
-    reaches = np.linalg.matrix_power(np.eye(n) + (np.asarray(wins) > 0), n) > 0  # by a chain of at most n wins
-    both_ways = reaches & reaches.T
-    return [np.flatnonzero(row).tolist() for i, row in enumerate(both_ways) if not row[:i].any()]
+    _, labels = connected_components(np.asarray(wins) > 0, connection="strong")
+    return [np.flatnonzero(labels == label).tolist() for label in pd.unique(labels)]
 
 
 def win_matrix(decided: pd.DataFrame) -> pd.DataFrame:
@@ -144,7 +141,7 @@ def win_matrix(decided: pd.DataFrame) -> pd.DataFrame:
     return wins
 
 
-def strengths(decided: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> pd.DataFrame:
+def strengths(decided: pd.DataFrame, n_resamples: int = 2000) -> pd.DataFrame:
     """Bradley–Terry strengths of all arms, with 95 % intervals by resampling prompts, noise and trainings.
 
     Args:
@@ -154,13 +151,12 @@ def strengths(decided: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> 
         Table: arm, value, low, high, n (comparisons of the arm). Strengths sum to 1.
 
     Raises:
-        StudyError: fewer than two arms, or a group of arms that no chain of wins ties to the rest: then there are
-            no finite strengths.
+        StudyError: fewer than two arms, or more than one of `separated_groups`.
     """
     wins = win_matrix(decided)
-    groups = [[wins.index[i] for i in group] for group in separated_groups(wins.to_numpy())]
-    if len(groups) != 1 or len(wins) < 2:
-        names = " | ".join(", ".join(group) for group in groups) or "none"
+    apart = separated_groups(wins.to_numpy())
+    if len(apart) != 1 or len(wins) < 2:
+        names = " | ".join(", ".join(wins.index[group]) for group in apart) or "none"
         raise StudyError(
             f"There are no finite Bradley–Terry strengths: no chain of wins leads back and forth between {names}; "
             "read the preference rates instead, or collect more votes."
@@ -168,7 +164,6 @@ def strengths(decided: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> 
     asked = decided[decided["question"] == "preference"]
     tables = {f"{a}|{b}": part for (a, b), part in asked.groupby(["arm_a", "arm_b"], sort=False)}
     pairs = pair_up(tables, "value")
-    shared = next(iter(pairs.values()))
     place = {arm: i for i, arm in enumerate(wins.index)}
     ends = {name: [place[arm] for arm in name.split("|")] for name in pairs}
     n_pairs = {name: len(tables[name]) for name in pairs}
@@ -182,14 +177,10 @@ def strengths(decided: pd.DataFrame, n_resamples: int = 2000, seed: int = 0) -> 
 
     # The same seed gives every arm the same resamples.
     columns, value, rows = {name: pair.to_numpy() for name, pair in pairs.items()}, bradley_terry(wins.to_numpy()), []
+    groups, seeds = unit_groups(next(iter(pairs.values()))), seed_groups(*pairs.values())
     for arm, i in place.items():
         interval = bootstrap_statistic(
-            columns,
-            lambda i=i, **means: fitted(means)[:, i],
-            unit_groups(shared),
-            seeds=seed_groups(*pairs.values()),
-            n_resamples=n_resamples,
-            seed=seed,
+            columns, lambda i=i, **means: fitted(means)[:, i], groups, seeds=seeds, n_resamples=n_resamples
         )
         n = int((wins.loc[arm] + wins[arm]).sum())
         low, high = np.fmax(interval.low, 0.0), np.fmin(interval.high, 1.0)  # of a single item: 0 and 1

@@ -3,8 +3,6 @@
 Every function takes a `title` to write above its figure; `who` names the raters, such as "seven simulated raters".
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping, Sequence
 

@@ -1,11 +1,9 @@
-"""What a study of arms' pictures by people asks: the questions, and the items they are asked about.
+"""The questions of the human study, and the items (pictures, and pairs of them) that they are asked about.
 
 Three questions, as in InstructBooth, section 3.3 and appendix F: *subject* (does it closely resemble the photos'?) and
 *text* (does the picture show what the text says?), both answered by yes or no about one picture; and *preference*
 (which of two pictures of the same prompt and the same noise is better?).
 """
-
-from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
@@ -25,13 +23,13 @@ from ibkit.runs import CompletedRun, hash_json, input_of, resolve
 
 @dataclass(frozen=True)
 class Question:
-    """What raters are asked.
+    """A question to raters.
 
     Attributes:
         ask: the question.
-        guide: the instruction before it, with what to look at and what to leave out of account.
-        answers: the two answers as they are written down; the first is the one that is counted.
-        labels: what stands on the buttons.
+        guide: the instruction before it: what to look at and what to ignore.
+        answers: the two answers as they are recorded; shares count the first.
+        labels: of the buttons.
     """
 
     ask: str
@@ -106,21 +104,21 @@ def read_evaluated(run: CompletedRun, model: str, revision: str = "") -> Evaluat
 
 
 def make_items(evaluated: Sequence[Evaluated], n_items: int = 0, seed: int = 0) -> pd.DataFrame:
-    """List what raters are asked: each picture for both yes-or-no questions, each pair of arms for the preference.
+    """List the items: each picture for both yes-or-no questions, each pair of pictures for the preference.
 
     Pictures are those that the paper compares (base model with the class prompt, the others with the identifier). A
-    pair shares the prompt and the noise; an arm is paired with all that was trained from
-    it: the base model with every personalization, a personalization with its tunings.
+    pair shares the prompt and the noise. An arm is paired with all that was trained from it: the base model with every
+    personalization, a personalization with its tunings.
 
     Args:
         evaluated: finished evaluations, of different subjects or different seeds.
         n_items: items for each question and arm, or pair of arms, spread evenly over prompts and seeds (and so
             rounded up); 0 = all.
-        seed: which ones, if not all.
+        seed: of the choice of items, if not all.
 
     Returns:
-        Table with `ITEM_COLUMNS`, one row an item. `item` is a name made from what is asked and the pictures' hashes;
-        image_a and image_b are paths; arm holds for yes or no, arm_a and arm_b for the preference.
+        Table with `ITEM_COLUMNS`, one row an item. `item` is a hash of the question and the pictures; image_a and
+        image_b are paths; the yes-or-no questions set arm, the preference arm_a and arm_b.
 
     Raises:
         StudyError: two different pictures of one arm, prompt and noise.
@@ -139,8 +137,8 @@ def make_items(evaluated: Sequence[Evaluated], n_items: int = 0, seed: int = 0) 
     arms = arms_of(pictures["arm"])
     by_arm = {arm: pictures[pictures["arm"] == arm] for arm in arms}
     parts = []
-    for arm in arms:
-        part = _first_units(by_arm[arm], order, n_items).rename(columns={"path": "image_a"})
+    for rows in by_arm.values():
+        part = _first_units(rows, order, n_items).rename(columns={"path": "image_a"})
         for question in ("subject", "text"):
             parts.append(part.assign(question=question, arm_a="", arm_b="", image_b="", sha256_b=""))
     for a, b in itertools.combinations(arms, 2):
@@ -148,9 +146,8 @@ def make_items(evaluated: Sequence[Evaluated], n_items: int = 0, seed: int = 0) 
         for name in SEEDS:
             one, other = pair[name], pair[f"{name}_b"]
             pair = pair.assign(**{name: one.fillna(other)})[((one == other) | one.isna() | other.isna()).astype(bool)]
-        pair = pair.assign(question="preference", arm="")
-        pair = pair.assign(arm_a=a, arm_b=b).rename(columns={"path": "image_a", "path_b": "image_b"})
-        parts.append(_first_units(pair, order, n_items))
+        pair = pair.assign(question="preference", arm="", arm_a=a, arm_b=b)
+        parts.append(_first_units(pair.rename(columns={"path": "image_a", "path_b": "image_b"}), order, n_items))
     items = pd.concat(parts, ignore_index=True)
     items = items.sort_values("question", kind="stable", key=lambda names: names.map(list(QUESTIONS).index))
     named = ["question", "subject", "prompt_id", "image_seed", *SEEDS, "arm", "arm_a", "arm_b"]
@@ -160,7 +157,7 @@ def make_items(evaluated: Sequence[Evaluated], n_items: int = 0, seed: int = 0) 
 
 
 def study_name(items: pd.DataFrame) -> str:
-    """A name for the study, made from its items: ratings of another one are not of these pictures."""
+    """A name for the study, made from its items, so that ratings of other pictures are told apart."""
     return hash_json(sorted(items["item"]))[:12]
 
 
@@ -175,17 +172,16 @@ def _pictures(one: Evaluated) -> pd.DataFrame:
 
 
 def _unit_order(pictures: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Every unit once, each prompt's noises shuffled, prompts taking turns: any first few are spread over prompts."""
+    """Every unit once, each prompt's noises shuffled and prompts in turns, so that the first few cover all prompts."""
     units = pictures[list(UNIT)].drop_duplicates().sort_values(list(UNIT))
     rng = np.random.default_rng(seed)
-    turn = units.groupby(["subject", "prompt_id"], sort=False)["image_seed"].transform(
-        lambda s: rng.permutation(len(s))
-    )
-    return units.assign(turn=turn).sort_values(["turn", *UNIT]).drop(columns="turn").reset_index(drop=True)
+    of_prompt = units.groupby(["subject", "prompt_id"], sort=False)["image_seed"]
+    turn = of_prompt.transform(lambda seeds: rng.permutation(len(seeds)))
+    return units.assign(turn=turn).sort_values(["turn", *UNIT], ignore_index=True).drop(columns="turn")
 
 
 def _first_units(rows: pd.DataFrame, order: pd.DataFrame, n_items: int) -> pd.DataFrame:
-    """The rows of the first units; every training keeps the same ones, so that seeds stay crossed with units."""
+    """The rows of the first units, the same ones for every training, so that seeds stay crossed with units."""
     there = order.merge(rows[list(UNIT)].drop_duplicates(), on=list(UNIT))
     if n_items:
         there = there.head(-(-n_items // len(rows[list(SEEDS)].drop_duplicates())))

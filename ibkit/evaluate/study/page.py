@@ -1,17 +1,15 @@
 """The rating page: the widgets over a `ratings.RatingSession`, for JupyterLab.
 
-It holds buttons, pictures and texts only (no Output widget, no code in the browser). The keyboard works as everywhere:
-Tab and Shift+Tab move between the buttons, Enter or the space bar presses the one in focus. A button that was pressed
-gives up the focus and no other one gets it: no answer is nearer than the other, and a second Enter answers nothing.
-The second half of a double click is left out, since it would answer an item that nobody has seen.
+It holds buttons, pictures and texts only (no Output widget, no code in the browser). Tab and Shift+Tab move between the
+buttons, Enter or the space bar presses the one in focus. A pressed button gives up the focus and no other one gets it:
+no answer is nearer than the other, and a second Enter answers nothing. The second half of a double click is ignored,
+since it would answer an item that nobody has seen.
 """
-
-from __future__ import annotations
 
 import html
 import io
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import ipywidgets as widgets
 from PIL import Image
@@ -29,7 +27,7 @@ class RatingPage:
     """Instruction, picture or pair with the reference photos, two answers, undo, progress.
 
     Args:
-        session: whose answers it writes down.
+        session: records the answers.
         references: subject -> its photos.
 
     Attributes:
@@ -60,7 +58,8 @@ class RatingPage:
         self._show()
 
     def _begin(self) -> None:
-        self._instructed = self.session.current.question
+        if self.session.current:
+            self._instructed = self.session.current.question
         self.session.restart_clock()
         self._show()
 
@@ -68,8 +67,8 @@ class RatingPage:
         if time.monotonic() - self._shown_at >= DOUBLE_CLICK_SECONDS:
             self._do(lambda: self.session.answer(choice))
 
-    def _do(self, act) -> None:
-        """An error inside a click would go unseen to a log: it is shown, and nothing else changes."""
+    def _do(self, act: Callable[[], None]) -> None:
+        """Act and show what is next, or else the error: one inside a click would go unseen to a log."""
         try:
             act()
         except StudyError as error:
@@ -82,35 +81,32 @@ class RatingPage:
         task, n = self.session.current, len(self.session.tasks)
         self.progress.value, self.count.value = self.session.n_done, f"{self.session.n_done} of {n}"
         self.undo.disabled = self.session.n_done == 0
+        asking = task is not None and task.question == self._instructed
+        shown = {self.start: task is not None and not asking, self.first: asking, self.second: asking}
+        for button, visible in shown.items():
+            button.layout.display = None if visible else "none"
+        photos: list[widgets.Widget] = []
+        pictures: list[widgets.Widget] = []
         if task is None:
             self.headline.value = f"<h3>Done. Thank you, {html.escape(self.session.rater)}.</h3>"
-        elif task.question == self._instructed:
-            text = f"<p>“{html.escape(task.text)}”</p>" if task.question != "subject" else ""
-            self.headline.value = f"<h3>{html.escape(QUESTIONS[task.question].ask)}</h3>{text}"
-        else:
-            part = list(QUESTIONS).index(task.question) + 1
-            asked = QUESTIONS[task.question]
+        elif not asking:
+            part, asked = list(QUESTIONS).index(task.question) + 1, QUESTIONS[task.question]
             self.headline.value = (
                 f"<h3>Part {part} of {len(QUESTIONS)}: {html.escape(asked.ask)}</h3><p>{html.escape(asked.guide)}</p>"
                 "<p>Answer every item, by your first impression; a guess is an answer too. Each click is saved at "
                 "once: you can stop at any moment and go on later. Keyboard: Tab to a button, Enter to press it.</p>"
             )
-        asking = task is not None and task.question == self._instructed
-        _visible(self.start, task is not None and not asking)
-        _visible(self.first, asking)
-        _visible(self.second, asking)
-        photos = []
-        if asking and task.question != "text":
-            photos = [_image(photo, PICTURE_PX // 2) for photo in self.references[task.subject]]
-        self.photos.children = [widgets.Label("Reference photos:"), *photos] if photos else []
-        self.pictures.children = [_image(read_rgb(path), PICTURE_PX) for path in task.images] if asking else []
-        if asking:
-            self.first.description, self.second.description = QUESTIONS[task.question].labels
+        else:
+            asked = QUESTIONS[task.question]
+            text = f"<p>“{html.escape(task.text)}”</p>" if task.question != "subject" else ""
+            self.headline.value = f"<h3>{html.escape(asked.ask)}</h3>{text}"
+            self.first.description, self.second.description = asked.labels
+            pictures = [_image(read_rgb(path), PICTURE_PX) for path in task.images]
+            if task.question != "text":
+                photos = [_image(photo, PICTURE_PX // 2) for photo in self.references[task.subject]]
+                photos.insert(0, widgets.Label("Reference photos:"))
+        self.photos.children, self.pictures.children = photos, pictures
         self._shown_at = time.monotonic()
-
-
-def _visible(widget: widgets.DOMWidget, yes: bool) -> None:
-    widget.layout.display = None if yes else "none"
 
 
 def _image(picture: Image.Image, width_px: int) -> widgets.Image:

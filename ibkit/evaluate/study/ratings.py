@@ -1,19 +1,18 @@
 """Files of ratings: one line of JSON for each click, written at once and never changed.
 
-A rater's file is the raw record of a study, worth more than anything computed from it. So each answer is appended and
-synced to the disk before the next question is shown; an undo is a line of its own; a line that cannot be read (the
-last one of a computer that lost power, say) is reported with its number and costs no other. Readers never write.
+A rater's file is the raw record of a study. So each answer is appended and synced to the disk before the next question
+is shown; an undo is a line of its own; a line that cannot be read (the last one before a power cut, say) is reported
+with its number and costs no other. Readers never write.
 
 A line: `{"schema": 1, "study": …, "rater": …, "question": …, "item": …, "answer": …, "shown": …, "time": …,
 "seconds": …}`. `answer` is "yes" or "no", for the preference "a" or "b", or "undo": it takes the item's answer back.
-`shown` is the order on the screen: "a" for one picture, "ab" or "ba" for two from left to right; `time` is when the
-answer was given (UTC), `seconds` how long the item was looked at.
+`shown` is the order on the screen: "a" for one picture, "ab" or "ba" for two from left to right; `time` is that of the
+answer (UTC), `seconds` how long the item was on the screen.
 """
-
-from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import random
 import re
@@ -33,7 +32,7 @@ from ibkit.runs import resolve
 
 SCHEMA = 1
 UNDO = "undo"
-FIELDS = {
+FIELDS: dict[str, type | tuple[type, ...]] = {
     "schema": int, "study": str, "rater": str, "question": str, "item": str, "answer": str, "shown": str, "time": str,
     "seconds": (int, float),
 }  # fmt: skip
@@ -44,13 +43,12 @@ FIELDS = {
 
 @dataclass
 class Ratings:
-    """What one file says.
+    """The contents of one file.
 
     Attributes:
         path: the file.
-        rater: whose it is; empty where no line could be read.
-        answers: item -> the line that holds; a later answer to the same item replaces an earlier one;
-            in the order of the answers.
+        rater: empty where no line could be read.
+        answers: item -> the line of its latest answer, in the order of the answers.
         problems: a sentence for each line that could not be used, with file and line number.
     """
 
@@ -61,7 +59,7 @@ class Ratings:
 
 
 def read_ratings(path: str | Path) -> Ratings:
-    """Read a file of ratings; what cannot be read is reported, and everything else is kept.
+    """Read a file of ratings; lines that cannot be read are reported, all others kept.
 
     Raises:
         StudyError: the file cannot be opened, or holds lines of two raters.
@@ -98,7 +96,7 @@ def read_ratings(path: str | Path) -> Ratings:
 
 
 def _checked(line: Any) -> dict[str, Any]:
-    """The line if it is a rating, else ValueError with what is wrong."""
+    """Return the line if it is a rating, else raise a ValueError that says what is wrong."""
     if not isinstance(line, dict):
         raise ValueError("it is no JSON object")
     if line.get("schema") != SCHEMA:
@@ -114,25 +112,25 @@ def _checked(line: Any) -> dict[str, Any]:
 
 
 def same_rater(name: str) -> str:
-    """A rater's name as it is compared: "Ann " and "ann" are one person."""
+    """Normalize a rater's name: "Ann " and "ann" are one person."""
     return " ".join(name.split()).casefold()
 
 
 def merge_ratings(paths: Sequence[str | Path], items: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame, list[str]]:
-    """Put the ratings of several people together. The files stay as they are.
+    """Merge the ratings of several people. The files stay as they are.
 
-    A file given twice counts once. Two files of one rater are taken when one continues the other (it begins with the
-    same bytes: a copy from an earlier day); then the longer one counts. Otherwise they are refused, since two people
-    may have chosen one name.
+    A file given twice counts once. Of two files of one rater, one must continue the other (begin with the same bytes: a
+    copy from an earlier day), and the longer one counts. Otherwise they are refused, since two people may have chosen
+    one name.
 
     Args:
         paths: files of ratings, one or more a rater.
-        items: the study's, from `study.make_items`.
+        items: from `items.make_items`.
 
     Returns:
-        The votes (`study.VOTE_COLUMNS`); a table with one row a rater: rater, file, votes, items (of the study), left
-        (share of left answers to the preference: far from one half means that the side was chosen, not the picture),
-        seconds (median of an answer); and a sentence for every line that was left out.
+        The votes (`VOTE_COLUMNS`); a table with one row a rater: rater, file, votes, items (of the study), left (share
+        of left answers to the preference: far from one half means that the rater chose sides, not pictures), seconds
+        (median of an answer); and a sentence for every line that was left out.
 
     Raises:
         StudyError: a file that cannot be opened or holds no rating, ratings of other pictures, or two different files
@@ -140,13 +138,11 @@ def merge_ratings(paths: Sequence[str | Path], items: pd.DataFrame) -> tuple[pd.
     """
     known, asked = items.set_index("item"), [name for name in VOTE_COLUMNS if name in items and name != "item"]
     by_rater: dict[str, Ratings] = {}
-    problems: list[str] = []
     for ratings in map(read_ratings, paths):
         if not ratings.answers:
             reasons = " ".join(ratings.problems[:1])
             raise StudyError(f"{ratings.path} holds no rating{': ' + reasons if reasons else '; leave it out.'}")
-        strangers = [line for line in ratings.answers.values() if not _is_of(line, known)]
-        if strangers:
+        if strangers := [line for line in ratings.answers.values() if not _is_of(line, known)]:
             raise StudyError(
                 f"{ratings.path} holds {len(strangers)} ratings of pictures that are not in this study, such as item "
                 f"{strangers[0]['item']}: it was made with another run_evaluate, seed or n_items; give the same here."
@@ -161,28 +157,21 @@ def merge_ratings(paths: Sequence[str | Path], items: pd.DataFrame) -> tuple[pd.
                 )
             ratings = longer
         by_rater[name] = ratings
-    for ratings in by_rater.values():
-        problems += ratings.problems
+    merged = by_rater.values()
     votes = [
         {"rater": ratings.rater, "simulated": False, "answer": line["answer"], "item": item}
         | known.loc[item, asked].to_dict()
-        for ratings in by_rater.values()
+        for ratings in merged
         for item, line in ratings.answers.items()
     ]
-    raters = pd.DataFrame(
-        [
-            {
-                "rater": ratings.rater,
-                "file": ratings.path.name,
-                "votes": len(ratings.answers),
-                "items": len(items),
-                "left": _share_left(ratings),
-                "seconds": statistics.median(line["seconds"] for line in ratings.answers.values()),
-            }
-            for ratings in by_rater.values()
-        ],
-        columns=["rater", "file", "votes", "items", "left", "seconds"],
-    )
+    rows = []
+    for ratings in merged:
+        seconds = statistics.median(line["seconds"] for line in ratings.answers.values())
+        pairs = [line for line in ratings.answers.values() if len(line["shown"]) == 2]
+        left = statistics.mean(line["shown"][0] == line["answer"] for line in pairs) if pairs else math.nan
+        rows.append((ratings.rater, ratings.path.name, len(ratings.answers), len(items), left, seconds))
+    raters = pd.DataFrame(rows, columns=["rater", "file", "votes", "items", "left", "seconds"])
+    problems = [sentence for ratings in merged for sentence in ratings.problems]
     return check_votes(pd.DataFrame(votes, columns=VOTE_COLUMNS)), raters, problems
 
 
@@ -190,22 +179,17 @@ def _is_of(line: dict[str, Any], known: pd.DataFrame) -> bool:
     return line["item"] in known.index and known.loc[line["item"], "question"] == line["question"]
 
 
-def _share_left(ratings: Ratings) -> float:
-    sides = [line["shown"][0] == line["answer"] for line in ratings.answers.values() if len(line["shown"]) == 2]
-    return statistics.mean(sides) if sides else float("nan")
-
-
 # ---------------------------------------------------------------------------------------------------- rating
 
 
 @dataclass(frozen=True)
 class Task:
-    """One item as a rater sees it; which arm made a picture is not said.
+    """One item as a rater sees it, without the arms that made the pictures.
 
     Attributes:
         item: its name.
-        question: key of `study.QUESTIONS`.
-        subject: whose reference photos stand beside it.
+        question: key of `QUESTIONS`.
+        subject: whose reference photos are shown beside it.
         text: the prompt without the identifier.
         shown: "a", "ab" or "ba", from left to right.
         images: paths of the pictures, from left to right.
@@ -220,12 +204,12 @@ class Task:
 
     @property
     def choices(self) -> tuple[str, str]:
-        """What the first and the second button mean: the answers of the question, or the pictures as they stand."""
-        return tuple(self.shown) if len(self.shown) == 2 else QUESTIONS[self.question].answers
+        """The answers of the first and the second button; of two pictures, the left and the right one."""
+        return (self.shown[0], self.shown[1]) if len(self.shown) == 2 else QUESTIONS[self.question].answers
 
 
 def tasks_of(items: pd.DataFrame, rater: str) -> list[Task]:
-    """The items in the order, and with the sides, of one rater: a stream of its own from the study and the name.
+    """The items in one rater's order and with that rater's sides, both drawn from the study and the rater's name.
 
     The three questions come one after the other, as in the paper; within each the order is random.
     """
@@ -242,7 +226,7 @@ def tasks_of(items: pd.DataFrame, rater: str) -> list[Task]:
 
 
 def ratings_file(folder: str | Path, rater: str) -> Path:
-    """Where a rater's clicks are written.
+    """The file of a rater's clicks.
 
     Raises:
         StudyError: a name without a letter or digit.
@@ -254,15 +238,13 @@ def ratings_file(folder: str | Path, rater: str) -> Path:
 
 
 class RatingSession:
-    """One rater's way through the items, without anything on a screen; `page.RatingPage` shows it.
-
-    It starts where the rater's file ends.
+    """One rater's way through the items, resumed where the rater's file ends; `page.RatingPage` shows it.
 
     Args:
-        items: the study's, from `study.make_items`.
-        rater: a name; what the rater sees, and in which order, follows from it.
-        folder: where the rater's file is or will be.
-        clock: seconds since any moment, to tell how long an item was looked at.
+        items: from `items.make_items`.
+        rater: a name, which sets the order of items and sides (`tasks_of`).
+        folder: of the rater's file.
+        clock: seconds since any moment, to time the answers.
 
     Raises:
         StudyError: the file is of another rater or another study, or cannot be read.
@@ -291,20 +273,20 @@ class RatingSession:
 
     @property
     def current(self) -> Task | None:
-        """What is to be answered now; None when all is."""
+        """The next item to answer; None when all are."""
         done = set(self._answered)
         return next((task for task in self.tasks if task.item not in done), None)
 
     @property
     def n_done(self) -> int:
-        """How many items are answered."""
+        """Number of answered items."""
         return len(self._answered)
 
     def answer(self, choice: int) -> None:
-        """Write down the answer to the current item: button 0 or button 1.
+        """Record the answer to the current item: button 0 or button 1.
 
         Raises:
-            StudyError: there is nothing left to answer, or the file was written to by another window.
+            StudyError: every item is answered, or another window has written to the file.
         """
         task = self.current
         if task is None:
@@ -314,10 +296,10 @@ class RatingSession:
         self.restart_clock()
 
     def undo(self) -> None:
-        """Take the newest answer back, by a line that says so; its item is asked again.
+        """Append a line that takes the newest answer back; its item is asked again.
 
         Raises:
-            StudyError: there is no answer to take back, or the file was written to by another window.
+            StudyError: there is no answer to take back, or another window has written to the file.
         """
         if not self._answered:
             raise StudyError("There is no answer to take back.")
@@ -327,7 +309,7 @@ class RatingSession:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Count the seconds of the current item from now: it is on the screen."""
+        """Time the current item from now."""
         self._since = self._clock()
 
     def _write(self, task: Task, answer: str) -> None:
@@ -348,13 +330,13 @@ class RatingSession:
 def append_line(path: Path, text: str, expected_bytes: int) -> int:
     """Append a line and sync it to the disk; returns the file's new size.
 
-    A last line that was cut short stays as it is, and the new one begins on a line of its own.
+    After a last line that was cut short, the new one begins on a line of its own.
 
     Args:
-        expected_bytes: the size that the writer knows; another one means that somebody else wrote.
+        expected_bytes: size of the file after this writer's last line; another size means another writer.
 
     Raises:
-        StudyError: the file has another size, or the disk does not take the line.
+        StudyError: the file has another size, or cannot be written.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

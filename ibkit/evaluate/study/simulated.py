@@ -1,15 +1,12 @@
 """Simulated raters: judges of the pocket world answer the questions of the human study.
 
 They are the judge that scores the evaluation and six smaller networks, each trained from a seed of its own
-(`ibkit.pocket.build`, stage `raters`) and apart from everything that is optimised; like people they err, and not all in
-the same places. What they say shows that the study works, and what people might say; it is not what people say, and
-is called simulated.
+(`ibkit.pocket.build`, stage `raters`) and apart from everything that is optimized. Like people they err, and not all on
+the same pictures. Their votes show that the study works; they are not people's, and are called simulated.
 """
 
-from __future__ import annotations
-
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import pandas as pd
@@ -42,14 +39,12 @@ class Sight:
 
     @property
     def grade(self) -> float:
-        """What decides between two pictures that are alike in both answers: no network here judges naturalness, and
-        so the surer picture wins.
-        """
+        """Decides between two pictures with equal answers: nothing here judges naturalness, so the surer one wins."""
         return self.text_grade + self.subject_grade
 
 
 def load_raters(device: str | torch.device = "cpu") -> dict[str, Judge]:
-    """The seven by name; each has its own accuracy in `card["accuracy"]`."""
+    """The seven raters by name; the accuracy of each is in `card["accuracy"]`."""
     return {name: Judge.load(device, name=name) for name in (*RATERS, "judge")}
 
 
@@ -61,33 +56,35 @@ def simulate(
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Let every rater answer every item.
 
-    Yes or no is what the rater sees (`Sight`). The preference follows the paper's priorities (appendix F): text, then
-    subject, each where the two pictures differ in the answer; then the grade, in the place of naturalness. Two pictures
-    that are equal in that too are decided by a coin.
+    A rater answers yes or no by what it sees (`Sight`). Its preference follows the paper's priorities (appendix F):
+    text, then subject, where the two pictures differ in that answer; then the grade, in place of naturalness. A coin
+    decides between pictures that are equal in that too.
 
     Args:
-        items: the study's, from `study.make_items`.
+        items: from `items.make_items`.
         subjects: name -> subject; each one of the pocket world.
         raters: name -> judge, from `load_raters`.
         on_rater: called with the number of raters that are done.
 
     Returns:
-        The votes (`study.VOTE_COLUMNS`), and for every vote on a preference what decided it: rater, item, decided_by
-        ("text", "subject", "grade" or "coin").
+        The votes (`VOTE_COLUMNS`), and what decided each vote on a preference: rater, item, decided_by ("text",
+        "subject", "grade" or "coin").
 
     Raises:
         StudyError: a subject that is not of the pocket world, or a phrase that names nothing in it.
     """
+    worlds = {}
     for name, subject in subjects.items():
         if subject.world is None:
             raise StudyError(
                 f"{name!r} is not of the pocket world, and nobody can be simulated there: let people rate it (set "
                 "rater), then name their files in ratings."
             )
+        worlds[name] = subject.world
     rows = items.to_dict("records")
     votes, reasons = [], []
     for n, (rater, judge) in enumerate(raters.items(), start=1):
-        sights = _look(judge, items, subjects)
+        sights = _look(judge, items, worlds)
         for row in rows:
             a = sights[row["image_a"], row["activity"]]
             if row["question"] == "preference":
@@ -110,37 +107,26 @@ def _prefer(a: Sight, b: Sight, coin: str) -> tuple[str, str]:
     return "ab"[hashlib.sha256(coin.encode()).digest()[0] % 2], "coin"
 
 
-def _look(
-    judge: Judge, items: pd.DataFrame, subjects: Mapping[str, PersonalizedSubject]
-) -> dict[tuple[str, str], Sight]:
+def _look(judge: Judge, items: pd.DataFrame, worlds: Mapping[str, Subject]) -> dict[tuple[str, str], Sight]:
     """(picture, phrase) -> what the rater sees in it."""
-    pictures = pd.concat(
-        [items[["subject", "activity", side]].rename(columns={side: "path"}) for side in ("image_a", "image_b")]
-    ).drop_duplicates()
-    pictures = pictures[pictures["path"] != ""]
+    names = ["subject", "activity", "path"]
+    sides = [items[["subject", "activity", image]].set_axis(names, axis=1) for image in ("image_a", "image_b")]
+    pictures = pd.concat(sides).drop_duplicates()
     sights = {}
-    for name, rows in pictures.groupby("subject", sort=False):
+    for name, rows in pictures[pictures["path"] != ""].groupby("subject", sort=False):
         log_probs, vectors = judge.look([read_rgb(path) for path in rows["path"]])
-        text, text_grades = _text(log_probs, list(rows["activity"]))
-        subject, subject_grades = _subject(judge, vectors, subjects[name].world)
-        keys = zip(rows["path"], rows["activity"], strict=True)
-        facts = zip(text, subject, text_grades, subject_grades, strict=True)
-        sights |= {key: Sight(*fact) for key, fact in zip(keys, facts, strict=True)}
+        likeness = vectors @ judge.centres(line_up(worlds[str(name)])).T  # (N, 8); the subject comes first
+        recognised, margin = judge.recognised(likeness), likeness[:, 0] - likeness[:, 1:].amax(1)
+        for i, (path, phrase) in enumerate(zip(rows["path"], rows["activity"], strict=True)):
+            named = [(log_probs[question][i], ANSWERS[question].index(a)) for question, a in parts_in(phrase).items()]
+            if not named:
+                raise StudyError(
+                    f"{phrase!r} names nothing of the pocket world, so no simulated rater can look for it."
+                )
+            sights[path, phrase] = Sight(
+                text=all(of_answers.argmax().item() == j for of_answers, j in named),
+                subject=bool(recognised[i]),
+                text_grade=sum(of_answers[j].item() for of_answers, j in named),
+                subject_grade=margin[i].item(),
+            )
     return sights
-
-
-def _text(log_probs: Mapping[str, torch.Tensor], phrases: Sequence[str]) -> tuple[list[bool], list[float]]:
-    right, grades = [], []
-    for i, phrase in enumerate(phrases):
-        named = parts_in(phrase)
-        if not named:
-            raise StudyError(f"{phrase!r} names nothing of the pocket world, so no simulated rater can look for it.")
-        places = {question: ANSWERS[question].index(answer) for question, answer in named.items()}
-        right.append(all(log_probs[question][i].argmax().item() == j for question, j in places.items()))
-        grades.append(sum(log_probs[question][i, j].item() for question, j in places.items()))
-    return right, grades
-
-
-def _subject(judge: Judge, vectors: torch.Tensor, world: Subject) -> tuple[list[bool], list[float]]:
-    likeness = vectors @ judge.centres(line_up(world)).T  # (N, 8); the subject comes first
-    return judge.recognised(likeness).tolist(), (likeness[:, 0] - likeness[:, 1:].amax(1)).tolist()

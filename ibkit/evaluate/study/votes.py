@@ -1,12 +1,9 @@
 """The votes of a study: several raters answer each item, and the majority counts.
 
-Votes are a tidy table, one row a vote, with the columns `VOTE_COLUMNS`. Beside this file `items` says what is asked,
-`ratings` reads and writes files, `page` is the rating page, `simulated` has raters of the pocket world, `agreement`
-says how far to trust them; nothing here needs a widget or a network.
+Votes are a tidy table, one row a vote, with the columns `VOTE_COLUMNS`. Nothing here needs a widget or a network.
 """
 
-from __future__ import annotations
-
+import itertools
 from pathlib import Path
 
 import numpy as np
@@ -66,10 +63,9 @@ def load_votes(path: str | Path) -> pd.DataFrame:
 
 
 def majority(votes: pd.DataFrame) -> pd.DataFrame:
-    """Put the raters' votes on each item together.
+    """Aggregate the raters' votes on each item.
 
-    With an even number of raters a vote can end in a tie: then nobody has the majority. A tie counts half, for the
-    first answer and for the second, in every share below; how many there were is reported.
+    With an even number of raters a vote can end in a tie. A tie counts half for each answer in every share below.
 
     Args:
         votes: one row a vote.
@@ -103,20 +99,16 @@ def shares(decided: pd.DataFrame) -> pd.DataFrame:
     """
     rows = []
     asked = decided[decided["question"] != "preference"]
-    cells = {cell: part for cell, part in asked.groupby(["question", "arm"])}
-    order = [(question, arm) for question in QUESTIONS for arm in arms_of(asked["arm"])]
-    for question, arm in [cell for cell in order if cell in cells]:
-        part = cells[question, arm]
-        interval = _interval(part, "value")
-        rows.append(
-            {"question": question, "arm": arm, **vars(interval)}
-            | {"ties": int((part["answer"] == "tie").sum()), "seeds": _n_trainings(part)}
-        )
+    for question, arm in itertools.product(QUESTIONS, arms_of(asked["arm"])):
+        part = asked[(asked["question"] == question) & (asked["arm"] == arm)]
+        if len(part):
+            row = {"question": question, "arm": arm, **vars(_interval(part, "value"))}
+            rows.append(row | {"ties": int((part["answer"] == "tie").sum()), "seeds": _n_trainings(part)})
     return pd.DataFrame(rows, columns=["question", "arm", "value", "low", "high", "n", "ties", "seeds"])
 
 
 def preferences(decided: pd.DataFrame) -> pd.DataFrame:
-    """How often the majority prefers the one, the other, or has no majority, for every pair of arms (figure 4).
+    """For every pair of arms, how often the majority prefers the one or the other, or the vote is a tie (figure 4).
 
     Returns:
         Tidy table with three rows a pair: arm_a, arm_b, outcome ("a", "b", "tie"), value, low, high, n, seeds.
@@ -126,19 +118,15 @@ def preferences(decided: pd.DataFrame) -> pd.DataFrame:
     for (a, b), part in asked.groupby(["arm_a", "arm_b"], sort=False):
         for outcome in ("a", "tie", "b"):
             interval = _interval(part.assign(share=(part["answer"] == outcome).astype(float)), "share")
-            rows.append({"arm_a": a, "arm_b": b, "outcome": outcome, **vars(interval)})
-            rows[-1]["seeds"] = _n_trainings(part)
+            row = {"arm_a": a, "arm_b": b, "outcome": outcome, **vars(interval)}
+            rows.append(row | {"seeds": _n_trainings(part)})
     return pd.DataFrame(rows, columns=["arm_a", "arm_b", "outcome", "value", "low", "high", "n", "seeds"])
 
 
 def preference_rate(votes: pd.DataFrame, better: str, worse: str) -> Interval:
-    """How often the majority of raters prefers one arm to another: 0.5 is no difference, a tie counts half.
+    """How often the majority of raters prefers `better` to `worse`: 0.5 is no difference, a tie counts half.
 
     The paper says that InstructBooth is preferred at least twice as often as each baseline (section 3.3): 2/3.
-
-    Args:
-        votes: one row a vote.
-        better, worse: the arms; the rate is that of `better`.
 
     Returns:
         The rate, its 95 % interval over prompts, noise and trainings, and the number of pairs of pictures.
@@ -169,6 +157,6 @@ def _n_trainings(rows: pd.DataFrame) -> int:
 
 
 def _interval(rows: pd.DataFrame, column: str) -> Interval:
-    """Mean of a column over items, with the interval that fits; items that nobody rated leave gaps."""
+    """Mean of a column over items, with its interval; items that nobody rated leave gaps."""
     matrix = unit_matrix(rows, column)
     return mean_interval(matrix.to_numpy(), unit_groups(matrix), seeds=seed_groups(matrix))
