@@ -1,14 +1,11 @@
 """The images of the evaluation: which ones, making them, scoring them (InstructBooth, section 3.3 and appendix C).
 
-The unit of every comparison is one prompt with one noise: all arms draw the same prompts from the same noise, so
-what differs between two pictures of a pair is the arm. The table has one row an image; `jobs` lists the rows,
-`generate` makes the pictures, `score` adds a column for each metric.
+All arms draw the same prompts from the same noise, so that the two pictures of a pair differ by the arm alone. The
+table has one row an image: `jobs` lists the rows, `generate` makes the pictures, `score` adds a column for each metric.
 """
 
-from __future__ import annotations
-
-import difflib
 import io
+import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +26,7 @@ from ibkit.evaluate.stats import METRICS, SEEDS
 from ibkit.model.sample import Sampler, sample
 from ibkit.model.text_to_image import TextToImage
 from ibkit.pocket.words import parts_in, said_in
+from ibkit.pocket.world import Subject
 from ibkit.runs import CompletedRun, Run, resolve
 from ibkit.scorers import SCORERS, Scorer, column_of, make_scorer
 from ibkit.scorers.base import batches
@@ -37,7 +35,7 @@ from ibkit.scorers.judge import Judge, things_taken
 from ibkit.scorers.subject import PatchMatch, SubjectFidelity
 
 DEFAULT_SCORERS = ("clip_t", "image_reward", "clip_i", "dino", "subject")
-RUN_KINDS = ("01_personalize", "02_rl_finetune")  # whose models can be evaluated
+RUN_KINDS = ("01_personalize", "02_rl_finetune")  # runs whose models can be evaluated
 JUDGED = ("class", "activity", "pose", "things", "place", "accessory", "identity")
 SAID = ("activity", "place", "accessory")  # what `judge_text` joins
 Key = tuple[str, int | None, int | None]  # arm, seed of the personalization, seed of the tuning
@@ -48,9 +46,8 @@ class Inputs:
     """What is evaluated.
 
     Attributes:
-        subject: who all of it is about; personalized: a run of 01 that holds the photos.
-        models: (arm, seed of the personalization, seed of the tuning) -> model, base model first; None where a chain
-            has no such stage.
+        subject: of all runs; personalized: a run of 01 that holds its photos.
+        models: `Key` -> model, base model first; a seed is None where a chain has no such stage.
         tunings: runs of 02.
     """
 
@@ -66,7 +63,7 @@ class Inputs:
 
     @property
     def rewards(self) -> dict[str, set[str]]:
-        """What each tuned arm was trained to raise, as columns of the scores."""
+        """The rewards of each tuned arm, as columns of the scores."""
         found: dict[str, set[str]] = {}
         for run in self.tunings:
             names = filter(None, (run.parameters["reward"], run.parameters["subject_reward"]))
@@ -88,14 +85,12 @@ class Inputs:
         return list(dict.fromkeys(chosen))
 
     def load_arm(self, key: Key, device: torch.device | str) -> TextToImage:
-        """The model of an arm and its seeds."""
+        """Load the model of an arm and its seeds."""
         return self.models[key].build(device)
 
 
 def read_inputs(runs: Sequence[CompletedRun], model: str, revision: str = "") -> Inputs:
-    """Take the runs to evaluate and make sure that they belong together.
-
-    Each brings what it started from: a tuning its personalization, and every run the base model.
+    """Read the runs to evaluate, each with the models that it started from, and check that they belong together.
 
     Args:
         runs: of 01 and 02, of any methods and seeds.
@@ -105,7 +100,9 @@ def read_inputs(runs: Sequence[CompletedRun], model: str, revision: str = "") ->
         ArtifactError: the 01 run of a tuning is gone.
         ParameterError: runs of different subjects or base models, or two models of one name and seed.
     """
-    subject, first, models, made_by = None, None, {}, {}
+    subject, first = None, None
+    models: dict[Key, Adapted] = {}
+    made_by: dict[Key, Path] = {}
     for run in runs:
         personalized = personalization_of(run)
         whose = PersonalizedSubject.read(personalized)
@@ -144,7 +141,7 @@ def _photos(run: CompletedRun) -> dict[str, str]:
 
 
 def image_seeds(seed: int, n_images: int) -> list[int]:
-    """Noise seeds of the evaluation, a stream of its own: no picture repeats the noise of a training picture."""
+    """Noise seeds of the evaluation, from a random stream of their own: no training picture has the same noise."""
     return [int(torch.randint(2**31, (), generator=generator(seed, "evaluation image", i))) for i in range(n_images)]
 
 
@@ -164,16 +161,15 @@ def jobs(
     Args:
         activities: such as "playing soccer"; one named twice counts once.
         n_images: noise seeds for each prompt and model.
-        models: (arm, seed, tune_seed) of each, as in `Inputs.models`.
+        models: as in `Inputs.models`.
         seed: the notebook's, from which the noise seeds are derived.
-        trained: activities that RL was trained on; the others test what it learned beyond them (paper, figures 6-9).
-            None: there was no RL.
+        trained: activities that RL was trained on; the others are unseen (paper, figures 6-9). None: there was no RL.
 
     Returns:
         Table with arm, seed and tune_seed (of the personalization and the tuning; missing where there is none),
         subject, class_noun, prompt_id, prompt (what the model reads), text (what scorers read), activity, seen (whether
         RL was trained on it; missing without RL), identifier, image (path below the run folder), image_seed. Batches
-        are cut from its order.
+        are cut in its order.
 
     Raises:
         ParameterError: no activity, or no image.
@@ -186,24 +182,21 @@ def jobs(
         for identifier in (False,) if arm == BASE else (True, False):
             for activity, prompt_id in ids.items():
                 prompt, name = subject.prompt(activity, identifier), "identifier" if identifier else "class"
-                rows += [
-                    {
-                        "arm": arm,
-                        "seed": personal,
-                        "tune_seed": tuning,
-                        "subject": subject.name,
-                        "class_noun": subject.class_noun,
-                        "prompt_id": prompt_id,
-                        "prompt": prompt.text,
-                        "text": prompt.clean,
-                        "activity": activity,
-                        "seen": None if trained is None else activity in trained,
-                        "identifier": identifier,
-                        "image": f"images/{folder}/{prompt_id}-{name}-{i:03d}.png",
-                        "image_seed": image_seed,
-                    }
-                    for i, image_seed in enumerate(seeds)
-                ]
+                row = {
+                    "arm": arm,
+                    "seed": personal,
+                    "tune_seed": tuning,
+                    "subject": subject.name,
+                    "class_noun": subject.class_noun,
+                    "prompt_id": prompt_id,
+                    "prompt": prompt.text,
+                    "text": prompt.clean,
+                    "activity": activity,
+                    "seen": None if trained is None else activity in trained,
+                    "identifier": identifier,
+                }
+                stem = f"images/{folder}/{prompt_id}-{name}"
+                rows += [row | {"image": f"{stem}-{i:03d}.png", "image_seed": s} for i, s in enumerate(seeds)]
     return pd.DataFrame(rows).astype({"seed": "Int64", "tune_seed": "Int64", "seen": "boolean"})
 
 
@@ -211,12 +204,9 @@ def prompt_ids(activities: Sequence[str]) -> dict[str, str]:
     """Activity -> a name for tables and files, such as "playing-soccer"; different activities get different names."""
     ids: dict[str, str] = {}
     for activity in dict.fromkeys(activities):
-        name = stem = re.sub(r"\W+", "-", activity.lower()).strip("-")[:60] or "prompt"
-        n = 1
-        while name in ids.values():
-            n += 1
-            name = f"{stem}-{n}"
-        ids[activity] = name
+        stem = re.sub(r"\W+", "-", activity.lower()).strip("-")[:60] or "prompt"
+        names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
+        ids[activity] = next(name for name in names if name not in ids.values())
     return ids
 
 
@@ -236,9 +226,9 @@ def generate(
 
     Args:
         rows: from `jobs`.
-        load_arm: (arm, seed, tune_seed) -> model; called once for each that has pictures to make.
+        load_arm: loads a model; called once for each that has pictures to make.
         batch_size: pictures made at a time.
-        on_image: called with the number of pictures that are there, of len(rows); first with those there already.
+        on_image: called with the number of pictures that exist, of len(rows); first with those that existed before.
     """
     n_done = sum(run.has(path) for path in rows["image"])
     if on_image:
@@ -246,7 +236,7 @@ def generate(
     for values, group in rows.groupby(["arm", *SEEDS], sort=False, dropna=False):
         arm, *seeds = values
         key = (arm, *(None if pd.isna(seed) else int(seed) for seed in seeds))
-        model = None  # the model before is let go of before the next one is loaded
+        model = None  # frees the last model before the next one is loaded
         for part in batches(group, batch_size):
             missing = {path for path in part["image"] if not run.has(path)}
             if not missing:
@@ -266,26 +256,23 @@ def generate(
 def make_scorers(
     names: Sequence[str], weights: str | Path, device: torch.device | str, judged: bool
 ) -> tuple[dict[str, Scorer], dict[str, str]]:
-    """Make the scorers of the evaluation; one whose weights cannot be had leaves a gap, not an end.
+    """Make the scorers of the evaluation; one whose weights are missing leaves a gap and does not end it.
 
     Args:
-        names: as in `ibkit.scorers.SCORERS`; empty = CLIP-T, ImageReward, CLIP-I, DINO and the subject scorer.
+        names: as in `ibkit.scorers.SCORERS`; empty = `DEFAULT_SCORERS`.
         weights: the preset's `scorers`, see `ibkit.scorers.make_scorer`.
         judged: whether the judge scores too; without it, both text and subject fidelity need a scorer.
 
     Returns:
-        The scorers by column (`column_of`), and for each that could not be made the sentence that says why and what
-        to do.
+        The scorers by column (`column_of`), and for each that could not be made a sentence with the reason and the
+        remedy.
 
     Raises:
-        ParameterError: an unknown name (the nearest one is named), or an axis that nothing was asked to measure.
+        ParameterError: an unknown name (the nearest one is named), or no scorer for one of the axes.
         ModelError: no scorer is left, or none that measures one of the axes.
     """
     for name in names:
-        if name not in SCORERS:
-            near = difflib.get_close_matches(name, SCORERS, n=1, cutoff=0.5)
-            hint = f"did you mean {near[0]!r}?" if near else f"it is one of {', '.join(SCORERS)}."
-            raise ParameterError(f"There is no scorer {name!r}; {hint}")
+        SCORERS.find(name)
     names = list(dict.fromkeys(names or DEFAULT_SCORERS))
     axes = () if judged else ("text", "subject")
     for kind in axes:
@@ -294,11 +281,10 @@ def make_scorers(
     scorers, gaps = {}, {}
     for name in names:
         try:
-            made = make_scorer(name, weights, device)
-            # The subject head knows the pocket world's individuals; photos are compared without one.
-            scorers[column_of(name)] = (
-                PatchMatch(made.dino) if isinstance(made, SubjectFidelity) and not judged else made
-            )
+            scorer = make_scorer(name, weights, device)
+            if isinstance(scorer, SubjectFidelity) and not judged:  # its head knows only the pocket world's individuals
+                scorer = PatchMatch(scorer.dino)
+            scorers[column_of(name)] = scorer
         except ModelError as error:
             gaps[column_of(name)] = str(error)
     for kind in axes:
@@ -326,12 +312,12 @@ def score(
         folder: what the column `image` is relative to.
         references: the subject's photos.
         scorers: column -> scorer, from `make_scorers`.
-        judge: answers only for a subject of the pocket world (`subject.world`).
-        batch_size: pictures held at once.
+        judge: used only for a subject of the pocket world (`subject.world`).
+        batch_size: pictures in memory at once.
         on_image: called with the number of pictures scored.
 
     Returns:
-        A copy of `rows` with scores; judge_* are 1, 0, or missing where the prompt does not say what to expect.
+        A copy of `rows` with scores; judge_* are 1, 0, or missing where the prompt does not ask for it.
 
     Raises:
         ScoreError: rows of another subject than the references', or a scorer refuses its input.
@@ -340,12 +326,10 @@ def score(
         raise ScoreError(f"The references show {subject.name}, but there are pictures of {', '.join(sorted(others))}.")
     parts = []
     for part in batches(rows, batch_size):
-        images = [read_rgb(Path(folder) / path) for path in part["image"]]
-        columns = {
-            name: scorer(images, list(part["text"]), references).double().numpy() for name, scorer in scorers.items()
-        }
+        images, texts = [read_rgb(Path(folder) / path) for path in part["image"]], list(part["text"])
+        columns = {name: scorer(images, texts, references).double().numpy() for name, scorer in scorers.items()}
         if judge is not None and subject.world is not None:
-            columns |= _judge(judge, images, subject, list(part["activity"]))
+            columns |= _judge(judge, images, subject.world, part["activity"])
         parts.append(part.assign(**columns))
         if on_image:
             on_image(sum(map(len, parts)))
@@ -353,22 +337,21 @@ def score(
 
 
 def drift(scores: pd.DataFrame, folder: str | Path, dino: Dino, batch_size: int = 64) -> pd.Series:
-    """Language drift, picture by picture: 1 − cosine of DINO's embeddings of a class prompt's picture and of the base
-    model's picture from the same noise. 0 where personalization left the class noun as it was.
+    """Language drift: 1 − cosine of DINO's embeddings of a class prompt's picture and of the base model's picture from
+    the same noise. 0 where personalization left the class noun as it was.
 
     Args:
         scores: rows from `jobs`.
         folder: what the column `image` is relative to.
 
     Returns:
-        One number for each row of a personalized model without the identifier, NaN for the others.
+        A number for each row of a personalized model without the identifier, NaN for the others.
     """
     key = ["prompt_id", "image_seed"]
     base = scores[(scores["arm"] == BASE) & ~scores["identifier"]].set_index(key)["image"]
     asked = scores[(scores["arm"] != BASE) & ~scores["identifier"]]
-    paths = list(dict.fromkeys([*base, *asked["image"]]))
-    embedded = {}
-    for part in batches(paths, batch_size):
+    embedded: dict[str, torch.Tensor] = {}
+    for part in batches(list(dict.fromkeys([*base, *asked["image"]])), batch_size):
         pictures = [read_rgb(Path(folder) / path) for path in part]
         with torch.inference_mode():
             embedded |= dict(zip(part, dino.embed(pictures).double().cpu(), strict=True))
@@ -383,8 +366,7 @@ def real_photos(
 ) -> pd.DataFrame:
     """Rows of the arm "real": each photo of the subject scored against the others, the ceiling of a subject metric.
 
-    Of the R cosines of a photo with all photos, whose mean is m, the one with itself is 1; the others' mean is
-    (R·m − 1)/(R − 1).
+    The R cosines of a photo with all photos, itself included, have the mean m; without itself it is (R·m − 1)/(R − 1).
 
     Returns:
         Rows as in a score table with the columns of the metrics that read references alone; none for a single photo.
@@ -408,11 +390,10 @@ def real_photos(
     return pd.DataFrame(rows, columns=[*keys, "image_seed", *columns]).astype(dict.fromkeys(SEEDS, "Int64"))
 
 
-def _judge(judge: Judge, images: list[Image.Image], subject: PersonalizedSubject, activities: list[str]) -> dict:
+def _judge(judge: Judge, images: list[Image.Image], world: Subject, phrases: Iterable[str]) -> dict[str, np.ndarray]:
     """The judge's answers, 1 right and 0 wrong: judge_text is right where all that the phrase names is shown."""
     expected = [
-        {"class": subject.world.class_noun, "activity": said_in(phrase)["activity"], **parts_in(phrase)}
-        for phrase in activities
+        {"class": world.class_noun, "activity": said_in(phrase)["activity"], **parts_in(phrase)} for phrase in phrases
     ]
     columns = {f"judge_{question}": np.full(len(images), np.nan) for question in ("text", *JUDGED)}
     for question in JUDGED[:-1]:
@@ -423,26 +404,26 @@ def _judge(judge: Judge, images: list[Image.Image], subject: PersonalizedSubject
     said = np.stack([columns[f"judge_{question}"] for question in SAID])
     named = ~np.isnan(said).all(axis=0)
     columns["judge_text"][named] = np.nanmin(said[:, named], axis=0)
-    columns["judge_identity"][:] = judge.identifies(images, subject.world).numpy()
+    columns["judge_identity"][:] = judge.identifies(images, world).numpy()
     return columns
 
 
 def evaluators(scorers: Mapping[str, Scorer], judge: Judge | None = None) -> dict[str, str]:
-    """Column -> what measured it, in words, to be printed beside its numbers; for the judge, its own accuracy."""
+    """Column -> the evaluator to name beside its numbers; of the judge, with its own accuracy."""
     words = {name: scorer.evaluator for name, scorer in scorers.items()}
-    for question in JUDGED if judge is not None else ():
-        accuracy = judge.card["accuracy"][question]
+    if judge is None:
+        return words
+    accuracy = judge.card["accuracy"]
+    for question in JUDGED:
         words[f"judge_{question}"] = (
-            f"pocket judge (simulated rater), itself right on {accuracy['renders']:.1%} of held-out renders and "
-            f"{accuracy['reconstructions']:.1%} of their reconstructions (n = {accuracy['n']})"
-        )
-    if judge is not None:
-        right = ((question, judge.card["accuracy"][question]) for question in SAID)
-        each = ", ".join(f"{q} {a['renders']:.1%} / {a['reconstructions']:.1%} (n = {a['n']})" for q, a in right)
-        taken, n = things_taken()
-        words["judge_text"] = (
-            "pocket judge (simulated rater): all that the prompt names, by the judge's answers to three questions, "
-            f"itself right on held-out renders / their reconstructions: {each}; of subjects at rest among an "
-            f"activity's things it takes {taken:.1%} for the activity (n = {n})"
-        )
+            "pocket judge (simulated rater), itself right on {renders:.1%} of held-out renders and "
+            "{reconstructions:.1%} of their reconstructions (n = {n})"
+        ).format(**accuracy[question])
+    each = (f"{name} {{renders:.1%}} / {{reconstructions:.1%}} (n = {{n}})".format(**accuracy[name]) for name in SAID)
+    taken, n = things_taken()
+    words["judge_text"] = (
+        "pocket judge (simulated rater): all that the prompt names, by the judge's answers to three questions, itself "
+        f"right on held-out renders / their reconstructions: {', '.join(each)}; of subjects at rest among an "
+        f"activity's things it takes {taken:.1%} for the activity (n = {n})"
+    )
     return words
