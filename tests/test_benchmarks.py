@@ -2,13 +2,16 @@
 
 import json
 
+import pandas as pd
 import pytest
 import torch
 
-from benchmarks import scoring, sd15
+from benchmarks import dreambooth, scoring, sd15
 from benchmarks.arms import personalized
-from ibkit.data.subject import PersonalizedSubject, demo_subject
+from benchmarks.personalize import chosen
+from ibkit.data.subject import PersonalizedSubject, demo_subject, world_photos
 from ibkit.errors import ModelError, ParameterError
+from ibkit.methods.dreambooth import DreamBoothConfig
 from ibkit.scorers import SCORERS, make_scorer
 
 
@@ -59,3 +62,33 @@ def test_arms_from_one_start_are_not_mixed_with_arms_from_another(tmp_path):
     who = PersonalizedSubject("cat", "cat", "sks", "", "pocket", "", demo_subject("cat"))
     with pytest.raises(ParameterError, match="start from .*800}, not from .*500}: name another folder"):
         personalized(who, tmp_path, "lora_dreambooth", 500)
+
+
+@pytest.mark.parametrize(
+    ("shown", "same", "steps"),
+    [
+        ((0.9, 0.7, 0.5), (0.8, 0.9, 0.95), 1000),  # the fewest of two that keep the rule
+        ((0.9, 0.8, 0.7), (0.9, 0.9, 0.9), 1400),  # too much is shown at first
+        ((0.7, 0.7, 0.2), (0.8, 0.87, 0.9), None),  # the subject is kept only where the prompt is not
+    ],
+)
+def test_the_fewest_steps_that_keep_subject_and_prompt_are_chosen(shown, same, steps):
+    rows = [
+        {"setting": "lora", "steps": n, "subject": noun, "phrase": "dancing", "shown": a, "same_subject": b}
+        for n, a, b in zip((600, 1000, 1400), shown, same, strict=True)
+        for noun, b in (("cat", b + 0.05), ("dog", b - 0.05))
+    ]
+    table = pd.DataFrame(rows).assign(right_class=1)
+    bare = table.assign(phrase="", shown=1, same_subject=1)  # counts for nothing
+    found = chosen(pd.concat([table, bare]))
+    assert found.to_dict() == ({"lora": steps} if steps else {})
+
+
+def test_a_dreambooth_step_has_the_loss_of_diffusers_recipe(tiny, tmp_path):
+    pictures = [photo.resize((tiny.image_px,) * 2) for photo in world_photos(demo_subject("cat"))[:4]]
+    paths = [tmp_path / f"{i}.png" for i in range(len(pictures))]
+    for path, picture in zip(paths, pictures, strict=True):
+        picture.save(path)
+    config = DreamBoothConfig(n_steps=3, batch=2, prior_weight=0.5, learning_rate=1e-3)
+    theirs, ours = (train(tiny.copy(), paths[:2], paths[2:], config) for train in (dreambooth.recipe, dreambooth.ours))
+    assert ours == pytest.approx(theirs, rel=1e-4) and len(set(ours)) == 3
