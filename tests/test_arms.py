@@ -4,7 +4,7 @@ import itertools
 
 import numpy as np
 
-from ibkit.evaluate.arms import COLOURS, FIXED, arms_of, in_words, label_of
+from ibkit.evaluate.arms import COLOURS, FIXED, arms_of, label_of
 
 # Full colour blindness on linear RGB, Machado, Oliveira and Fernandes 2009, table 1 (severity 1.0).
 SEEN_BY = {
@@ -59,4 +59,3 @@ def test_labels_come_from_the_records_and_the_paper():
     assert label_of("dreambooth+ddpo") == "InstructBooth" and label_of("dreambooth") == "DreamBooth"
     assert label_of("lora_dreambooth+ddpo") == "InstructBooth (LoRA)" and label_of("neti+ddpo") == "NeTI + DDPO"
     assert label_of("my_own") == "my own"
-    assert in_words(["dreambooth+ddpo", "base", "dreambooth"]) == "Base model, DreamBooth and InstructBooth"

@@ -1,16 +1,14 @@
-"""Arms of a comparison, and how they are called and drawn: an arm is a chain of methods, such as "dreambooth+ddpo".
+"""Arms of a comparison, their labels and looks: an arm is a chain of methods, such as "dreambooth+ddpo".
 
-"base" is the base model with nothing on it, "real" the subject's own photos.
+"base" is the base model alone, "real" the subject's own photos.
 """
-
-from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
 BASE, REAL = "base", "real"
-# What no record of `METHODS` names: the ends of the scale, methods that the paper compares, and its name for a chain.
+# Labels that no record of `METHODS` has: of the base model and the photos, methods of the paper, its name for a chain.
 LABELS = {
     BASE: "Base model",
     "dreambooth+ddpo": "InstructBooth",
@@ -36,7 +34,7 @@ class Arm:
     Attributes:
         name: the chain of methods, joined by "+".
         label: for people.
-        order: where it stands among the others.
+        order: its place among the others.
         colour, marker: of points and lines; no two arms of a figure share both.
         hatch: of bars, which have no marker.
     """
@@ -50,8 +48,8 @@ class Arm:
 
 
 def label_of(name: str) -> str:
-    """What people call an arm, or one method of a chain."""
-    from ibkit.methods.records import METHODS  # it brings PyTorch, which a rating page does without
+    """The label of an arm, or of one method of a chain."""
+    from ibkit.methods.records import METHODS  # imports PyTorch, which a rating page does without
 
     if name in LABELS:
         return LABELS[name]
@@ -84,9 +82,3 @@ def arms_of(names: Iterable[str]) -> dict[str, Arm]:
         marker = MARKERS[(colour + turn) % len(MARKERS)]
         found[name] = Arm(name, label_of(name), order, COLOURS[colour], marker, HATCHES[turn % len(HATCHES)])
     return found
-
-
-def in_words(names: Iterable[str]) -> str:
-    """The labels of arms, in order: "Base model, DreamBooth and InstructBooth"."""
-    *most, last = (each.label for each in arms_of(names).values())
-    return f"{', '.join(most)} and {last}" if most else last

@@ -3,19 +3,17 @@
 Images of one prompt resemble each other, so prompts and subjects are resampled, not images. RL seeds are *crossed* with
 them: base model and DreamBooth are sampled once and compared with every RL seed, on the same prompts and noise. Every
 crossed factor (subjects, prompts, seeds) is resampled on its own with all else fixed. A factor nested in another one
-with two levels or more is left to the outer one, whose levels already differ by all that varies within them (Davison
-and Hinkley 1997, §3.8; Field and Welsh 2007). Which factor is nested, and which crossed, is read from the labels: a
-prompt that two subjects share is crossed with them.
+with two levels or more is not resampled: the levels of the outer one already differ by all that varies within them
+(Davison and Hinkley 1997, §3.8; Field and Welsh 2007). The labels tell nested from crossed: a prompt that two subjects
+share is crossed with them.
 
-With G levels the variance of a resample is (G − 1)/G of what it should be, and its tails are those of a normal
-distribution. So each resample's deviation is multiplied by √(G/(G − 1)) · √((G − 1)/χ²), χ² drawn with G − 1 degrees of
-freedom. For a mean that makes Student's t interval. The sum over crossed factors makes the Behrens–Fisher interval
-(Fisher 1935), which holds the truth at least as often as it says; with Satterthwaite's pooled degrees of freedom it was
-87 % for 40 prompts and 2 seeds. A share near 0 or 1, where all resamples may be alike, gets Wilson's interval, and a
-difference of shares that of Bonett and Price, both at the number of independent images that the resampling implies
-(Korn and Graubard 1998). `benchmarks/intervals.py` shows the coverage.
-
-An interval has NaN for bounds where nothing varies that could be resampled, such as for one image.
+With G levels the variance of a resample is (G − 1)/G of what it should be, and its tails are normal. So each resample's
+deviation is multiplied by √(G/(G − 1)) · √((G − 1)/χ²), χ² drawn with G − 1 degrees of freedom. For a mean that makes
+Student's t interval. The sum over crossed factors makes the Behrens–Fisher interval (Fisher 1935), whose coverage is at
+least nominal; with Satterthwaite's pooled degrees of freedom it was 87 % for 40 prompts and 2 seeds. A share near 0 or
+1, where all resamples may be alike, gets Wilson's interval, and a difference of shares that of Bonett and Price, both
+at the number of independent images that the resampling implies (Korn and Graubard 1998). `benchmarks/intervals.py`
+shows the coverage. Bounds are NaN where nothing varies that could be resampled, such as for one image.
 
 Shape legend: S RL seeds, N units (an image seed of a prompt), G levels of a factor, R resamples.
 """
@@ -70,7 +68,7 @@ def mean_interval(
         groups: group labels of the N units, such as prompts, or subjects and prompts; None resamples images.
         seeds: labels of the S rows, such as personalizations and tunings; None: every row is a seed.
         n_resamples: R.
-        level: how often the interval shall hold the truth.
+        level: nominal coverage.
         seed: makes the interval repeatable.
 
     Returns:
@@ -138,8 +136,8 @@ def bootstrap_statistic(
 ) -> Interval:
     """Interval of any function of the means of paired columns.
 
-    All columns are resampled with the same weights, so what they share (the prompt, the noise) cancels in a
-    difference as it should. A unit that a column lacks counts in no column.
+    All columns are resampled with the same weights, so that what they share (the prompt, the noise) cancels in a
+    difference. A unit that a column lacks counts in no column.
 
     Args:
         columns: name -> scores of the same N units, shape (N,) or (S, N); NaN marks a cell that was not measured.
@@ -180,10 +178,10 @@ def bootstrap_weighted(
 def wilson_interval(successes: float, n: float, level: float = 0.95) -> Interval:
     """Wilson's score interval of one proportion: right also near 0 and 1, where a bootstrap has zero width.
 
+    Source: Wilson 1927; `(p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n)`.
+
     Args:
         successes: how many of n; fractions, where n is an effective number.
-
-    Source: Wilson 1927; `(p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n)`.
 
     Raises:
         ScoreError: n is 0, or successes lie outside 0…n.
@@ -195,7 +193,7 @@ def wilson_interval(successes: float, n: float, level: float = 0.95) -> Interval
     z = NormalDist().inv_cdf((1 + level) / 2)
     centre = (share + z**2 / (2 * n)) / (1 + z**2 / n)
     half = z * np.sqrt(share * (1 - share) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
-    # At 0 and n the bound is the value itself; rounding must not push it past.
+    # At 0 and n one bound is the value itself; rounding must not push it past.
     return Interval(share, float(min(centre - half, share)), float(max(centre + half, share)), round(n))
 
 
@@ -338,8 +336,8 @@ def _combined(
 ) -> Interval:
     """Add up the factors' deviations, each corrected for its number of levels; their size gives a symmetric interval.
 
-    Symmetric, because a curved statistic deviates to one side only when few levels are resampled; and because symmetric
-    intervals hold the truth more closely as often as they say (Hall 1988).
+    Symmetric, because a curved statistic deviates to one side only when few levels are resampled; and because the
+    coverage of symmetric intervals is closer to nominal (Hall 1988).
 
     Args:
         value: the statistic on the scores themselves.

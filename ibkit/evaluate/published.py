@@ -1,4 +1,4 @@
-"""The numbers the paper publishes, each with its table, so that a report can print them beside ours.
+"""The numbers that the paper publishes, each with its table, to print beside ours.
 
 Source: InstructBooth: Instruction-following Personalized Text-to-Image Generation (arXiv:2312.03011), tables 1 to 3.
 They were measured on Stable Diffusion v1.5 at 512 px with the evaluators named here. Numbers from the pocket model
@@ -42,7 +42,7 @@ EVALUATORS = {
     "people_subject": "people on Amazon MTurk: “Do the objects closely resemble those in the given image?”",
 }
 
-# The paper's measure that stands closest to each of ours: the judge plays the part of the raters.
+# Our metric -> the paper's closest one: the judge plays the part of the raters.
 COUNTERPART = {"judge_text": "people_text", "judge_identity": "people_subject"}
 
 _ARMS = ("custom_diffusion", "dreambooth", "neti", "textual_inversion", "dreambooth+ddpo")
@@ -77,6 +77,6 @@ PUBLISHED: tuple[PublishedNumber, ...] = tuple(
 
 
 def published(arm: str, metric: str) -> list[PublishedNumber]:
-    """Return the published values that stand beside our `metric` of `arm`, in the order of the tables."""
+    """The published values to print beside our `metric` of `arm`, in the order of the tables."""
     wanted = COUNTERPART.get(metric, metric)
     return [number for number in PUBLISHED if number.arm == arm and number.metric == wanted]

@@ -232,7 +232,7 @@ def bootstrap_difference(
         a, b: one row per image of one arm, with `column`, the columns `by`, and `SEEDS` if it was trained.
         column: the score.
         by: what pairs two rows, outermost first; the last is the image, the others are the groups to resample.
-        level: how often the interval shall hold the truth.
+        level: nominal coverage of the interval.
 
     Raises:
         ScoreError: no row of a has its pair in b.
