@@ -17,6 +17,7 @@ from PIL import Image
 from torch import nn
 from transformers import AutoTokenizer, CLIPConfig, ViTConfig
 
+import ibkit.scorers.encoder as encoder_file
 import ibkit.scorers.image_reward as image_reward_file
 from ibkit.errors import ModelError
 from ibkit.scorers import pick_score
@@ -150,7 +151,7 @@ def test_clip_and_the_tokenizers_of_others_have_revisions_too(tmp_path, monkeypa
     monkeypatch.setattr(open_clip, "create_model_and_transforms", without_weights)
     assert "timm/vit_base_patch32_clip_224.openai@cccccccc" in ClipEncoder._load_official("meta").evaluator
     config = CLIPConfig()
-    monkeypatch.setattr(pick_score, "load_transformer", lambda *_: Network(config))
+    monkeypatch.setattr(encoder_file, "load_transformer", lambda *_: Network(config))
     monkeypatch.setattr(ImageRewardModel, "load_official", lambda: Network(RewardConfig()))
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", lambda *_: range(config.text_config.vocab_size))
     told = PickScore.load("official").evaluator
@@ -163,7 +164,7 @@ def test_a_missing_tokenizer_is_named_and_not_the_weights(monkeypatch):
     def missing(*_):
         raise OSError("not here")
 
-    monkeypatch.setattr(pick_score, "load_transformer", lambda *_: Network(CLIPConfig()))
+    monkeypatch.setattr(encoder_file, "load_transformer", lambda *_: Network(CLIPConfig()))
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", missing)
     with pytest.raises(ModelError, match=r"official tokenizer \(laion/CLIP-ViT-H-14.*not here") as error:
         PickScore.load("official")

@@ -11,11 +11,11 @@ import hashlib
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -24,6 +24,9 @@ from PIL import Image
 from ibkit.errors import ModelError, ScoreError
 from ibkit.fields import fill
 from ibkit.registry import Registry
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -102,15 +105,19 @@ class Scorer(ABC):
         if not finite.all():
             index = int((~finite).nonzero()[0])
             raise ScoreError(
-                f"{self.name} gave {scores[index].item()} for image {index} of {len(images)}: "
+                f"{self.name} gave {scores[index].item()} for image {index} of {len(scores)}: "
                 "look at that image, and at the scorer's weights if it is an ordinary picture."
             )
         # clone: an inference tensor could not take part in a later autograd computation
         return scores.clone(), {name: part.float().cpu().clone() for name, part in parts.items()}
 
     @classmethod
-    def load(cls, weights: str | Path, device: str | torch.device) -> Scorer:
-        """Make the scorer from its weights, and its `options` as keywords where it has any; see `make_scorer`."""
+    def load(cls, weights: str | Path, device: str | torch.device = "cpu") -> Scorer:
+        """Make the scorer from its weights, and its `options` as keywords where it has any; see `make_scorer`.
+
+        Raises:
+            ModelError: The weights are missing, damaged, or do not fit the model.
+        """
         raise NotImplementedError(f"{cls.__name__} does not say how it is made: give it a class method `load`.")
 
     def level(self, text: str) -> Level | None:
@@ -133,10 +140,8 @@ class Scorer(ABC):
         if "text" in self.needs:
             if texts is None:
                 raise ScoreError(f"{self.name} compares images with texts and got no texts: pass one text an image.")
-            if len(texts) != len(images):
-                raise ScoreError(
-                    f"{self.name} got {len(images)} images and {len(texts)} texts: pass one text an image."
-                )
+            if (n := len(images)) != len(texts):
+                raise ScoreError(f"{self.name} got {n} images and {len(texts)} texts: pass one text an image.")
             for index, text in enumerate(texts):
                 if not isinstance(text, str) or not text.strip():
                     raise ScoreError(f"{self.name}: text {index} is {text!r}: pass a text with at least one word.")
@@ -147,19 +152,12 @@ class Scorer(ABC):
 def rgb_square(image: Image.Image, resize_px: int, crop_px: int) -> Image.Image:
     """Resize the shorter side to `resize_px` (PIL bicubic) and cut the central `crop_px` square.
 
-    Rounds as torchvision's `Resize` and `CenterCrop` do on PIL images, which CLIP, DINO and ImageReward were
-    evaluated with. A picture that has the right size already comes back with the same pixels.
+    CLIP, DINO and ImageReward were evaluated with torchvision on PIL images; on tensors it gives other pixels.
     """
-    image = image.convert("RGB")
-    width, height = image.size
-    short, long = min(width, height), max(width, height)
-    scaled = (resize_px, int(resize_px * long / short))
-    size = scaled if width <= height else scaled[::-1]
-    if size != image.size:
-        image = image.resize(size, Image.Resampling.BICUBIC)
-    left = round((image.width - crop_px) / 2.0)
-    top = round((image.height - crop_px) / 2.0)
-    return image.crop((left, top, left + crop_px, top + crop_px))
+    from torchvision.transforms import InterpolationMode, functional
+
+    resized = functional.resize(image.convert("RGB"), [resize_px], InterpolationMode.BICUBIC)
+    return functional.center_crop(resized, [crop_px])
 
 
 def to_pixel_values(
@@ -169,10 +167,8 @@ def to_pixel_values(
 
     Args:
         images: B pictures of any size and mode.
-        resize_px: Length of the shorter side after resizing.
-        crop_px: Side of the central square that is kept.
-        mean: Channel means on the 0..1 scale.
-        std: Channel standard deviations on the 0..1 scale.
+        resize_px, crop_px: see `rgb_square`.
+        mean, std: of each channel, on the 0..1 scale.
 
     Returns:
         (B, 3, crop_px, crop_px) float32.
@@ -195,23 +191,15 @@ def tokenize(tokenizer, texts: list[str], context: int, warn: Callable[[str, int
     return tokenizer(texts, return_tensors="pt", padding="max_length", truncation=True, max_length=context)
 
 
-def embed_texts(texts: Sequence[str], embed: Callable[[list[str]], torch.Tensor], batch_size: int) -> torch.Tensor:
-    """Embed texts, each different one once.
-
-    Args:
-        texts: N texts.
-        embed: up to `batch_size` texts to their features (B, D).
-
-    Returns:
-        (N, D) float32 of unit length.
-    """
-    unique = list(dict.fromkeys(texts))
-    features = torch.cat([embed(list(batch)) for batch in batches(unique, batch_size)])
-    rows = {text: row for row, text in enumerate(unique)}
-    return torch.nn.functional.normalize(features.float(), dim=-1)[[rows[text] for text in texts]]
+def embed(items: Sequence, features: Callable[[Sequence], torch.Tensor], batch_size: int) -> torch.Tensor:
+    """Embed N items, up to `batch_size` at a time, by their features (B, D): (N, D) float32 of unit length."""
+    embedded = torch.cat([features(batch) for batch in batches(items, batch_size)])
+    return torch.nn.functional.normalize(embedded.float(), dim=-1)
 
 
-def load_transformer(metric: str, architecture: type, source: str | Path, **options) -> torch.nn.Module:
+def load_transformer(
+    metric: str, architecture: type[PreTrainedModel], source: str | Path, **options
+) -> torch.nn.Module:
     """transformers' `architecture.from_pretrained` in fp32, where every weight must come from the files.
 
     Raises:
@@ -298,34 +286,42 @@ def require_files(metric: str, folder: Path, *names: str) -> None:
             raise ModelError(f"{metric}: the weights folder {folder} has no {name}: restore it or name another folder.")
 
 
+def load_state(model: torch.nn.Module, file: Path) -> None:
+    """Load a safetensors file, all names; weights stored in half precision still compute in fp32."""
+    from safetensors.torch import load_file
+
+    model.load_state_dict({name: tensor.float() for name, tensor in load_file(file).items()})
+
+
 @contextmanager
-def reading(metric: str, what: str, folder: Path) -> Iterator[None]:
-    """Turn any failure to load a local file into one sentence; libraries raise many kinds."""
+def as_model_error(wrong: str, remedy: str, longest: int = 300) -> Iterator[None]:
+    """Turn any failure inside, of which libraries raise many kinds, into one sentence: what is wrong, why, what to do.
+
+    Args:
+        longest: characters of the library's own words.
+    """
     try:
         yield
     except ModelError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ModelError(
-            f"{metric}: the {what} in {folder} is damaged or does not fit its config ({reason}): restore the folder."
-        ) from error
+        reason = " ".join(str(error).split())[:longest] or type(error).__name__
+        raise ModelError(f"{wrong} ({reason}): {remedy}.") from error
 
 
-@contextmanager
-def from_hub(metric: str, repository: str, what: str = "weights") -> Iterator[None]:
-    """Turn any failure to fetch official weights (or another part, `what`) into one sentence that says what to do."""
-    try:
-        yield
-    except ModelError:
-        raise
-    except Exception as error:  # hub clients raise many kinds: offline, timeout, HTTP, missing file
-        reason = " ".join(str(error).split())[:160] or type(error).__name__
-        raise ModelError(
-            f"{metric}: its official {what} ({repository}) cannot be had from the local cache or the hub "
-            f"({reason}): connect to the internet once, or set HF_HOME to a cache that has them, "
-            "or leave this metric out."
-        ) from error
+def reading(metric: str, what: str, folder: Path) -> AbstractContextManager[None]:
+    """Inside, a local file is loaded; a failure becomes a ModelError."""
+    wrong = f"{metric}: the {what} in {folder} is damaged or does not fit its config"
+    return as_model_error(wrong, "restore the folder")
+
+
+def from_hub(metric: str, repository: str, what: str = "weights") -> AbstractContextManager[None]:
+    """Inside, official weights (or another part, `what`) are fetched; a failure becomes a ModelError."""
+    return as_model_error(
+        f"{metric}: its official {what} ({repository}) cannot be had from the local cache or the hub",
+        "connect to the internet once, or set HF_HOME to a cache that has them, or leave this metric out",
+        160,
+    )
 
 
 def hub_name(repository: str, *files: str) -> str:
@@ -378,11 +374,7 @@ def make_scorer(
         name: A key of `SCORERS`.
         weights: `"pocket"` (the kit's own small models), `"official"` (the published ones, from the hub's cache or
             the hub), or a local folder laid out like the pocket weights (`clip/`, `dino/`, `image_reward/`).
-        device: Where the model runs.
         options: The scorer's own, such as `{"weight": 0.7}` of harmonic.
-
-    Returns:
-        The scorer, in evaluation mode.
 
     Raises:
         ParameterError: No scorer or option has this name (the nearest is named), or a value that is not allowed.
@@ -401,11 +393,13 @@ def check_options(name: str, options: Mapping[str, Any]) -> Any:
     return fill(SCORERS.find(name).options(), options, f"Scorer {name}")
 
 
-def weights_folder(metric: str, weights: str | Path, subfolder: str) -> Path:
-    """The folder that `"pocket"` or a local weights folder keeps one model in."""
+def weights_folder(metric: str, weights: str | Path, subfolder: str, *files: str) -> Path:
+    """The folder that `"pocket"` or a local weights folder keeps one model in, which must have the files."""
     root = POCKET_WEIGHTS if str(weights) == "pocket" else Path(weights).expanduser()
     if not root.is_dir():
         raise ModelError(
             f"{metric}: there is no weights folder {root}: choose 'pocket', 'official', or an existing folder."
         )
+    if files:
+        require_files(metric, root / subfolder, *files)
     return root / subfolder

@@ -1,39 +1,34 @@
 """CLIP-T (picture against text) and CLIP-I (picture against photos of the subject), on open_clip.
 
-The official model is ViT-B/32 with OpenAI's weights. A local folder holds any other open_clip model:
-`open_clip_config.json` (`model_cfg`, `preprocess_cfg`), `model.safetensors` and a Hugging Face tokenizer's files; it is
-the layout of open_clip's `local-dir:` scheme.
+The official model is ViT-B/32 with OpenAI's weights. A local folder holds any other open_clip model in the layout of
+open_clip's `local-dir:` scheme: `open_clip_config.json` (`model_cfg`, `preprocess_cfg`), `model.safetensors` and a
+Hugging Face tokenizer's files.
 
-Shapes: N pictures or texts, R reference photos, L text tokens, D embedding width.
+Shapes: N texts, H/W pixels, L text tokens.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn.functional import normalize
 
 from ibkit.errors import ModelError
 from ibkit.scorers.base import (
-    ReferenceCache,
-    Scorer,
     TruncationWarning,
-    batches,
     check_vocabulary,
-    embed_texts,
     from_hub,
     hub_name,
-    mean_cosine,
+    load_state,
     reading,
-    require_files,
     weights_folder,
 )
+from ibkit.scorers.encoder import Encoder, OnEncoder
 
 # OpenAI trained with QuickGELU. open_clip 3 builds plain "ViT-B-32" with GELU even for its weights, and only warns.
 OFFICIAL_MODEL, OFFICIAL_WEIGHTS = "ViT-B-32-quickgelu", "openai"
@@ -43,17 +38,13 @@ WEIGHTS_FILE = "model.safetensors"
 
 
 @dataclass
-class ClipEncoder:
-    """A CLIP model with its own preprocessing; `ClipT` and `ClipI` can share one.
+class ClipEncoder(Encoder):
+    """open_clip's `CLIP` with its own preprocessing.
 
     Attributes:
-        model: open_clip's `CLIP`.
         preprocess: A picture to its (3, H, W) network input.
         tokenize: Texts to (N, L) ids, padded and cut to the model's context.
         count_tokens: A text to its length in tokens before the cut, special tokens included.
-        evaluator: Model and preprocessing in words.
-        device: Where the model runs.
-        batch_size: Pictures or texts a forward pass.
     """
 
     model: nn.Module
@@ -71,16 +62,16 @@ class ClipEncoder:
 
     @classmethod
     def load(cls, weights: str | Path = "pocket", device: str | torch.device = "cpu") -> ClipEncoder:
-        """Load `"pocket"`, `"official"` or the `clip/` of a local weights folder; see `make_scorer`.
+        """Load `"pocket"`, `"official"` or the `clip/` of a local weights folder.
 
         Raises:
             ModelError: The weights are missing, damaged, or do not fit the model, or the tokenizer does not.
         """
         if str(weights) == "official":
             return cls._load_official(device)
-        folder = weights_folder("CLIP", weights, "clip")
+        folder = weights_folder("CLIP", weights, "clip", CONFIG_FILE, WEIGHTS_FILE, "tokenizer_config.json")
         kind = "pocket CLIP" if str(weights) == "pocket" else f"CLIP in {folder.parent.name}"
-        return cls.from_folder(folder, device, kind)
+        return cls._load_folder(folder, device, kind)
 
     @classmethod
     def _load_official(cls, device: str | torch.device) -> ClipEncoder:
@@ -102,20 +93,12 @@ class ClipEncoder:
         )
 
     @classmethod
-    def from_folder(cls, folder: str | Path, device: str | torch.device = "cpu", kind: str = "CLIP") -> ClipEncoder:
-        """Load an open_clip folder; `kind` names the model in `evaluator`.
-
-        Raises:
-            ModelError: The weights are missing, damaged, or do not fit the model, or the tokenizer does not.
-        """
+    def _load_folder(cls, folder: Path, device: str | torch.device, kind: str) -> ClipEncoder:
         import open_clip
         from open_clip.tokenizer import get_clean_fn
         from open_clip.transform import PreprocessCfg, image_transform_v2
-        from safetensors.torch import load_file
         from transformers import AutoTokenizer
 
-        folder = Path(folder)
-        require_files("CLIP", folder, CONFIG_FILE, WEIGHTS_FILE, "tokenizer_config.json")
         try:
             config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
             # Built here rather than through `local-dir:`, which leaves a model random when its weights are missing.
@@ -126,8 +109,7 @@ class ClipEncoder:
                 f"CLIP: {folder / CONFIG_FILE} does not describe an open_clip model ({error}): restore it."
             ) from error
         with reading("CLIP", WEIGHTS_FILE, folder):
-            state = load_file(folder / WEIGHTS_FILE)
-            model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=True)
+            load_state(model, folder / WEIGHTS_FILE)
         with reading("CLIP", "tokenizer", folder):
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         check_vocabulary("CLIP", folder, len(tokenizer), model.vocab_size)
@@ -151,29 +133,25 @@ class ClipEncoder:
             device,
         )
 
-    def images(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Embed pictures: (N, D) of unit length, on `device`."""
-        features = []
-        for batch in batches(images, self.batch_size):
-            pixels = torch.stack([self.preprocess(image.convert("RGB")) for image in batch])
-            features.append(self.model.encode_image(pixels.to(self.device)))
-        return normalize(torch.cat(features).float(), dim=-1)
+    def pixels(self, image: Image.Image) -> torch.Tensor:
+        return self.preprocess(image.convert("RGB"))
 
-    def texts(self, texts: Sequence[str]) -> torch.Tensor:
-        """Embed texts: (N, D) of unit length, on `device`; each different text is encoded once.
+    def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.model.encode_image(pixels)
 
-        A text over the model's context is cut, as is usual for CLIP-T, and named in a warning.
-        """
-
-        def embed(batch: list[str]) -> torch.Tensor:
-            for text in batch:
-                self._warn_truncated(text, self.count_tokens(text))
-            return self.model.encode_text(self.tokenize(batch).to(self.device))
-
-        return embed_texts(texts, embed, self.batch_size)
+    def text_features(self, texts: list[str]) -> torch.Tensor:
+        for text in texts:
+            self._warn_truncated(text, self.count_tokens(text))
+        return self.model.encode_text(self.tokenize(texts).to(self.device))
 
 
-class ClipT(Scorer):
+class _OnClip(OnEncoder):
+    @classmethod
+    def load(cls, weights: str | Path, device: str | torch.device = "cpu") -> _OnClip:
+        return cls(ClipEncoder.load(weights, device))
+
+
+class ClipT(_OnClip):
     """CLIP-T: cosine of the picture's and the text's embedding; the text is without the identifier.
 
     Source: InstructBooth, appendix C (text fidelity).
@@ -182,20 +160,11 @@ class ClipT(Scorer):
     name = "clip_t"
     needs = frozenset({"text"})
 
-    def __init__(self, encoder: ClipEncoder) -> None:
-        self.encoder = encoder
-        self.evaluator = encoder.evaluator
-
-    @classmethod
-    def load(cls, weights: str | Path = "pocket", device: str | torch.device = "cpu") -> ClipT:
-        """Load from `"pocket"`, `"official"` or a local weights folder; see `make_scorer`."""
-        return cls(ClipEncoder.load(weights, device))
-
     def _score(self, images, texts, references):
-        return (self.encoder.images(images) * self.encoder.texts(texts)).sum(dim=1)
+        return self._text(self.encoder.images(images), texts)
 
 
-class ClipI(Scorer):
+class ClipI(_OnClip):
     """CLIP-I: mean cosine of the picture's embedding with those of all reference photos.
 
     No pair is left out: a picture that is itself a reference counts its cosine of 1 with itself.
@@ -206,15 +175,5 @@ class ClipI(Scorer):
     name = "clip_i"
     needs = frozenset({"references"})
 
-    def __init__(self, encoder: ClipEncoder) -> None:
-        self.encoder = encoder
-        self.evaluator = encoder.evaluator
-        self._references = ReferenceCache(encoder.images)
-
-    @classmethod
-    def load(cls, weights: str | Path = "pocket", device: str | torch.device = "cpu") -> ClipI:
-        """Load from `"pocket"`, `"official"` or a local weights folder; see `make_scorer`."""
-        return cls(ClipEncoder.load(weights, device))
-
     def _score(self, images, texts, references):
-        return mean_cosine(self.encoder.images(images), self._references(references))
+        return self._subject(self.encoder.images(images), references)

@@ -14,34 +14,23 @@ from pathlib import Path
 import torch
 from PIL import Image
 from torch import nn
-from torch.nn.functional import normalize
 
 from ibkit.scorers.base import (
     IMAGENET_MEAN,
     IMAGENET_STD,
     ReferenceCache,
     Scorer,
-    batches,
+    embed,
     from_hub,
     hub_name,
     load_transformer,
     mean_cosine,
     reading,
-    require_files,
     to_pixel_values,
     weights_folder,
 )
 
 OFFICIAL_REPOSITORY = "facebook/dino-vits16"
-
-
-def resize_px_for(image_px: int) -> int:
-    """Length of the shorter side before the centre crop of `image_px`.
-
-    DINO's own evaluation resizes to 256 and crops 224 (the hub's image processor squashes to 224 instead, which
-    gives other numbers). Models of other sizes are trained on whole pictures: nothing is cropped.
-    """
-    return 256 if image_px == 224 else image_px
 
 
 class Dino(Scorer):
@@ -52,9 +41,7 @@ class Dino(Scorer):
 
     Args:
         model: transformers' `ViTModel`; its final layer-normed class token is the embedding, a pooler is not used.
-        device: Where the model runs.
         evaluator: Model in words.
-        batch_size: Pictures a forward pass.
 
     Source: DreamBooth, section 4.1; its mean over pictures is the mean over all pairs.
     """
@@ -69,42 +56,33 @@ class Dino(Scorer):
         self.device = torch.device(device)
         self.batch_size = batch_size
         self.image_px = model.config.image_size
-        self.resize_px = resize_px_for(self.image_px)
+        # DINO's own evaluation resizes to 256 and crops 224 (the hub's image processor squashes to 224 instead, which
+        # gives other numbers). Models of other sizes are trained on whole pictures: nothing is cropped.
+        self.resize_px = 256 if self.image_px == 224 else self.image_px
         crop = "" if self.resize_px == self.image_px else f" + centre crop {self.image_px}"
         self.evaluator = f"{evaluator}, class token; {self.resize_px} px bicubic{crop}, ImageNet mean/std"
         self._references = ReferenceCache(self.embed)
 
     @classmethod
-    def load(cls, weights: str | Path = "pocket", device: str | torch.device = "cpu") -> Dino:
-        """Load from `"pocket"`, `"official"` or a local weights folder; see `make_scorer`.
+    def load(cls, weights: str | Path, device: str | torch.device = "cpu") -> Dino:
+        from transformers import ViTModel
 
-        Raises:
-            ModelError: The weights are missing, damaged, or do not fit the model.
-        """
         if str(weights) == "official":
             with from_hub(cls.name, OFFICIAL_REPOSITORY):
-                model = _load_vit(OFFICIAL_REPOSITORY)
+                model = load_transformer(cls.name, ViTModel, OFFICIAL_REPOSITORY, add_pooling_layer=False)
             return cls(model, device, f"DINO ViT-S/16 ({hub_name(OFFICIAL_REPOSITORY)})")
-        folder = weights_folder(cls.name, weights, "dino")
-        require_files(cls.name, folder, "config.json", "model.safetensors")
+        folder = weights_folder(cls.name, weights, "dino", "config.json", "model.safetensors")
         with reading(cls.name, "model.safetensors", folder):
-            model = _load_vit(folder)
+            model = load_transformer(cls.name, ViTModel, folder, add_pooling_layer=False)
         return cls(model, device, "pocket DINO" if str(weights) == "pocket" else f"DINO in {folder.parent.name}")
+
+    def pixels(self, images: Sequence[Image.Image]) -> torch.Tensor:
+        """Network input (B, 3, H, W), on `device`."""
+        return to_pixel_values(images, self.resize_px, self.image_px, IMAGENET_MEAN, IMAGENET_STD).to(self.device)
 
     def embed(self, images: Sequence[Image.Image]) -> torch.Tensor:
         """Embed pictures: (N, D) of unit length, on `device`."""
-        features = []
-        for batch in batches(images, self.batch_size):
-            pixels = to_pixel_values(batch, self.resize_px, self.image_px, IMAGENET_MEAN, IMAGENET_STD)
-            features.append(self.model(pixel_values=pixels.to(self.device)).last_hidden_state[:, 0])
-        return normalize(torch.cat(features).float(), dim=-1)
+        return embed(images, lambda batch: self.model(self.pixels(batch)).last_hidden_state[:, 0], self.batch_size)
 
     def _score(self, images, texts, references):
         return mean_cosine(self.embed(images), self._references(references))
-
-
-def _load_vit(source: str | Path) -> nn.Module:
-    """transformers' ViT without a pooler."""
-    from transformers import ViTModel
-
-    return load_transformer(Dino.name, ViTModel, source, add_pooling_layer=False)

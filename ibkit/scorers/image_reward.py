@@ -14,7 +14,9 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
+from itertools import zip_longest
 from pathlib import Path
+from typing import Self
 
 import torch
 from PIL import Image
@@ -27,13 +29,16 @@ from ibkit.scorers.base import (
     Level,
     Scorer,
     TruncationWarning,
+    as_model_error,
     batches,
     check_vocabulary,
     from_hub,
     hub_name,
+    load_state,
     reading,
     require_files,
     to_pixel_values,
+    tokenize,
     weights_folder,
 )
 
@@ -62,69 +67,43 @@ _DROPPED = re.compile(r"blip\.(vision_proj\.|text_proj\.|text_encoder\.embedding
 
 @dataclass(frozen=True)
 class RewardConfig:
-    """Sizes and constants of a reward model; the defaults are the official checkpoint's.
+    """Sizes and constants of a reward model; the defaults are the official checkpoint's."""
 
-    Attributes:
-        image_px: Side of the square picture; must be a multiple of `patch_px`.
-        patch_px: Side of a patch.
-        vision_width: Width V of the vision transformer.
-        vision_mlp: Width of its MLP.
-        vision_layers: Its depth.
-        vision_heads: Its attention heads.
-        vocab_size: Rows of the text embedding.
-        tokenizer_size: Entries of the tokenizer; the official embedding has two rows more, unused in scoring.
-        text_width: Width D of the text transformer.
-        text_mlp: Width of its MLP.
-        text_layers: Its depth.
-        text_heads: Its attention heads.
-        text_positions: Rows of its position embedding.
-        text_dropout: Dropout in the text transformer while training.
-        head_widths: Hidden widths of the MLP head; linear layers only, no activation (the official code).
-        head_dropout: Dropout after each hidden layer but the last, while training.
-        max_tokens: Texts are cut and padded to this many tokens.
-        mean: Mean of the raw reward over a reference set.
-        std: Its standard deviation; the score is (raw - mean) / std.
-    """
-
-    image_px: int = 224
+    image_px: int = 224  # side of the square picture, a multiple of patch_px
     patch_px: int = 16
-    vision_width: int = 1024
+    vision_width: int = 1024  # V
     vision_mlp: int = 4096
     vision_layers: int = 24
     vision_heads: int = 16
-    vocab_size: int = 30524
-    tokenizer_size: int = 30522
-    text_width: int = 768
+    vocab_size: int = 30524  # rows of the text embedding
+    tokenizer_size: int = 30522  # entries of the tokenizer; the official embedding has two rows more, unused in scoring
+    text_width: int = 768  # D
     text_mlp: int = 3072
     text_layers: int = 12
     text_heads: int = 12
-    text_positions: int = 512
-    text_dropout: float = 0.0
-    head_widths: tuple[int, ...] = (1024, 128, 64, 16)
-    head_dropout: tuple[float, ...] = (0.2, 0.2, 0.1)
-    max_tokens: int = 35
-    mean: float = 0.16717362830052426
-    std: float = 1.0333394966054072
+    text_positions: int = 512  # rows of the position embedding
+    text_dropout: float = 0.0  # in training
+    head_widths: tuple[int, ...] = (1024, 128, 64, 16)  # hidden; linear layers only, no activation (the official code)
+    head_dropout: tuple[float, ...] = (0.2, 0.2, 0.1)  # in training, after each hidden layer but the last
+    max_tokens: int = 35  # texts are cut and padded to this length
+    mean: float = 0.16717362830052426  # of the raw reward over a reference set
+    std: float = 1.0333394966054072  # likewise; the score is (raw - mean) / std
 
     def __post_init__(self) -> None:
         # JSON has lists only
         object.__setattr__(self, "head_widths", tuple(self.head_widths))
         object.__setattr__(self, "head_dropout", tuple(self.head_dropout))
-        if len(self.head_dropout) != len(self.head_widths) - 1:
-            raise ModelError(
-                f"image_reward: {len(self.head_widths)} head widths need {len(self.head_widths) - 1} dropout values, "
-                f"got {len(self.head_dropout)}: correct the config."
-            )
-        if self.image_px % self.patch_px:
-            raise ModelError(
-                f"image_reward: image_px {self.image_px} is no multiple of patch_px {self.patch_px}: "
-                "correct the config."
-            )
-        if self.max_tokens > self.text_positions:
-            raise ModelError(
-                f"image_reward: max_tokens {self.max_tokens} is over text_positions {self.text_positions}: "
-                "correct the config."
-            )
+        n, n_dropout = len(self.head_widths), len(self.head_dropout)
+        for wrong, sentence in (
+            (n_dropout != n - 1, f"{n} head widths need {n - 1} dropout values, got {n_dropout}"),
+            (self.image_px % self.patch_px, f"image_px {self.image_px} is no multiple of patch_px {self.patch_px}"),
+            (
+                self.max_tokens > self.text_positions,
+                f"max_tokens {self.max_tokens} is over text_positions {self.text_positions}",
+            ),
+        ):
+            if wrong:
+                raise ModelError(f"image_reward: {sentence}: correct the config.")
 
     @classmethod
     def from_json(cls, path: Path) -> RewardConfig:
@@ -143,9 +122,6 @@ class RewardConfig:
 
 class ImageRewardModel(nn.Module):
     """The reward model: `vision`, `text` and `head` (names after the mapping of the official checkpoint).
-
-    Args:
-        config: Sizes and constants.
 
     Fresh weights are random and trainable (std 0.02 in both transformers, PyTorch's default in the head).
     """
@@ -192,13 +168,10 @@ class ImageRewardModel(nn.Module):
             add_pooling_layer=False,
         )
         layers: list[nn.Module] = []
-        width = config.text_width
-        for index, hidden in enumerate(config.head_widths):
-            layers.append(nn.Linear(width, hidden))
-            if index < len(config.head_dropout):
-                layers.append(nn.Dropout(config.head_dropout[index]))
-            width = hidden
-        layers.append(nn.Linear(width, 1))
+        for width, hidden, dropout in zip_longest(
+            (config.text_width, *config.head_widths), (*config.head_widths, 1), config.head_dropout
+        ):
+            layers += [nn.Linear(width, hidden)] + ([] if dropout is None else [nn.Dropout(dropout)])
         self.head = nn.Sequential(*layers)
 
     def forward(
@@ -217,9 +190,7 @@ class ImageRewardModel(nn.Module):
         Source: Xu et al. 2023, section 3.2; the official `ImageReward.score`.
         """
         patches = self.vision(pixel_values).last_hidden_state  # (B, P, V)
-        tokens = self.text(
-            input_ids, attention_mask=attention_mask, encoder_hidden_states=patches
-        ).last_hidden_state  # (B, L, D)
+        tokens = self.text(input_ids, attention_mask, encoder_hidden_states=patches).last_hidden_state  # (B, L, D)
         raw = self.head(tokens[:, 0]).squeeze(-1)  # (B,)
         return (raw - self.config.mean) / self.config.std
 
@@ -241,15 +212,11 @@ class ImageRewardModel(nn.Module):
         Raises:
             ModelError: A file is missing, unreadable, or does not fit the config.
         """
-        from safetensors.torch import load_file
-
         folder = Path(folder)
         require_files("image_reward", folder, CONFIG_FILE, WEIGHTS_FILE)
         model = cls(RewardConfig.from_json(folder / CONFIG_FILE))
         with reading("image_reward", WEIGHTS_FILE, folder):
-            state = load_file(folder / WEIGHTS_FILE)
-            # weights stored in half precision still compute in fp32
-            model.load_state_dict({name: tensor.float() for name, tensor in state.items()}, strict=True)
+            load_state(model, folder / WEIGHTS_FILE)
         return model.eval()
 
     @classmethod
@@ -270,23 +237,14 @@ class ImageRewardModel(nn.Module):
 
             with from_hub("image_reward", OFFICIAL_REPOSITORY):
                 checkpoint = hf_hub_download(OFFICIAL_REPOSITORY, "ImageReward.pt")
-        try:
+        with as_model_error(f"image_reward: {checkpoint} cannot be read as tensors", "download it again"):
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
-        except Exception as error:  # damaged archives and refused pickles raise many kinds
-            reason = (str(error) or type(error).__name__).splitlines()[0]
-            raise ModelError(
-                f"image_reward: {checkpoint} cannot be read as tensors ({reason}): download it again."
-            ) from error
         if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
             raise ModelError(f"image_reward: {checkpoint} is no state dict of tensors: name the file ImageReward.pt.")
         model = cls(config or RewardConfig())
-        try:
-            model.load_state_dict(map_official(state), strict=True)
-        except RuntimeError as error:
-            reason = " ".join(str(error).split())[:300]
-            raise ModelError(
-                f"image_reward: {checkpoint} does not hold the expected model ({reason}): name the file ImageReward.pt."
-            ) from error
+        wrong = f"image_reward: {checkpoint} does not hold the expected model"
+        with as_model_error(wrong, "name the file ImageReward.pt"):
+            model.load_state_dict(map_official(state))
         return model.eval()
 
 
@@ -300,13 +258,11 @@ def map_official(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     for name, tensor in state.items():
         if _DROPPED.match(name):
             continue
-        for pattern, replacement in _RENAMES:
-            renamed, n_hits = re.subn("^" + pattern, replacement, name)
-            if n_hits:
-                mapped[renamed] = tensor
-                break
-        else:
+        hits = (re.subn("^" + pattern, replacement, name) for pattern, replacement in _RENAMES)
+        renamed = next((renamed for renamed, n_hits in hits if n_hits), None)
+        if renamed is None:
             raise ModelError(f"image_reward: the checkpoint has an unknown entry {name!r}: is it ImageReward.pt?")
+        mapped[renamed] = tensor
     return mapped
 
 
@@ -330,11 +286,8 @@ class ImageReward(Scorer):
     """How well people would like the picture for its text (higher is better; about -2 to 2).
 
     Args:
-        model: The reward model.
         tokenizer: A Hugging Face tokenizer with padding; its size must be `model.config.tokenizer_size`.
-        device: Where the model runs.
         evaluator: Model in words.
-        batch_size: Pictures a forward pass.
         levels: Text -> scores of true pictures for it; "" stands for any other text.
     """
 
@@ -364,8 +317,7 @@ class ImageReward(Scorer):
         self._warn_truncated = TruncationWarning(self.name, config.max_tokens)
 
     @classmethod
-    def load(cls, weights: str | Path = "pocket", device: str | torch.device = "cpu") -> ImageReward:
-        """Load from `"pocket"`, `"official"` or a local weights folder; see `make_scorer`."""
+    def load(cls, weights: str | Path, device: str | torch.device = "cpu") -> Self:
         from transformers import AutoTokenizer
 
         if str(weights) == "official":
@@ -388,12 +340,8 @@ class ImageReward(Scorer):
         return self.levels.get(text, self.levels.get(""))
 
     def encode_text(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Token ids and mask, each (B, max_tokens); warns once about a text that is cut."""
-        for text, ids in zip(texts, self.tokenizer(texts, verbose=False)["input_ids"], strict=True):
-            self._warn_truncated(text, len(ids))
-        encoded = self.tokenizer(
-            texts, padding="max_length", truncation=True, max_length=self.model.config.max_tokens, return_tensors="pt"
-        )
+        """Token ids and mask, each (B, max_tokens)."""
+        encoded = tokenize(self.tokenizer, texts, self.model.config.max_tokens, self._warn_truncated)
         return encoded["input_ids"], encoded["attention_mask"]
 
     def encode_images(self, images: list[Image.Image]) -> torch.Tensor:
@@ -403,11 +351,10 @@ class ImageReward(Scorer):
 
     def _score(self, images, texts, references):
         scores = []
-        for rows in batches(range(len(images)), self.batch_size):
-            pixel_values = self.encode_images([images[i] for i in rows])
-            input_ids, mask = self.encode_text([texts[i] for i in rows])
-            inputs = (pixel_values.to(self.device), input_ids.to(self.device), mask.to(self.device))
-            scores.append(self.model(*inputs).cpu())
+        for pairs in batches(list(zip(images, texts, strict=True)), self.batch_size):
+            some, theirs = map(list, zip(*pairs, strict=True))
+            inputs = self.encode_images(some), *self.encode_text(theirs)
+            scores.append(self.model(*(one.to(self.device) for one in inputs)).cpu())
         return torch.cat(scores)
 
 
@@ -420,12 +367,8 @@ class WeakReward(ImageReward):
     name = "weak_reward"
 
     @classmethod
-    def load(cls, weights: str | Path = "pocket", device: str | torch.device = "cpu") -> WeakReward:
-        """Load from `"pocket"` or a local weights folder.
-
-        Raises:
-            ModelError: `"official"`: nobody has published a bad reward on purpose.
-        """
+    def load(cls, weights: str | Path, device: str | torch.device = "cpu") -> Self:
+        """As the other scorers do; raises ModelError for `"official"`: nobody publishes a bad reward on purpose."""
         if str(weights) == "official":
             raise ModelError(f"{cls.name}: it is a lesson of the pocket world; choose image_reward as the reward.")
         return super().load(weights, device)

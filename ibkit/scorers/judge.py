@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +31,7 @@ from ibkit.pocket.world import (
     ACCESSORIES,
     ACTIVITIES,
     CLASSES,
+    IMAGE_PX,
     NO_ACCESSORY,
     NO_ACTIVITY,
     PARTS,
@@ -39,7 +41,7 @@ from ibkit.pocket.world import (
     reference_scenes,
     shown_by,
 )
-from ibkit.scorers.base import POCKET_WEIGHTS, reading, require_files, weights_folder
+from ibkit.scorers.base import POCKET_WEIGHTS, load_state, reading, require_files, weights_folder
 
 ANSWERS: dict[str, tuple[str, ...]] = {
     "class": CLASSES,
@@ -64,13 +66,11 @@ class JudgeNet(nn.Module):
         super().__init__()
         self.widths = tuple(widths)
         self.stem = nn.Conv2d(3, widths[0], 3, 2, 1)
-        blocks, previous = [], widths[0]
-        for i, width in enumerate(widths):
-            blocks.append(_Residual(previous, width, stride=1 if i == 0 else 2))
-            previous = width
-        self.blocks = nn.Sequential(*blocks)
-        self.heads = nn.ModuleDict({q: nn.Linear(4 * previous, len(a)) for q, a in ANSWERS.items()})
-        self.identity = nn.Linear(4 * previous, IDENTITY_DIM)
+        later = (_Residual(n_in, n_out, stride=2) for n_in, n_out in pairwise(widths))
+        self.blocks = nn.Sequential(_Residual(widths[0], widths[0], stride=1), *later)
+        n_features = 4 * widths[-1]
+        self.heads = nn.ModuleDict({q: nn.Linear(n_features, len(a)) for q, a in ANSWERS.items()})
+        self.identity = nn.Linear(n_features, IDENTITY_DIM)
 
     def forward(self, x: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Pictures (N, 3, 64, 64) in [-1, 1] -> ({question: logits (N, answers)}, identity (N, D))."""
@@ -93,13 +93,8 @@ class _Residual(nn.Module):
 
 def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
     """Pictures to (N, 3, 64, 64) in [-1, 1]; other sizes are resized (bicubic)."""
-    from ibkit.pocket.world import IMAGE_PX
-
-    size = (IMAGE_PX, IMAGE_PX)
-    arrays = [
-        np.asarray(i.convert("RGB") if i.size == size else i.convert("RGB").resize(size, Image.Resampling.BICUBIC))
-        for i in images
-    ]
+    size = (IMAGE_PX, IMAGE_PX)  # a picture of this size is copied, not filtered
+    arrays = [np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC)) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
@@ -124,14 +119,12 @@ class Judge:
     @classmethod
     def load(cls, device: str | torch.device = "cpu", folder: str | Path = "", name: str = "judge") -> Judge:
         """Load the shipped judge, or another one of the folder (`name`, such as one of `RATERS`)."""
-        from safetensors.torch import load_file
-
         folder = Path(folder) if folder else weights_folder("judge", "pocket", "judge")
         require_files("judge", folder, f"{name}.safetensors", f"{name}.json")
         with reading("judge", f"{name}.safetensors and {name}.json", folder):
             card = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
             net = JudgeNet(tuple(card["widths"]))
-            net.load_state_dict({k: v.float() for k, v in load_file(folder / f"{name}.safetensors").items()})
+            load_state(net, folder / f"{name}.safetensors")
         return cls(net, card, device)
 
     @property
@@ -182,11 +175,8 @@ class Judge:
 
     def centres(self, parade: Sequence[Subject], n_references: int = 8) -> torch.Tensor:
         """The mean identity vector of photos of each individual of a line-up, unit length; (individuals, D)."""
-        centres = []
-        for subject in parade:
-            _, vectors = self.look([render(scene) for scene in reference_scenes(subject, n_references, seed=1)])
-            centres.append(F.normalize(vectors.mean(0), dim=0))
-        return torch.stack(centres)
+        photos = [[render(scene) for scene in reference_scenes(one, n_references, seed=1)] for one in parade]
+        return torch.stack([F.normalize(self.look(of_one)[1].mean(0), dim=0) for of_one in photos])
 
     def identifies(self, images: Sequence[Image.Image], subject: Subject, n_others: int = 7) -> torch.Tensor:
         """1.0 where the judge recognises `subject` in a line-up with `n_others` of its class, else 0.0; (N,)."""

@@ -22,15 +22,13 @@ from torch.nn.functional import normalize
 from ibkit.errors import ModelError
 from ibkit.runs import hash_file
 from ibkit.scorers.base import (
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     ReferenceCache,
     Scorer,
     batches,
+    load_state,
     mean_cosine,
     reading,
     require_files,
-    to_pixel_values,
     weights_folder,
 )
 from ibkit.scorers.dino import Dino
@@ -52,11 +50,8 @@ def patch_tokens(dino: Dino, images: Sequence[Image.Image], layer: int = LAST_LA
         images: N pictures of any size.
         layer: tokens after so many layers; `LAST_LAYER` = after all of them and the final norm, as DINO's score uses.
     """
-    tokens = []
-    for batch in batches(list(images), dino.batch_size):
-        pixels = to_pixel_values(batch, dino.resize_px, dino.image_px, IMAGENET_MEAN, IMAGENET_STD).to(dino.device)
-        tokens.append(tokens_of(dino.model, pixels, layer))
-    return torch.cat(tokens)
+    parts = batches(list(images), dino.batch_size)
+    return torch.cat([tokens_of(dino.model, dino.pixels(part), layer) for part in parts])
 
 
 def tokens_of(model: nn.Module, pixels: torch.Tensor, layer: int = LAST_LAYER) -> torch.Tensor:
@@ -106,13 +101,13 @@ class PatchMatch(Scorer):
 
 
 class IdentityHead(nn.Module):
-    """A few learned questions to the patches, each answered by a weighted mean of what the patches say.
+    """Attention pooling of patch tokens with a few learned queries ("questions"), then a linear layer.
 
     Args:
         n_in: D, the width of a token.
-        width: of what a patch says.
+        width: of a patch's value.
         n_out: E.
-        n_questions: how many places of the picture it can look at, apart from each other.
+        n_questions: queries; each can look at another place of the picture.
     """
 
     def __init__(self, n_in: int, width: int = 192, n_out: int = 64, n_questions: int = 8) -> None:
@@ -149,11 +144,8 @@ class SubjectFidelity(Scorer):
         self._references = ReferenceCache(self.embed)
 
     @classmethod
-    def load(cls, weights: str | Path = "pocket", device: str | torch.device = "cpu") -> Scorer:
-        """Load from `"pocket"`, `"official"` or a local weights folder; see `make_scorer`.
-
-        Returns:
-            A trained head where the weights have one (`subject/`), else `PatchMatch` on their DINO.
+    def load(cls, weights: str | Path, device: str | torch.device = "cpu") -> Scorer:
+        """A trained head where the weights have one (`subject/`), else `PatchMatch` on their DINO; see `make_scorer`.
 
         Raises:
             ModelError: The weights are missing, damaged, or the head was trained on another DINO.
@@ -166,11 +158,9 @@ class SubjectFidelity(Scorer):
             return PatchMatch(dino)
         require_files(cls.name, folder, "subject.safetensors", "subject.json")
         with reading(cls.name, "subject.safetensors and subject.json", folder):
-            from safetensors.torch import load_file
-
             card = json.loads((folder / "subject.json").read_text(encoding="utf-8"))
             head = IdentityHead(**card["sizes"])
-            head.load_state_dict({k: v.float() for k, v in load_file(folder / "subject.safetensors").items()})
+            load_state(head, folder / "subject.safetensors")
             auc = card["auc"]["renders"]
         if card["dino"] != hash_file(folder.parent / "dino" / "model.safetensors"):
             raise ModelError(
