@@ -1,11 +1,10 @@
-"""The machine under the kit: device, seeds and independent random streams, CPU threads, memory that is kept."""
+"""The machine under the kit: device, independent random streams, CPU threads, memory that is kept."""
 
 import ctypes
 import hashlib
 import json
 import os
 import platform
-import random
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -56,16 +55,6 @@ def describe_device(device: "torch.device") -> str:
         properties = torch.cuda.get_device_properties(device)
         return f"{properties.name}, {properties.total_memory / 2**30:.1f} GiB"
     return f"{device.type.upper()} {platform.machine()}, {torch.get_num_threads()} threads"
-
-
-def seed_everything(seed: int) -> None:
-    """Seed Python's, NumPy's and PyTorch's global generators, for libraries that draw from them."""
-    import numpy as np
-    import torch
-
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
 
 
 def generator(seed: int, *names: str | int) -> "torch.Generator":
