@@ -93,8 +93,7 @@ def _band(polygon: np.ndarray, low: float, high: float) -> np.ndarray:
 def _hull(shape: str, x: float, y: float, rx: float, ry: float) -> np.ndarray:
     """Outline of a body: round, square (rounded corners) or triangular (wide foot, narrow top)."""
     if shape == "square":
-        power = 0.45  # a superellipse: corners without a special case
-        points = np.sign(_CIRCLE) * np.abs(_CIRCLE) ** power
+        points = np.sign(_CIRCLE) * np.abs(_CIRCLE) ** 0.45  # a superellipse: corners without a special case
     elif shape == "triangular":
         points = np.array([(-0.16, -1.25), (0.16, -1.25), (1.25, 0.9), (1.1, 1.0), (-1.1, 1.0), (-1.25, 0.9)])
     else:
@@ -352,16 +351,8 @@ def _guitar(pen: Pen):
 
 
 def _breaker(pen: Pen):
-    curl = [
-        (0.72, 0.1),
-        (0.8, -0.7),
-        (0.56, -0.98),
-        (0.3, -0.92),
-        (0.26, -0.72),
-        (0.46, -0.74),
-        (0.5, -0.4),
-        (0.2, 0.1),
-    ]
+    outer = [(0.72, 0.1), (0.8, -0.7), (0.56, -0.98), (0.3, -0.92)]
+    curl = [*outer, (0.26, -0.72), (0.46, -0.74), (0.5, -0.4), (0.2, 0.1)]
     pen.polygon(curl, (60, 160, 226), (236, 250, 255), 0.04)
 
 
@@ -369,23 +360,9 @@ def _surfboard(pen: Pen):
     board = pen.at(-0.1, -0.13, angle=-10)
     board.polygon(_CIRCLE * (0.56, 0.075), (255, 232, 90))
     board.line([(-0.44, 0), (0.44, 0)], (226, 60, 60), 0.03)
-    pen.polygon(
-        [
-            (-1.2, -0.03),
-            (-0.8, 0.02),
-            (-0.5, -0.04),
-            (-0.2, 0.02),
-            (0.1, -0.04),
-            (0.4, 0.02),
-            (0.8, -0.04),
-            (1.2, 0.0),
-            (1.2, 0.3),
-            (-1.2, 0.3),
-        ],
-        (20, 104, 190),
-        (236, 250, 255),
-        0.035,
-    )
+    left_crest = [(-1.2, -0.03), (-0.8, 0.02), (-0.5, -0.04), (-0.2, 0.02)]
+    right_crest = [(0.1, -0.04), (0.4, 0.02), (0.8, -0.04), (1.2, 0.0)]
+    pen.polygon([*left_crest, *right_crest, (1.2, 0.3), (-1.2, 0.3)], (20, 104, 190), (236, 250, 255), 0.035)
 
 
 def _music(pen: Pen):

@@ -10,32 +10,20 @@ from pathlib import Path
 from ibkit.errors import IbkitError
 from ibkit.runs import project_root
 
-STAGES = ("autoencoder", "unet", "decoder", "judge", "raters", "image_reward", "weak_reward", "clip", "dino")
-STAGES += ("subject", "card")
+STAGES = "autoencoder unet decoder judge raters image_reward weak_reward clip dino subject card".split()
 
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m ibkit.pocket.build", description=__doc__)
-    parser.add_argument(
-        "--folder",
-        type=Path,
-        default=project_root() / "outputs" / "pocket-build",
-        help="pictures, checkpoints and the built weights go here",
-    )
-    parser.add_argument(
-        "--stages",
-        default=",".join(STAGES),
-        help=f"comma-separated, of: {', '.join(STAGES)}; each needs those before it to be built",
-    )
+    folder = project_root() / "outputs" / "pocket-build"
+    parser.add_argument("--folder", type=Path, default=folder, help="for pictures, checkpoints and the built weights")
+    known = f"comma-separated, of: {', '.join(STAGES)}; each needs those before it to be built"
+    parser.add_argument("--stages", default=",".join(STAGES), help=known)
     parser.add_argument("--device", default="auto")
-    parser.add_argument(
-        "--continue-from",
-        type=Path,
-        help="weights of an earlier build that decoder, U-Net, judge and reward begin with",
-    )
-    parser.add_argument(
-        "--threads", type=int, default=0, help="CPU threads; 0 = all. Stages can run side by side in two processes"
-    )
+    earlier = "weights of an earlier build that decoder, U-Net, judge and reward begin with"
+    parser.add_argument("--continue-from", type=Path, help=earlier)
+    threads = "CPU threads; 0 = all. Stages can run side by side in two processes"
+    parser.add_argument("--threads", type=int, default=0, help=threads)
     arguments = parser.parse_args(argv)
     stages = arguments.stages.split(",")
     if unknown := [s for s in stages if s not in STAGES]:

@@ -1,9 +1,8 @@
 """Stage 1: the autoencoder, 64x64x3 pixels to 8x8x16 latents (diffusers `AutoencoderKL`).
 
-It decides what subject fidelity can mean: colours and patterns that it loses, no method can keep.
-The encoder is frozen part-way so that the diffusion model can start; the decoder goes on alone, on slightly noisy
-latents,
-because those of a sampler are never as clean as the encoder's.
+It bounds subject fidelity: no method can keep colours and patterns that it loses. After joint training the encoder is
+frozen, so that the diffusion model can start. The decoder trains on, with slightly noisy latents, because a sampler's
+are never as clean as the encoder's.
 """
 
 from __future__ import annotations
@@ -12,19 +11,20 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 
-from ibkit.pocket.build.common import Budget, begin_with, fit, hash_seed
-from ibkit.pocket.build.data import Pictures
+from ibkit.pocket.build.common import Budget, begin_with, fit, hash_seed, load_float, save_half
+from ibkit.pocket.build.data import Pictures, to_range
 
 JOINT = Budget(steps=4000, batch=256, lr=1e-3, muon_lr=0.01, weight_decay=0.0, ema=0.995)
 DECODER = Budget(steps=9000, batch=128, lr=1e-3, muon_lr=0.01, weight_decay=0.0, ema=0.998)
 DECODER_CONTINUED = replace(DECODER, steps=2254)  # from earlier weights
-# The posterior is a fixed, narrow Gaussian around the mean: a learnt width starts at 1 and drowns the latents for
-# hundreds of steps.
+# The posterior is a narrow Gaussian of fixed width: a learnt width starts at 1 and hides the latents for hundreds of
+# steps.
 POSTERIOR_STD = 0.05
-MEAN_WEIGHT = 1e-4  # KL's pull of the mean towards 0, so that the fixed width means something
+MEAN_WEIGHT = 1e-4  # of the KL term that pulls the mean towards 0: it sets the scale for the fixed width
 LATENT_NOISE = 0.05  # of the decoder stage, in units of the latents' own standard deviation
 
 
@@ -43,6 +43,20 @@ def new_autoencoder() -> AutoencoderKL:
     )
 
 
+def save(vae: AutoencoderKL, path: Path) -> None:
+    """Store weights and scaling factor in one file."""
+    factor = torch.tensor(vae.config.scaling_factor, dtype=torch.float64)
+    save_half(vae.state_dict(), path, scaling_factor=factor)
+
+
+def load(path: Path) -> AutoencoderKL:
+    """Read what `save` wrote."""
+    vae, state = new_autoencoder(), load_float(path)
+    vae.register_to_config(scaling_factor=float(state.pop("scaling_factor")))
+    vae.load_state_dict(state)
+    return vae
+
+
 def reconstruction_loss(image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Absolute plus squared error, fp32: the first keeps edges crisp, the second is what PSNR counts."""
     difference = image.float() - target
@@ -56,25 +70,36 @@ def psnr(image: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
 
 
 def with_noise(z: torch.Tensor, strongest: float, generator: torch.Generator) -> torch.Tensor:
-    """Latents (B, C, H, W) with Gaussian noise, of a standard deviation between 0 and `strongest` for each picture."""
+    """Latents (B, C, H, W) with Gaussian noise, its standard deviation drawn from 0 to `strongest` for each picture."""
     level = strongest * torch.rand((len(z), 1, 1, 1), generator=generator, device=z.device)
     return z + (level * torch.randn(z.shape, generator=generator, device=z.device)).to(z)
 
 
 @torch.no_grad()
 def redraw(vae: AutoencoderKL, x: torch.Tensor, generator: torch.Generator, dtype: torch.dtype) -> torch.Tensor:
-    """Pictures (B, 3, 64, 64) as the autoencoder draws them from slightly noisy latents, as those of a sampler are."""
+    """Pictures (B, 3, 64, 64) reconstructed from latents with noise such as a sampler leaves."""
     z = with_noise(vae.encode(x.to(dtype)).latent_dist.mode(), 0.3 / vae.config.scaling_factor, generator)
     return vae.decode(z).sample.float().clamp(-1, 1)
 
 
+@torch.inference_mode()
+def rebuilt(images: np.ndarray, vae: AutoencoderKL, device: torch.device, size: int = 128) -> np.ndarray:
+    """The autoencoder's reconstructions of pictures, both uint8 (N, 64, 64, 3), in batches of `size`."""
+    parts = []
+    for i in range(0, len(images), size):
+        x = to_range(images[i : i + size], device).to(next(vae.parameters()))
+        pixels = (vae.decode(vae.encode(x).latent_dist.mode()).sample.float().clamp(-1, 1) + 1) * 127.5
+        parts.append(pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy())
+    return np.concatenate(parts)
+
+
 def train_joint(folder: Path, pictures: Pictures, device, dtype) -> AutoencoderKL:
-    """Encoder and decoder together; sets the latents' scaling factor (1 / their standard deviation, as in
-    latent diffusion, section 4.3.2).
+    """Train encoder and decoder together, and set the latents' scaling factor: 1 / their standard deviation (Rombach et
+    al. 2022, section 4.3.2).
     """
     torch.manual_seed(hash_seed("autoencoder weights"))
     vae = new_autoencoder()
-    with torch.no_grad():  # the width of the posterior, as the encoder reports it
+    with torch.no_grad():  # make the encoder report the fixed width
         vae.quant_conv.weight[16:].zero_()
         vae.quant_conv.bias[16:].fill_(2 * math.log(POSTERIOR_STD))
 
@@ -87,9 +112,8 @@ def train_joint(folder: Path, pictures: Pictures, device, dtype) -> AutoencoderK
 
     fit("autoencoder", folder, vae, loss_fn, JOINT, device, dtype)
     with torch.inference_mode():
-        z = torch.cat(
-            [vae.encode(pictures.batch(range(i, i + 64), device)).latent_dist.mode() for i in range(0, 1024, 64)]
-        )
+        batches = (pictures.batch(range(i, i + 64), device) for i in range(0, 1024, 64))
+        z = torch.cat([vae.encode(x).latent_dist.mode() for x in batches])
     vae.register_to_config(scaling_factor=float(1.0 / z.std()))
     return vae
 
@@ -97,7 +121,7 @@ def train_joint(folder: Path, pictures: Pictures, device, dtype) -> AutoencoderK
 def train_decoder(
     folder: Path, pictures: Pictures, vae: AutoencoderKL, device, dtype, start: dict | None = None
 ) -> AutoencoderKL:
-    """The decoder alone, on the frozen encoder's latents with a little noise."""
+    """Train the decoder alone, on the frozen encoder's latents with a little noise."""
     begin_with(vae.decoder, start)
     budget = DECODER_CONTINUED if start else DECODER
     vae.requires_grad_(False)

@@ -1,25 +1,27 @@
 """Pocket CLIP (open_clip, contrastive): text fidelity (CLIP-T) and CLIP-I.
 
-Batches are made of groups of four scenes that differ in one thing each, so telling the activity apart from the place
-is not optional.
+A batch consists of groups of four scenes that differ in one thing each, so the model has to tell the activity from the
+place.
 """
 
 from __future__ import annotations
 
 import json
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from open_clip.model import CLIP
 from open_clip.transform import OPENAI_DATASET_MEAN, OPENAI_DATASET_STD
+from torchvision.transforms import functional as transforms
 
 from ibkit.pocket.build.common import Budget, fit, hash_seed, save_half
 from ibkit.pocket.build.data import GROUP, Pictures, encode
 from ibkit.pocket.build.tokenizer import CONTEXT_TOKENS
 from ibkit.pocket.words import caption
-from ibkit.pocket.world import ACTIVITIES, NO_ACTIVITY
+from ibkit.pocket.world import NO_ACTIVITY, activities_of
 
 BUDGET = Budget(steps=600, batch=128)
 WIDTH, LAYERS, HEADS, PATCH_PX = 128, 3, 4, 8
@@ -27,35 +29,21 @@ WIDTH, LAYERS, HEADS, PATCH_PX = 128, 3, 4, 8
 
 def model_config(vocab_size: int) -> dict:
     """open_clip's `model_cfg` of the pocket CLIP."""
-    return {
-        "embed_dim": WIDTH,
-        "vision_cfg": {
-            "image_size": 64,
-            "layers": LAYERS,
-            "width": WIDTH,
-            "head_width": WIDTH // HEADS,
-            "patch_size": PATCH_PX,
-        },
-        "text_cfg": {
-            "context_length": CONTEXT_TOKENS,
-            "vocab_size": vocab_size,
-            "width": WIDTH,
-            "heads": HEADS,
-            "layers": LAYERS,
-        },
-    }
+    vision = {"image_size": 64, "layers": LAYERS, "width": WIDTH, "head_width": WIDTH // HEADS, "patch_size": PATCH_PX}
+    text = {"context_length": CONTEXT_TOKENS, "vocab_size": vocab_size, "width": WIDTH, "heads": HEADS}
+    return {"embed_dim": WIDTH, "vision_cfg": vision, "text_cfg": text | {"layers": LAYERS}}
 
 
-def normalise(images: torch.Tensor) -> torch.Tensor:
-    """[-1, 1] pictures to CLIP's normalised input."""
-    mean = torch.tensor(OPENAI_DATASET_MEAN, device=images.device).view(3, 1, 1)
-    std = torch.tensor(OPENAI_DATASET_STD, device=images.device).view(3, 1, 1)
-    return ((images + 1) / 2 - mean) / std
+def normalise(
+    images: torch.Tensor, mean: Sequence[float] = OPENAI_DATASET_MEAN, std: Sequence[float] = OPENAI_DATASET_STD
+) -> torch.Tensor:
+    """Pictures in [-1, 1] to a network's normalised input, CLIP's by default."""
+    return transforms.normalize((images + 1) / 2, mean, std)
 
 
 def degrade(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Noise and blur of random strength, so that what is learnt on renders holds on decoded pictures too; (B,
-    3, H, W) in [-1, 1].
+    """Noise and blur of random strength for pictures (B, 3, H, W) in [-1, 1]: a network trained on degraded renders
+    works on decoded pictures too.
     """
     b = len(images)
     soft = F.avg_pool2d(F.pad(images, (1, 1, 1, 1), mode="replicate"), 3, 1)
@@ -88,44 +76,27 @@ def train(folder: Path, pictures: Pictures, tokenizer, device, dtype) -> CLIP:
 
 
 @torch.inference_mode()
-def zero_shot_activity(model: CLIP, tokenizer, pictures: Pictures, indices, device) -> tuple[int, int]:
-    """(right, asked): activity named by the closest of `a {class} {phrase}` over the activities of the
-    picture's class.
+def zero_shot_activity(model: CLIP, tokenizer, pictures: Pictures, limit: int, device) -> tuple[int, int]:
+    """(right, asked): does the closest text "a {class} {activity}", over the activities of the class, name the one of
+    the picture? Asked for the first `limit` pictures that show an activity.
     """
-    from ibkit.pocket.world import activities_of
-
+    asked = [(i, scene) for i, scene in enumerate(pictures.scenes) if scene.activity != NO_ACTIVITY][:limit]
     right = 0
-    for i in indices:
-        scene = pictures.scenes[i]
+    for i, scene in asked:
         names = activities_of(scene.subject.class_noun)
-        ids = tokenizer(
-            [f"a {scene.subject.class_noun} {ACTIVITIES[a][1][0]}" for a in names],
-            padding="max_length",
-            max_length=CONTEXT_TOKENS,
-            return_tensors="pt",
-        )["input_ids"]
+        ids = encode(tokenizer, [f"a {scene.subject.class_noun} {name}" for name in names])
         text = F.normalize(model.encode_text(ids.to(device)), dim=-1)
         image = F.normalize(model.encode_image(normalise(pictures.batch([i], device))), dim=-1)
         right += names[int((image @ text.T).argmax())] == scene.activity
-    return right, len(indices)
-
-
-def with_activity(pictures: Pictures, limit: int) -> list[int]:
-    return [i for i, s in enumerate(pictures.scenes) if s.activity != NO_ACTIVITY][:limit]
+    return right, len(asked)
 
 
 def save(model: CLIP, tokenizer, folder: Path) -> None:
     """Write an open_clip folder: open_clip_config.json, model.safetensors, tokenizer files."""
     folder.mkdir(parents=True, exist_ok=True)
-    config = {
-        "model_cfg": model_config(len(tokenizer)),
-        "preprocess_cfg": {
-            "mean": list(OPENAI_DATASET_MEAN),
-            "std": list(OPENAI_DATASET_STD),
-            "interpolation": "bicubic",
-            "resize_mode": "shortest",
-        },
-    }
+    preprocess = {"mean": OPENAI_DATASET_MEAN, "std": OPENAI_DATASET_STD}
+    preprocess |= {"interpolation": "bicubic", "resize_mode": "shortest"}
+    config = {"model_cfg": model_config(len(tokenizer)), "preprocess_cfg": preprocess}
     (folder / "open_clip_config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_half(model.state_dict(), folder / "model.safetensors")
     tokenizer.save_pretrained(folder)

@@ -1,36 +1,42 @@
-"""The training loop that all build stages share: fp32 master weights, resumable, and the same batches whether or not
-it was ever stopped.
+"""The training loop of all build stages, and the files that they share.
 
-Matrices are trained by Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers"), the rest by AdamW: on two
-CPU cores the autoencoder reaches
-18.5 dB in 200 steps of 16 that way and 14.5 dB with AdamW alone at the best of three rates.
+Master weights are fp32. A resumed training takes the same batches as one that was never stopped.
+
+Matrices are trained by Muon (Jordan et al. 2024, "Muon: An optimizer for hidden layers"), the rest by AdamW. In 200
+steps of 16 pictures the autoencoder reaches 18.5 dB that way; AdamW alone reaches 14.5 dB at the best of three rates.
 """
 
 from __future__ import annotations
 
 import copy
+import hashlib
 import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 
 from ibkit.runs import Checkpoints
-from ibkit.train.kept import Optimizer, part
+from ibkit.train.kept import Kept, Optimizer, Weights, part
 
 SEED = 20_26
+LOOK_EVERY = 20  # steps between readings of the loss; each one makes the CPU wait for the GPU
+
+Row = tuple[str, float, float | None, int]  # of the model card: name, value, target, n
 
 
 @dataclass(frozen=True)
 class Budget:
     """How long a stage trains, in steps of `batch` pictures; the rates are the peaks of a warm-up + cosine schedule.
 
-    With `seconds` above 0 the schedule ends after that time, if the steps are not done before: for a lent GPU.
+    With `seconds` above 0 the schedule ends after that time at the latest: for a borrowed GPU.
     """
 
     steps: int
@@ -45,8 +51,8 @@ class Budget:
 class ShapewiseMuon(torch.optim.Muon):
     """PyTorch's Muon with all matrices of one shape in one batch: the same steps, a fifth of the kernels.
 
-    PyTorch takes matrix by matrix, and a U-Net of many small ones then spends more time on launching kernels than on
-    its forward and backward passes (on a GPU; on a CPU the two are alike).
+    PyTorch updates matrix by matrix. On a GPU, launching those kernels takes longer than the forward and backward
+    passes of a U-Net of many small matrices; on a CPU both variants take the same time.
     """
 
     @torch.no_grad()
@@ -82,31 +88,14 @@ def orthogonal(matrices: torch.Tensor, settings: dict) -> torch.Tensor:
     return x.mT if tall else x
 
 
-LOOK_EVERY = 20  # steps between looks at the loss: each makes a GPU wait
-
-
-def step_generator(stage: str, step: int, device: torch.device) -> torch.Generator:
-    """Randomness of one training step, independent of all others: resuming needs no saved generator state."""
-    return torch.Generator(device).manual_seed(hash_seed(stage, step))
-
-
 def hash_seed(*names) -> int:
-    import hashlib
-
     return int.from_bytes(hashlib.sha256(repr((SEED, *names)).encode()).digest()[:7], "big")
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the machine multiplies it natively (twice as fast here), else fp32; master weights are fp32
-    either way.
-    """
-    if device.type == "cuda":
-        return torch.bfloat16
-    return (
-        torch.bfloat16
-        if torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
-        else torch.float32
-    )
+    """bf16 where the machine multiplies it natively (twice as fast here), else fp32; not for the master weights."""
+    on_cpu = torch.backends.mkldnn.is_available() and torch.cpu._is_avx512_bf16_supported()
+    return torch.bfloat16 if device.type == "cuda" or on_cpu else torch.float32
 
 
 def fit(
@@ -122,9 +111,9 @@ def fit(
     """Train `model` and return it with the averaged (EMA) weights, in evaluation mode.
 
     Args:
-        loss_fn: (working copy of the model in `dtype`, its fp32 running average, step, generator of the step, on the
+        loss_fn: (working copy of the model in `dtype`, its fp32 running average, step, generator of the step on the
             device) -> (scalar loss, scalars to show).
-        save_s: seconds between checkpoints; a stopped build loses at most this much and continues on the same batches.
+        save_s: seconds between checkpoints, and so the most that a stopped build loses.
     """
     master = model.to(device=device, dtype=torch.float32)
     work = copy.deepcopy(master).to(dtype=dtype).train()
@@ -139,11 +128,14 @@ def fit(
         torch.optim.AdamW(others, lr=budget.lr, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
     ]
     peaks = [budget.muon_lr, budget.lr]
+    kept: dict[str, Kept] = {"master": Weights(master.state_dict()), "ema": Weights(ema.state_dict())}
+    kept |= {f"optimizer{n}": Optimizer(optimizer) for n, optimizer in enumerate(optimizers)}
     checkpoints = Checkpoints(folder / "checkpoints" / stage)
     start = 0
     if (found := checkpoints.latest()) is not None:
         start, tensors, _ = found
-        _restore(tensors, master, ema, optimizers)
+        for name, one in kept.items():
+            one.load(part(tensors, name))
     progress = tqdm(total=budget.steps, initial=start, desc=stage, mininterval=10, smoothing=0.02)
     started = saved_at = time.monotonic()
     log = open(folder / f"{stage}.log", "a")
@@ -157,7 +149,8 @@ def fit(
             optimizer.param_groups[0]["lr"] = peak * factor
         with torch.no_grad():
             torch._foreach_copy_([w for _, w in trained], [m for m, _ in trained])
-        loss, shown = loss_fn(work, ema, step, step_generator(stage, step, device))
+        # Each step has a generator of its own, so a checkpoint needs no generator state.
+        loss, shown = loss_fn(work, ema, step, torch.Generator(device).manual_seed(hash_seed(stage, step)))
         if look := step % LOOK_EVERY == 0 or last:
             if not torch.isfinite(loss):
                 raise FloatingPointError(
@@ -168,11 +161,8 @@ def fit(
             print(step, text, file=log, flush=True)
         loss.backward()
         for m, w in trained:
-            gradient = w.grad.float() if w.grad is not None else None
-            if id(m) in matrices:
-                matrices[id(m)].grad = gradient.reshape(len(m), -1) if gradient is not None else None
-            else:
-                m.grad = gradient
+            target = matrices.get(id(m), m)
+            target.grad = None if w.grad is None else w.grad.float().reshape(target.shape)
             w.grad = None
         nn.utils.clip_grad_norm_(others, 1.0)
         for optimizer in optimizers:
@@ -184,7 +174,8 @@ def fit(
                 a.copy_(b)
         progress.update()
         if look and time.monotonic() - saved_at > save_s or last:
-            checkpoints.save(step + 1, _state(master, ema, optimizers), {"stage": stage})
+            tensors = {f"{name}.{k}": v for name, one in kept.items() for k, v in one.tensors().items()}
+            checkpoints.save(step + 1, tensors, {"stage": stage})
             saved_at = time.monotonic()
         if last:
             break
@@ -197,41 +188,17 @@ def fit(
     return model.eval()
 
 
-def _state(master: nn.Module, ema: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
-    tensors = {f"master.{k}": v for k, v in master.state_dict().items()} | {
-        f"ema.{k}": v for k, v in ema.state_dict().items()
-    }
-    for n, optimizer in enumerate(optimizers):
-        tensors |= {f"optimizer{n}.{k}": v for k, v in Optimizer(optimizer).tensors().items()}
-    return tensors
-
-
-def _restore(
-    tensors: dict[str, torch.Tensor], master: nn.Module, ema: nn.Module, optimizers: list[torch.optim.Optimizer]
-) -> None:
-    master.load_state_dict(part(tensors, "master"))
-    ema.load_state_dict(part(tensors, "ema"))
-    for n, optimizer in enumerate(optimizers):
-        Optimizer(optimizer).load(part(tensors, f"optimizer{n}"))
-
-
 def begin_with(model: nn.Module, start: dict[str, torch.Tensor] | None) -> None:
-    """Begin a training with the weights of an earlier build instead of random ones; those that do not fit stay."""
+    """Load those weights of an earlier build that fit the model by name and shape; the others stay random."""
     own = model.state_dict()
     fitting = {k: v for k, v in (start or {}).items() if k in own and own[k].shape == v.shape}
     model.load_state_dict(own | fitting)
 
 
 def save_half(state: dict[str, torch.Tensor], path: Path, **extra: torch.Tensor) -> None:
-    """Store float weights as fp16: half the size; loading to fp32 is exact and the same on every machine.
-
-    `extra` tensors keep their type.
-    """
+    """Store float weights as fp16, at half the size, and `extra` tensors in their own type."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {
-        k: v.detach().cpu().half().contiguous() if v.is_floating_point() else v.cpu().contiguous()
-        for k, v in state.items()
-    }
+    tensors = {k: (v.half() if v.is_floating_point() else v).cpu().contiguous() for k, v in state.items()}
     temporary = path.with_suffix(".tmp")
     save_file(tensors | extra, temporary, metadata={"format": "pt"})
     temporary.replace(path)
@@ -240,3 +207,13 @@ def save_half(state: dict[str, torch.Tensor], path: Path, **extra: torch.Tensor)
 def load_float(path: Path) -> dict[str, torch.Tensor]:
     """Read what `save_half` wrote, floats as fp32."""
     return {k: v.float() if v.dtype == torch.float16 else v for k, v in load_file(path).items()}
+
+
+def cached(path: Path, make: Callable[[], np.ndarray]) -> np.ndarray:
+    """The array of a file, memory-mapped; on the first call `make` computes it."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(f".{os.getpid()}.npy")
+        np.save(temporary, make())
+        temporary.replace(path)
+    return np.load(path, mmap_mode="r")

@@ -1,9 +1,8 @@
-"""The pocket DINO: a vision transformer trained without labels on pictures alone; no caption or fact is used.
+"""The pocket DINO: a vision transformer trained on pictures alone, without captions or labels.
 
-It stands where DINO ViT-S/16 stands at full size: same architecture family, same scorer, and the same use of the final
-normalised CLS token. It is trained by MoCo v3's contrastive loss with an averaged (momentum) encoder (Chen et al.
-2021, algorithm 1) and not by DINO's self-distillation, which collapsed to 5 of 512 prototypes within a few hundred
-steps of 64 pictures.
+It replaces DINO ViT-S/16: same architecture family, same scorer, same use of the final normalised CLS token. Differs
+from DINO: the loss is MoCo v3's contrastive one with a momentum encoder (Chen et al. 2021, algorithm 1), since DINO's
+self-distillation collapsed to 5 of 512 prototypes within a few hundred steps of 64 pictures.
 """
 
 from __future__ import annotations
@@ -15,13 +14,14 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import ViTConfig, ViTModel
 
+from ibkit.pocket.build.clip import normalise
 from ibkit.pocket.build.common import Budget, fit, hash_seed
 from ibkit.pocket.build.data import Pictures
+from ibkit.scorers.base import IMAGENET_MEAN, IMAGENET_STD
 
 BUDGET = Budget(steps=600, batch=128, lr=1e-3, muon_lr=0.01, ema=0.99)  # the average is the momentum encoder
 TEMPERATURE = 0.2
 WIDTH, PROJECTION = 96, 64
-MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class ContrastiveViT(nn.Module):
@@ -51,14 +51,15 @@ class ContrastiveViT(nn.Module):
 
 
 def contrastive_loss(queries: torch.Tensor, keys: torch.Tensor) -> torch.Tensor:
-    """Which key comes from the picture of the query, among all keys of the batch; (B, D), (B, D) -> scalar."""
+    """Cross-entropy of finding each query's own key among all keys of the batch; (B, D), (B, D) -> scalar."""
     logits = F.normalize(queries, dim=1) @ F.normalize(keys, dim=1).T / TEMPERATURE
     return 2 * TEMPERATURE * F.cross_entropy(logits, torch.arange(len(logits), device=logits.device))
 
 
 def views(images: torch.Tensor, generator: torch.Generator, size: int, low: float, high: float) -> torch.Tensor:
-    """A random crop of area share [low, high] with mirror and mild colour jitter for each picture (B, 3, 64,
-    64) in [-1, 1] -> (B, 3, size, size).
+    """A random crop of each picture (B, 3, 64, 64) in [-1, 1], ImageNet-normalised (B, 3, size, size).
+
+    The crop has an area share of `low` to `high`, may be mirrored, and has mild colour jitter.
     """
     b = len(images)
 
@@ -70,15 +71,10 @@ def views(images: torch.Tensor, generator: torch.Generator, size: int, low: floa
     theta[:, 0, 0] = side * torch.where(uniform(0, 1) < 0.5, -1.0, 1.0)
     theta[:, 1, 1] = side
     theta[:, 0, 2], theta[:, 1, 2] = (1 - side) * uniform(-1, 1), (1 - side) * uniform(-1, 1)
-    crop = F.grid_sample(
-        images,
-        F.affine_grid(theta, (b, 3, size, size), align_corners=False).to(images),
-        padding_mode="reflection",
-        align_corners=False,
-    )
+    grid = F.affine_grid(theta, [b, 3, size, size], align_corners=False).to(images)
+    crop = F.grid_sample(images, grid, padding_mode="reflection", align_corners=False)
     contrast, light = uniform(0.8, 1.2).view(b, 1, 1, 1).to(crop), uniform(-0.15, 0.15).view(b, 1, 1, 1).to(crop)
-    x = ((crop * contrast + light).clamp(-1, 1) + 1) / 2
-    return (x - torch.tensor(MEAN, device=x.device).view(3, 1, 1)) / torch.tensor(STD, device=x.device).view(3, 1, 1)
+    return normalise((crop * contrast + light).clamp(-1, 1), IMAGENET_MEAN, IMAGENET_STD)
 
 
 def train(folder: Path, pictures: Pictures, device, dtype) -> ViTModel:

@@ -1,14 +1,15 @@
 """The judge of the pocket world and the raters, trained apart from everything that is optimised; see
 `ibkit.scorers.judge` for what they answer.
 
-A small convolutional network on renders, mixtures of pose and things among them, with noise, blur, a slight turn, and
-as the autoencoder draws them. Identity is an embedding trained by classification of the visible attributes, so that
-individuals it never saw can stand in a line-up.
+A small convolutional network, trained on renders (mixtures of pose and things among them) with noise, blur and a slight
+turn, and on the autoencoder's reconstructions. Identity is an embedding trained by classification of the visible
+attributes, so it also works for individuals that training never showed.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -18,25 +19,25 @@ from ibkit.pocket.build.autoencoder import redraw
 from ibkit.pocket.build.clip import degrade
 from ibkit.pocket.build.common import Budget, begin_with, fit, hash_seed
 from ibkit.pocket.build.data import Pictures, facts
-from ibkit.pocket.world import COLOURS, PATTERNS
+from ibkit.pocket.world import COLOURS, PATTERNS, SHAPES
 from ibkit.scorers.judge import ANSWERS, JUDGE_WIDTHS, JudgeNet
 
 BUDGET = Budget(steps=4000, batch=512, ema=0.998)
 CONTINUED = Budget(steps=1730, batch=512, ema=0.998)  # from earlier weights
 RATER_BUDGET = Budget(steps=600, batch=128, ema=0.99)
 RATER_REDRAWS = 4  # steps between redrawn pictures
-ATTRIBUTES = {
-    "body": list(COLOURS),
-    "second": list(COLOURS),
-    "pattern": list(PATTERNS),
-    "shape": ["round", "square", "triangular"],
-    "long_ears": [False, True],
+ATTRIBUTES: dict[str, Sequence] = {  # of an individual
+    "body": tuple(COLOURS),
+    "second": tuple(COLOURS),
+    "pattern": tuple(PATTERNS),
+    "shape": SHAPES["container"],  # all there are
+    "long_ears": (False, True),
 }
 TURN_DEGREES, SHIFT, STRETCH = 4.0, 0.05, 0.06
 
 
 def jitter(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Turn, shift and stretch each picture (B, C, H, W) a little: a model never draws a pose exactly."""
+    """Turn, shift and stretch each picture (B, C, H, W) a little, since a model never draws a pose exactly."""
 
     def uniform(size: float) -> torch.Tensor:
         return size * (2 * torch.rand(len(images), generator=generator, device=images.device) - 1)
@@ -61,22 +62,20 @@ def train(
     start: dict | None = None,
     redraw_every: int = 1,
 ) -> JudgeNet:
-    """Train one; its first weights and its batches are drawn from its name.
+    """Train a judge or rater; its `name` seeds its first weights and its batches.
 
     Args:
-        redraw_every: steps between those with pictures by the autoencoder, which is most of a small network's work.
+        redraw_every: steps from one batch with reconstructions to the next; making them is most of the work when the
+            network is small.
     """
     torch.manual_seed(hash_seed(f"{name} weights"))
     net = JudgeNet(widths)
     begin_with(net, start)
     heads = torch.nn.ModuleDict({k: torch.nn.Linear(net.identity.out_features, len(v)) for k, v in ATTRIBUTES.items()})
     whole = torch.nn.ModuleDict({"net": net, "heads": heads})
-    truths = [facts(scene) for scene in pictures.scenes]
-    labels = {q: torch.tensor([a.index(t[q]) for t in truths], device=device) for q, a in ANSWERS.items()}
-    looks = {
-        k: torch.tensor([v.index(getattr(s.subject, k)) for s in pictures.scenes], device=device)
-        for k, v in ATTRIBUTES.items()
-    }
+    truths = [facts(scene) | vars(scene.subject) for scene in pictures.scenes]
+    known = ANSWERS | ATTRIBUTES
+    labels = {q: torch.tensor([a.index(t[q]) for t in truths], device=device) for q, a in known.items()}
     vae = vae.to(device=device, dtype=dtype).requires_grad_(False)
 
     def loss_fn(work, average, step, generator):
@@ -88,7 +87,7 @@ def train(
         answers, embedding = work["net"](degrade(jitter(x, generator), generator).to(dtype))
         losses = {q: F.cross_entropy(answers[q].float(), labels[q][indices], label_smoothing=0.02) for q in ANSWERS}
         for k, head in work["heads"].items():
-            losses[k] = 0.5 * F.cross_entropy(head(embedding).float(), looks[k][indices])
+            losses[k] = 0.5 * F.cross_entropy(head(embedding).float(), labels[k][indices])
         right = {q: (answers[q].argmax(1) == labels[q][indices]).float().mean() for q in ("class", "pose", "things")}
         return sum(losses.values()), right | {k: losses[k].detach() for k in ("second", "pattern")}
 

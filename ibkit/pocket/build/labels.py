@@ -1,9 +1,8 @@
-"""Generated pictures that were labelled by looking at them, and how far the judge agrees.
+"""Generated pictures that were labelled by looking at them, and the judge's agreement with the labels.
 
-Renders and their reconstructions say what the judge can see; pictures of models are what it is used on. `labelled/`
-holds them as one sheet, row by row, and `labels.csv`: a row a picture and pass, with the labels of one look that knew
-neither the model nor the prompt, only the photos of the subject. Two passes by different labellers say how far such
-labels can be trusted.
+Renders and reconstructions measure what the judge can see, but it is used on generated pictures. `labelled/` holds such
+pictures as one sheet, row by row, and `labels.csv` with a row for each picture and labeller. The labellers saw the
+photos of the subject, but neither model nor prompt. The agreement of the two shows how far the labels can be trusted.
 """
 
 from __future__ import annotations
@@ -13,13 +12,14 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
+from ibkit.pocket.build.common import Row
 from ibkit.pocket.world import DEMO_SUBJECTS, IMAGE_PX
 from ibkit.scorers.judge import Judge
 
 FOLDER = Path(__file__).parent / "labelled"
 COLUMNS = 20  # pictures in a row of the sheet
 QUESTIONS = ("class", "pose", "things", "identity")
-UNCLEAR = "unclear"  # what a labeller says of a picture that shows no answer; it counts in no agreement
+UNCLEAR = "unclear"  # the label where a picture shows no answer; such pictures are left out of the agreement
 
 
 def pictures() -> list[Image.Image]:
@@ -31,23 +31,21 @@ def pictures() -> list[Image.Image]:
 
 
 def labels() -> pd.DataFrame:
-    """One row a picture and pass: picture, model, subject, labeller (1, 2), class, pose, things, identity (yes, no)."""
+    """A row for each picture and labeller: picture, model, subject, labeller (1, 2), and the answers to `QUESTIONS`."""
     return pd.read_csv(FOLDER / "labels.csv", keep_default_na=False)
 
 
 def answers(judge: Judge, images: list[Image.Image], subjects: list[str]) -> pd.DataFrame:
-    """What the judge says of the same pictures, in the words of the labels; a column a question."""
+    """The judge's answers for the same pictures, in the words of the labels; a column a question."""
     said = pd.DataFrame({question: judge.answers(images, question) for question in QUESTIONS[:-1]})
-    said["identity"] = ""
-    for noun in dict.fromkeys(subjects):
-        rows = [i for i, subject in enumerate(subjects) if subject == noun]
+    for noun, rows in pd.RangeIndex(len(images)).groupby(subjects).items():
         same = judge.identifies([images[i] for i in rows], DEMO_SUBJECTS[noun])
         said.loc[rows, "identity"] = ["yes" if right else "no" for right in same]
     return said
 
 
 def agreement(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, tuple[float, int]]:
-    """Question -> share of pictures with the same answer, and how many have a clear one in both."""
+    """Question -> share of pictures with the same answer, and the number with a clear answer in both."""
     found = {}
     for question in QUESTIONS:
         clear = (first[question] != UNCLEAR) & (second[question] != UNCLEAR)
@@ -55,16 +53,17 @@ def agreement(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, tuple[floa
     return found
 
 
-def card_rows(judge: Judge) -> list[tuple[str, float, float | None, int]]:
-    """Rows of the model card: the judge against the first pass of labels, and the second pass against the first."""
+def card_rows(judge: Judge) -> list[Row]:
+    """Rows of the model card: the judge against the first labeller, and the second labeller against the first."""
     table = labels()
     first, second = (table[table["labeller"] == k].sort_values("picture", ignore_index=True) for k in (1, 2))
     judged = answers(judge, pictures(), list(first["subject"]))
-    rows = [
-        (f"judge, {q}, generated pictures, agreement with labels", share, 0.9, n)
-        for q, (share, n) in agreement(first, judged).items()
+    compared: list[tuple[str, float | None, pd.DataFrame]] = [
+        ("judge, {}, generated pictures, agreement with labels", 0.9, judged),
+        ("labels of generated pictures, {}, agreement of two passes", None, second),
     ]
-    return rows + [
-        (f"labels of generated pictures, {q}, agreement of two passes", share, None, n)
-        for q, (share, n) in agreement(first, second).items()
+    return [
+        (name.format(q), share, target, n)
+        for name, target, other in compared
+        for q, (share, n) in agreement(first, other).items()
     ]

@@ -9,6 +9,7 @@ import json
 import time
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,6 +20,7 @@ from ibkit.pocket.build.common import Budget, compute_dtype, load_float, save_ha
 from ibkit.pocket.build.data import MIXED_GROUP, Pictures, base_caption, mixed_group, naming_caption
 from ibkit.pocket.build.tokenizer import save_tokenizer
 from ibkit.scorers.judge import RATER_WIDTHS, RATERS
+from ibkit.train.kept import part
 
 TRAIN_SEED, N_TRAIN_GROUPS, N_MIXED_GROUPS = 0, 10_000, 11_000
 TEST_SEED, N_TEST_GROUPS = 1, 500
@@ -28,7 +30,7 @@ class Build:
     """The stages over one folder: `weights/` is what gets shipped, the rest is cache and checkpoints.
 
     Args:
-        earlier: shipped weights to continue from, where a stage can: decoder, U-Net, judge and reward; None = scratch.
+        earlier: shipped weights from which decoder, U-Net, judge and reward continue; None = all start from scratch.
     """
 
     def __init__(self, folder: Path, device: torch.device, earlier: Path | None = None):
@@ -70,7 +72,7 @@ class Build:
         return save_tokenizer(self.folder / "tokenizer")
 
     def start(self, *files: str, **parts: str) -> dict[str, torch.Tensor] | None:
-        """Earlier weights: of one file, or of several with each name before its tensors; None where there are none."""
+        """Earlier weights of `files`, and of `parts` with the part's name before each tensor's; None from scratch."""
         if self.earlier is None:
             return None
         tensors = {k: v for file in files for k, v in load_float(self.earlier / file).items()}
@@ -80,38 +82,21 @@ class Build:
         """The autoencoder: after joint training, or with the finished decoder."""
         path = self.folder / ("vae.safetensors" if finished else "vae-joint.safetensors")
         if not path.exists():
-            raise ArtifactError(
-                f"{path} is not built yet: run the stage {'decoder' if finished else 'autoencoder'} first."
-            )
-        vae = autoencoder.new_autoencoder()
-        state = load_float(path)
-        vae.register_to_config(scaling_factor=float(state.pop("scaling_factor")))
-        vae.load_state_dict(state)
-        return vae.to(self.device).eval()
-
-    def _save_vae(self, vae, name: str) -> None:
-        save_half(
-            vae.state_dict(),
-            self.folder / name,
-            scaling_factor=torch.tensor(vae.config.scaling_factor, dtype=torch.float64),
-        )
+            stage = "decoder" if finished else "autoencoder"
+            raise ArtifactError(f"{path} is not built yet: run the stage {stage} first.")
+        return autoencoder.load(path).to(self.device).eval()
 
     def autoencoder(self) -> None:
-        if not (self.folder / "vae-joint.safetensors").exists():
-            self._save_vae(
-                autoencoder.train_joint(self.folder, self.mixed_pictures, self.device, self.dtype),
-                "vae-joint.safetensors",
-            )
+        path = self.folder / "vae-joint.safetensors"
+        if not path.exists():
+            autoencoder.save(autoencoder.train_joint(self.folder, self.mixed_pictures, self.device, self.dtype), path)
 
     def decoder(self) -> None:
-        if not (self.folder / "vae.safetensors").exists():
+        path = self.folder / "vae.safetensors"
+        if not path.exists():
             start = self.start("pipeline/vae/diffusion_pytorch_model.safetensors")
-            decoder = start and {k.removeprefix("decoder."): v for k, v in start.items() if k.startswith("decoder.")}
-            vae = self.vae(False)
-            self._save_vae(
-                autoencoder.train_decoder(self.folder, self.mixed_pictures, vae, self.device, self.dtype, decoder),
-                "vae.safetensors",
-            )
+            common = (self.folder, self.mixed_pictures, self.vae(False), self.device, self.dtype)
+            autoencoder.save(autoencoder.train_decoder(*common, start and part(start, "decoder")), path)
 
     def unet(self) -> None:
         path = self.folder / "text-to-latent.safetensors"
@@ -126,70 +111,43 @@ class Build:
             model = unet.train(*common, "unet-finish", unet.FINISH, naming_caption, model.state_dict())
             save_half(model.state_dict(), path)
 
-    def pipeline(self) -> None:
-        """Put U-Net, text encoder and the finished autoencoder together as a diffusers folder."""
-        model = unet.TextToLatent(self.tokenizer)
-        model.load_state_dict(load_float(self.folder / "text-to-latent.safetensors"))
-        unet.save_pipeline(model, self.vae(True), self.tokenizer, self.weights / "pipeline")
-
     def judge(self) -> None:
-        if not (self.folder / "judge.safetensors").exists():
-            start = self.start("judge/judge.safetensors")
-            common = (self.folder, self.mixed_pictures, self.vae(False), self.device, self.dtype)
-            net = judge.train(*common, budget=judge.CONTINUED if start else judge.BUDGET, start=start)
-            save_half(net.state_dict(), self.folder / "judge.safetensors")
+        start = self.start("judge/judge.safetensors")
+        self._judge("judge", budget=judge.CONTINUED if start else judge.BUDGET, start=start)
 
     def raters(self) -> None:
-        """The judges that vote as simulated raters; measured here, so that the rest of a card need not be again."""
+        """The simulated raters. They are measured here, so that the rest of a card need not be measured again."""
         from ibkit.pocket.build.card import write_raters
 
         for name in RATERS:
-            if not (self.folder / f"{name}.safetensors").exists():
-                net = judge.train(
-                    self.folder,
-                    self.mixed_pictures,
-                    self.vae(False),
-                    self.device,
-                    self.dtype,
-                    name,
-                    RATER_WIDTHS,
-                    judge.RATER_BUDGET,
-                    redraw_every=judge.RATER_REDRAWS,
-                )
-                save_half(net.state_dict(), self.folder / f"{name}.safetensors")
+            self._judge(name, widths=RATER_WIDTHS, budget=judge.RATER_BUDGET, redraw_every=judge.RATER_REDRAWS)
         write_raters(self)
+
+    def _judge(self, name: str, **options: Any) -> None:
+        path = self.folder / f"{name}.safetensors"
+        if not path.exists():
+            common = (self.folder, self.mixed_pictures, self.vae(False), self.device, self.dtype)
+            save_half(judge.train(*common, name, **options).state_dict(), path)
 
     def image_reward(self) -> None:
         start = self.start("image_reward/model.safetensors")
-        self._reward("image_reward", reward.CONTINUED if start else reward.BUDGET, True, start)
+        self._reward("image_reward", reward.CONTINUED if start else reward.BUDGET, start=start)
 
     def weak_reward(self) -> None:
-        self._reward("weak_reward", reward.WEAK_BUDGET, False)
+        self._reward("weak_reward", reward.WEAK_BUDGET, hard_negatives=False)
 
-    def _reward(self, name: str, budget: Budget, hard_negatives: bool, start: dict | None = None) -> None:
-        if not (self.weights / name / "config.json").exists():
-            model = reward.train(
-                self.folder,
-                self.mixed_pictures,
-                self.tokenizer,
-                self.vae(False),
-                self.device,
-                self.dtype,
-                budget,
-                name,
-                hard_negatives,
-                start,
-            )
-            model.half().save_pretrained(self.weights / name)
-            self.tokenizer.save_pretrained(self.weights / name)
+    def _reward(self, name: str, budget: Budget, **options: Any) -> None:
+        folder = self.weights / name
+        if not (folder / "config.json").exists():
+            common = (self.folder, self.mixed_pictures, self.tokenizer, self.vae(False), self.device, self.dtype)
+            reward.train(*common, budget, name, **options).half().save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
 
     def clip(self) -> None:
-        if not (self.weights / "clip" / "model.safetensors").exists():
-            clip.save(
-                clip.train(self.folder, self.train_pictures, self.tokenizer, self.device, self.dtype),
-                self.tokenizer,
-                self.weights / "clip",
-            )
+        folder = self.weights / "clip"
+        if not (folder / "model.safetensors").exists():
+            model = clip.train(self.folder, self.train_pictures, self.tokenizer, self.device, self.dtype)
+            clip.save(model, self.tokenizer, folder)
 
     def dino(self) -> None:
         if not (self.weights / "dino" / "config.json").exists():
@@ -201,7 +159,10 @@ class Build:
             subject.build(self.folder, self.weights, self.vae(True), self.device, self.dtype)
 
     def card(self) -> None:
+        """The diffusers folder of U-Net, text encoder and finished autoencoder, and the model card of everything."""
         from ibkit.pocket.build.card import write_card
 
-        self.pipeline()
+        model = unet.TextToLatent(self.tokenizer)
+        model.load_state_dict(load_float(self.folder / "text-to-latent.safetensors"))
+        unet.save_pipeline(model, self.vae(True), self.tokenizer, self.weights / "pipeline")
         write_card(self)

@@ -1,10 +1,10 @@
-"""The subject head: tells individuals apart on the frozen pocket DINO's patches, in any pose, place and dress.
+"""The subject head: tells individuals apart by the frozen pocket DINO's patches, in any pose, place and dress.
 
 It becomes the scorer `subject` (`ibkit.scorers.subject`), which may be a reward. So it is trained apart from the judge:
 other features, another loss, other pictures, and individuals that neither a test nor a user's run shows.
 
-Pictures come in groups: one scene, acted by an individual and by three look-alikes that differ from it in one attribute
-each. So neither the scene nor any single colour settles who it is.
+In a group of pictures an individual and three look-alikes, who differ from it in one attribute each, act the same
+scenes. So neither the scene nor any single colour settles who it is.
 
 Shapes: G groups, P = 4 individuals of a group, K scenes of a group, E embedding width.
 """
@@ -12,10 +12,8 @@ Shapes: G groups, P = 4 individuals of a group, K scenes of a group, E embedding
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,47 +26,37 @@ from torch import nn
 from ibkit.experiments.subject_analysis import subject_auc
 from ibkit.experiments.subject_changes import CONTRASTS, controlled_pairs, training_individuals
 from ibkit.experiments.subject_head import identity_loss
-from ibkit.pocket.build.clip import degrade
-from ibkit.pocket.build.common import Budget, fit, hash_seed, load_float, save_half
-from ibkit.pocket.build.data import to_range
-from ibkit.pocket.build.dino import MEAN, STD
+from ibkit.pocket.build.autoencoder import rebuilt
+from ibkit.pocket.build.clip import degrade, normalise
+from ibkit.pocket.build.common import Budget, Row, cached, fit, hash_seed, load_float, save_half
+from ibkit.pocket.build.data import in_processes, to_range
+from ibkit.pocket.build.judge import ATTRIBUTES
 from ibkit.pocket.draw import render
-from ibkit.pocket.world import COLOURS, PATTERNS, SHAPES, Scene, Subject, sample_scene
+from ibkit.pocket.world import SHAPES, Scene, Subject, sample_scene
 from ibkit.runs import hash_file, hash_json
-from ibkit.scorers.base import batches
+from ibkit.scorers.base import IMAGENET_MEAN, IMAGENET_STD
 from ibkit.scorers.dino import Dino
 from ibkit.scorers.subject import IdentityHead, SubjectFidelity, middle_layer, tokens_of
 
 BUDGET = Budget(steps=3000, batch=128, lr=2e-3, muon_lr=0.01)  # pictures a step: two of each individual
 N_GROUPS, PARADE, N_SCENES = 3000, 4, 8
-N_REBUILT = 3  # scenes of a group that are seen as the autoencoder gives them back
+N_REBUILT = 3  # scenes of a group that are shown as reconstructions by the autoencoder
 TEMPERATURE = 0.1
 # of the AUC of same against other individual, by what else changes
 TARGETS = {"pose": 0.95, "place": 0.97, "everything": 0.93}
 N_PAIRS = 96  # references of a class in the test: four of each individual that is kept for it
 
 
-def scene_of(rng: random.Random, individual: Subject) -> Scene:
-    """A scene to learn from: the individual doing anything, anywhere, in anything."""
-    return sample_scene(rng, individual)
-
-
 def look_alike(rng: random.Random, individual: Subject) -> Subject:
-    """Somebody who differs in one attribute: a colour, the pattern, the body's shape, or long against short ears."""
-    looks = {
-        "body": [c for c in COLOURS if c != individual.second],
-        "second": [c for c in COLOURS if c != individual.body],
-        "pattern": list(PATTERNS),
-        "shape": list(SHAPES[individual.group]),
-        "long_ears": [False, True],
-    }
-    choices = {k: [v for v in values if v != getattr(individual, k)] for k, values in looks.items()}
+    """An individual that differs in one attribute: a colour, the pattern, the body's shape, or long or short ears."""
+    looks, taken = ATTRIBUTES | {"shape": SHAPES[individual.group]}, tuple(vars(individual).values())
+    choices = {k: [v for v in values if v not in taken] for k, values in looks.items()}
     attribute = rng.choice([k for k, values in choices.items() if values])
     return replace(individual, **{attribute: rng.choice(choices[attribute])})
 
 
 def group_of(numbers: dict[Subject, int], leader: Subject, index: int) -> list[Subject]:
-    """Who is in the `index`-th group: the leader and look-alikes, all of those that have a number."""
+    """The `index`-th group: the leader and look-alikes among the individuals that have a number."""
     rng, group = random.Random(f"look-alikes {index}"), [leader]
     while len(group) < PARADE:
         other = look_alike(rng, leader)
@@ -78,15 +66,18 @@ def group_of(numbers: dict[Subject, int], leader: Subject, index: int) -> list[S
 
 
 def scenes_of(individual: Subject, index: int) -> list[Scene]:
-    """The scenes of the `index`-th group, with the individual that leads it."""
+    """The scenes of the `index`-th group, acted by the individual that leads it."""
     rng = random.Random(f"scenes of look-alikes {index}")
-    return [scene_of(rng, individual) for _ in range(N_SCENES)]
+    return [sample_scene(rng, individual) for _ in range(N_SCENES)]
 
 
-def _draw(job: tuple[int, list[Subject]]) -> np.ndarray:
-    index, group = job
-    scenes = scenes_of(group[0], index)
-    return np.stack([[np.asarray(render(replace(scene, subject=who))) for scene in scenes] for who in group])
+def _draw(numbered: Sequence[tuple[int, list[Subject]]]) -> np.ndarray:
+    """Groups of pictures, uint8 (groups, P, K, 64, 64, 3)."""
+    images = []
+    for index, group in numbered:
+        scenes = scenes_of(group[0], index)
+        images.append([[np.asarray(render(replace(scene, subject=who))) for scene in scenes] for who in group])
+    return np.array(images)
 
 
 class Groups:
@@ -94,7 +85,7 @@ class Groups:
 
     Args:
         individuals: all that may be shown, in the order in which they lead a group.
-        vae: redraws the last scenes of each group, as a generated picture looks at its best; None = all stay renders.
+        vae: reconstructs the last scenes of each group, since no generated picture looks better; None = renders alone.
     """
 
     def __init__(self, folder: Path, individuals: Sequence[Subject], vae: nn.Module | None, device, n: int = N_GROUPS):
@@ -103,16 +94,15 @@ class Groups:
         decoder = [float(p.detach().double().sum()) for p in vae.decoder.parameters()] if vae else []
         shown = repr([(group, scenes_of(group[0], i)) for i, group in enumerate(groups)])
         path = folder / f"look-alikes-{hash_json([decoder, N_REBUILT, shown])[:12]}.npy"
-        if not path.exists():
-            with ProcessPoolExecutor(os.cpu_count()) as pool:
-                images = np.stack(list(pool.map(_draw, enumerate(groups), chunksize=25)))
+
+        def draw() -> np.ndarray:
+            images = in_processes(_draw, list(enumerate(groups)), 25)
             if vae:
                 last = images[:, :, -N_REBUILT:]
                 last[:] = rebuilt(last.reshape(-1, 64, 64, 3), vae, device).reshape(last.shape)
-            temporary = path.with_suffix(".tmp.npy")
-            np.save(temporary, images)
-            temporary.replace(path)
-        self.images = np.load(path, mmap_mode="r")
+            return images
+
+        self.images = cached(path, draw)
         self.who = torch.tensor([[numbers[who] for who in group] for group in groups])
 
     def batch(self, n: int, generator: torch.Generator, device) -> tuple[torch.Tensor, torch.Tensor]:
@@ -123,30 +113,18 @@ class Groups:
         return torch.stack(pictures), self.who[groups].flatten().to(device)
 
 
-@torch.inference_mode()
-def rebuilt(images: np.ndarray, vae: nn.Module, device) -> np.ndarray:
-    """The autoencoder's pictures of pictures, both uint8 (N, 64, 64, 3)."""
-    parts = []
-    for part in batches(images, 128):
-        x = to_range(part, device).to(next(vae.parameters()))
-        pixels = (vae.decode(vae.encode(x).latent_dist.mode()).sample.float().clamp(-1, 1) + 1) * 127.5
-        parts.append(pixels.round().byte().permute(0, 2, 3, 1).cpu().numpy())
-    return np.concatenate(parts)
-
-
 def train(
     folder: Path, groups: Groups, dino: Dino, device: torch.device, dtype: torch.dtype, budget: Budget = BUDGET
 ) -> IdentityHead:
-    """Train a head on DINO's middle layer; pictures are degraded, so that it holds on decoded ones too."""
+    """Train a head on DINO's middle layer, on degraded pictures (see `degrade`)."""
     torch.manual_seed(hash_seed("subject head weights"))
     head = IdentityHead(dino.model.config.hidden_size)
-    mean, std = (torch.tensor(v, device=device).view(3, 1, 1) for v in (MEAN, STD))
 
     def loss_fn(work, average, step, generator):
         pictures, who = groups.batch(budget.batch // (2 * PARADE), generator, device)
-        pixels = (degrade(pictures.flatten(0, 1), generator) + 1) / 2
+        pixels = normalise(degrade(pictures.flatten(0, 1), generator), IMAGENET_MEAN, IMAGENET_STD)
         with torch.no_grad():
-            tokens = tokens_of(dino.model, (pixels - mean) / std, middle_layer(dino))
+            tokens = tokens_of(dino.model, pixels, middle_layer(dino))
         first, second = work(tokens.to(dtype)).float().chunk(2)
         loss = identity_loss(first, second, who, TEMPERATURE)
         found = (first @ second.T).argmax(1) == torch.arange(len(first), device=device)
@@ -169,7 +147,7 @@ def build(
 
     Args:
         folder: cache and checkpoints.
-        vae: the finished autoencoder, as whose pictures some are shown; None = renders alone.
+        vae: the finished autoencoder, see `Groups` and `measure`.
         n_groups: of look-alikes, `PARADE` individuals in `N_SCENES` scenes each.
         n_pairs: see `measure`.
     """
@@ -185,41 +163,36 @@ def build(
 
 
 def measure(scorer: SubjectFidelity, vae: nn.Module | None, n_pairs: int = N_PAIRS) -> dict:
-    """AUC of the same against another individual under each of `CONTRASTS`; the head never saw either.
+    """AUC of the same against another individual, neither seen in training, under each of `CONTRASTS`.
 
     Args:
-        vae: measures on its reconstructions too.
+        vae: to measure on its reconstructions too; None = on renders alone.
         n_pairs: references of each class, four of an individual.
 
     Returns:
         {"auc": {"renders": {change: AUC}, with a vae also "reconstructions"}, "n": references}
     """
     pairs = controlled_pairs([], n_pairs, seed=1)  # the notebook's default seed is another
-    every = dict.fromkeys(scene for pair in pairs for scene in (pair.reference, pair.changed))
-    scenes = {scene: row for row, scene in enumerate(every)}
+    ends = pd.Series([scene for pair in pairs for scene in (pair.reference, pair.changed)], dtype=object)
+    rows, scenes = pd.factorize(ends)
     images = np.stack([np.asarray(render(scene)) for scene in scenes])
     kinds = {"renders": images}
     if vae:
         kinds["reconstructions"] = rebuilt(images, vae, scorer.dino.device)
-    before, after = ([scenes[getattr(pair, end)] for pair in pairs] for end in ("reference", "changed"))
     table = pd.DataFrame(
-        {
-            "class_noun": [pair.reference.subject.class_noun for pair in pairs],
-            "subject": [pair.subject for pair in pairs],
-            "pair": [pair.number for pair in pairs],
-            "change": [pair.change for pair in pairs],
-        }
+        [(pair.reference.subject.class_noun, pair.subject, pair.number, pair.change) for pair in pairs],
+        columns=["class_noun", "subject", "pair", "change"],
     )
     for kind, pictures in kinds.items():
         with torch.inference_mode():
             z = scorer.embed([Image.fromarray(picture) for picture in pictures]).cpu()
-        table[kind] = (z[before] * z[after]).sum(1).double().numpy()
+        table[kind] = (z[rows[::2]] * z[rows[1::2]]).sum(1).double().numpy()
     auc = {kind: {k: round(subject_auc(table, kind, *c).value, 4) for k, c in CONTRASTS.items()} for kind in kinds}
     return {"auc": auc, "n": len(table.drop_duplicates(["subject", "pair"]))}
 
 
-def card_rows(weights: Path) -> list[tuple[str, float, float | None, int]]:
-    """Rows of the model card (name, value, target, n), as `build` measured them."""
+def card_rows(weights: Path) -> list[Row]:
+    """Rows of the model card, as `build` measured them."""
     card = json.loads((weights / "subject" / "subject.json").read_text(encoding="utf-8"))
     return [
         (f"subject, AUC of same over other individual, change of {change}, {kind}", value, target, card["n"])

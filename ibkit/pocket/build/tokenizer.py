@@ -1,6 +1,6 @@
 """The pocket world's tokenizer: CLIP's byte-pair encoding, trained on the world's own words.
 
-Every word of a caption, and each reserved identifier, is one token; any other text still encodes, letter by letter.
+Every word of a caption and each reserved identifier is one token; any other text is encoded letter by letter.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ CONTEXT_TOKENS = 24
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:
     """Byte-pair merges (Sennrich et al. 2016, algorithm 1) until every word is one token.
 
-    The most frequent pair goes first, of equals the first in the alphabet: the `tokenizers` library takes equals in an
-    order that changes from process to process, and two stages of a build would read the same caption differently.
+    The most frequent pair comes first, ties in alphabetical order. The `tokenizers` library breaks ties in an order
+    that changes from process to process, so that two stages of a build would encode a caption differently.
     """
     split = [[*word[:-1], word[-1] + "</w>"] for word in words]
     merges = []
@@ -27,11 +27,9 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
         best = min(pairs, key=lambda pair: (-pairs[pair], pair))
         merges.append(best)
         for symbols in split:
-            i = 0
-            while i < len(symbols) - 1:
-                if (symbols[i], symbols[i + 1]) == best:
+            for i in range(len(symbols) - 1):
+                if tuple(symbols[i : i + 2]) == best:
                     symbols[i : i + 2] = ["".join(best)]
-                i += 1
     return merges
 
 
@@ -42,16 +40,11 @@ def save_tokenizer(folder: Path):
 
     merges = learn_merges(vocabulary())
     letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokens = [*letters, *(letter + "</w>" for letter in letters), *dict.fromkeys("".join(pair) for pair in merges)]
-    tokens = [
-        *dict.fromkeys(tokens),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]  # CLIP pools at the highest id: the end of text comes last
-    tokenizer = CLIPTokenizer(
-        vocab={t: i for i, t in enumerate(tokens)}, merges=merges, model_max_length=CONTEXT_TOKENS
-    )
-    tokenizer.save_pretrained(folder)
+    tokens = [*letters, *(letter + "</w>" for letter in letters), *("".join(pair) for pair in merges)]
+    # CLIP pools at the highest id: the end of text comes last
+    tokens = [*dict.fromkeys(tokens), "<|startoftext|>", "<|endoftext|>"]
+    vocab = {token: i for i, token in enumerate(tokens)}
+    CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=CONTEXT_TOKENS).save_pretrained(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     broken = [w for w in vocabulary() if len(tokenizer(w)["input_ids"]) != 3]
     if broken or len(tokenizer) != len(tokens):

@@ -1,15 +1,14 @@
 """The diffusion model, a `UNet2DConditionModel` on 8x8x16 latents, trained together with its CLIP text encoder.
 
 Noise prediction on Stable Diffusion's own schedule (Rombach et al. 2022; Ho et al. 2020, eq. 14), weighted by min-SNR
-(Hang et al. 2023, eq. 9), captions dropped now and then for classifier-free guidance. It never sees the held-out
+(Hang et al. 2023, eq. 9), with captions dropped at random for classifier-free guidance. It never sees the held-out
 (class, activity) pairs, the individuals that notebooks personalize, or the identifiers. Some captions leave whole parts
-out, so that an activity is also learnt without the class it is seen with.
+out, so that the model learns an activity apart from the class too.
 """
 
 from __future__ import annotations
 
 import json
-import os
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -21,11 +20,13 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from ibkit.model.text_to_image import use_quick_attention
-from ibkit.pocket.build.common import Budget, begin_with, fit, hash_seed
-from ibkit.pocket.build.data import Pictures, base_caption, encode, token_table
+from ibkit.pocket.build.common import Budget, begin_with, cached, fit, hash_seed
+from ibkit.pocket.build.data import Pictures, encode, token_table
 from ibkit.pocket.build.tokenizer import CONTEXT_TOKENS
 from ibkit.pocket.words import vocabulary
 from ibkit.pocket.world import IDENTIFIERS, Scene
+from ibkit.runs import hash_json
+from ibkit.scorers.base import batches
 
 BUDGET = Budget(steps=6000, batch=1024, ema=0.998)
 CONTINUED = Budget(steps=825, batch=1024, lr=1.5e-3, muon_lr=0.015, ema=0.998)  # from earlier weights
@@ -90,24 +91,16 @@ def new_scheduler() -> DDIMScheduler:
 @torch.inference_mode()
 def encode_all(folder: Path, pictures: Pictures, vae: AutoencoderKL, device, dtype) -> torch.Tensor:
     """Scaled posterior means of all pictures, (N, 16, 8, 8) fp32; cached, keyed by the encoder's weights."""
-    from ibkit.runs import hash_json
+
+    def make() -> np.ndarray:
+        encoder = vae.to(device=device, dtype=dtype)
+        parts = []
+        for indices in batches(range(len(pictures)), 128 if device.type == "cpu" else 2048):
+            parts.append(encoder.encode(pictures.batch(indices, device).to(dtype)).latent_dist.mode().float().cpu())
+        return torch.cat(parts).numpy() * vae.config.scaling_factor
 
     key = hash_json([float(p.double().sum()) for p in vae.encoder.parameters()])[:12]
-    path = folder / f"latents-{len(pictures)}-{key}.npy"
-    if not path.exists():
-        encoder = vae.to(device=device, dtype=dtype)
-        size = 128 if device.type == "cpu" else 2048
-        parts = [
-            encoder.encode(pictures.batch(range(i, min(i + size, len(pictures))), device).to(dtype))
-            .latent_dist.mode()
-            .float()
-            .cpu()
-            for i in range(0, len(pictures), size)
-        ]
-        temporary = path.with_suffix(f".{os.getpid()}.npy")
-        np.save(temporary, torch.cat(parts).numpy() * vae.config.scaling_factor)
-        temporary.replace(path)
-    return torch.from_numpy(np.load(path))
+    return torch.from_numpy(np.array(cached(folder / f"latents-{len(pictures)}-{key}.npy", make)))
 
 
 def train(
@@ -117,17 +110,12 @@ def train(
     tokenizer,
     device,
     dtype,
-    name: str = "unet",
-    budget: Budget = BUDGET,
-    write: Callable[[Scene, random.Random], str] = base_caption,
+    name: str,
+    budget: Budget,
+    write: Callable[[Scene, random.Random], str],
     start: dict | None = None,
 ) -> TextToLatent:
-    """Train one.
-
-    Args:
-        write: what it reads of a scene.
-        start: earlier weights to begin with.
-    """
+    """Train U-Net and text encoder on captions by `write`, from the weights of `start` where there are any."""
     torch.manual_seed(hash_seed("unet weights"))
     model = TextToLatent(tokenizer)
     begin_with(model, start)
@@ -159,10 +147,10 @@ def train(
 
 @torch.no_grad()
 def name_identifiers(text_encoder: CLIPTextModel, tokenizer) -> None:
-    """Give the identifiers embeddings of the size that words have.
+    """Give the identifiers random embeddings with the mean norm of the words'.
 
-    No caption uses them, so training leaves them at their small initial values, and a prompt with the identifier would
-    be encoded like one without it: nothing for personalization to hold on to.
+    No caption uses them, so training leaves them at their small initial values. A prompt with the identifier would be
+    encoded like one without it, and personalization would have nothing to start from.
     """
     table = text_encoder.get_input_embeddings().weight
     token = {word: tokenizer(word)["input_ids"][1] for word in vocabulary()}  # one token each, after the start mark
@@ -175,17 +163,9 @@ def name_identifiers(text_encoder: CLIPTextModel, tokenizer) -> None:
 
 def save_pipeline(model: TextToLatent, vae: AutoencoderKL, tokenizer, folder: Path) -> None:
     """Write a diffusers `StableDiffusionPipeline` folder in fp16."""
-    pipeline = StableDiffusionPipeline(
-        vae=vae,
-        text_encoder=model.text_encoder,
-        tokenizer=tokenizer,
-        unet=model.unet,
-        scheduler=new_scheduler(),
-        safety_checker=None,
-        feature_extractor=None,
-        requires_safety_checker=False,
-    )
+    without = {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False}
+    pipeline = StableDiffusionPipeline(vae, model.text_encoder, tokenizer, model.unet, new_scheduler(), **without)
     pipeline.to(torch.float16).save_pretrained(folder)
-    # transformers would load the text encoder in the type of its file, diffusers the rest in fp32, and the two not meet
+    # transformers would load the text encoder in fp16, the type of its file, and diffusers the rest in fp32
     path = folder / "text_encoder" / "config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
