@@ -30,24 +30,17 @@ INK, FAINT = "#1f2328", "#d8dbe0"
 HOUSE_STYLE = seaborn.axes_style("whitegrid") | {
     "figure.facecolor": "white",
     "axes.edgecolor": FAINT,
-    "axes.labelcolor": INK,
-    "axes.titlecolor": INK,
     "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
-    "axes.labelsize": 10,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "font.size": 10,
     "grid.color": "#eceef1",
-    "legend.fontsize": 9,
     "legend.frameon": False,
     "lines.linewidth": 2.0,
-    "text.color": INK,
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.labelsize": 9,
-    "ytick.labelsize": 9,
+    **dict.fromkeys(("axes.labelcolor", "axes.titlecolor", "text.color", "xtick.color", "ytick.color"), INK),
+    **dict.fromkeys(("axes.labelsize", "font.size"), 10),
+    **dict.fromkeys(("legend.fontsize", "xtick.labelsize", "ytick.labelsize"), 9),
 }
 
 # Columns of history.csv: label, colour and dash of their curves, for each of the two panels.

@@ -16,18 +16,11 @@ from typing import Any
 import pandas as pd
 
 from ibkit.errors import ScoreError
+from ibkit.evaluate import stats
 from ibkit.evaluate.arms import BASE, REAL, arms_of, label_of
 from ibkit.evaluate.claims import load_scores
 from ibkit.evaluate.intervals import Interval
-from ibkit.evaluate.stats import (
-    METRICS,
-    as_compared,
-    bootstrap_difference,
-    check_scores,
-    metrics_in,
-    primary_metrics,
-    summarise,
-)
+from ibkit.evaluate.stats import METRICS, as_compared, check_scores, metrics_in, summarise
 from ibkit.runs import resolve, write_atomically
 
 HIGHER, LOWER, NOT_TOLD_APART = "higher", "lower", "not told apart"
@@ -100,12 +93,11 @@ def differences(scores: pd.DataFrame, against: str = "", metrics: Sequence[str] 
         ScoreError: no rows of `against`, or a metric that the scores do not have.
     """
     compared, rows, asked = as_compared(scores), [], _asked(scores, metrics)
-    there = [name for name in arms_of(compared["arm"].unique()) if name != REAL]
+    there = [name for name in arms_of(compared["arm"]) if name != REAL]
     if against and against not in there:
-        raise ScoreError(
-            f"There are no rows of {against!r} to compare the other arms with; there are: {', '.join(there) or 'none'}."
-        )
-    primary, verdicts = primary_metrics(scores).values(), {1: HIGHER, -1: LOWER, 0: NOT_TOLD_APART}
+        known = ", ".join(there) or "none"
+        raise ScoreError(f"There are no rows of {against!r} to compare the other arms with; there are: {known}.")
+    primary, verdicts = stats.primary_metrics(scores).values(), {1: HIGHER, -1: LOWER, 0: NOT_TOLD_APART}
     controls = [against] if against else [name for name in there if name != BASE and "+" not in name]
     for control, arm in itertools.product(controls, there):
         if arm == control or not (against or arm == BASE or arm.startswith(f"{control}+")):
@@ -113,7 +105,7 @@ def differences(scores: pd.DataFrame, against: str = "", metrics: Sequence[str] 
         one, other = (compared[compared["arm"] == name] for name in (control, arm))
         # All that was measured, so that asking for fewer metrics does not change a verdict.
         both = [m for m in metrics_in(one) if m in {*measured(scores), *asked} and m in metrics_in(other)]
-        at_level = partial(bootstrap_difference, other, one)
+        at_level = partial(stats.bootstrap_difference, other, one)
         intervals = {metric: at_level(metric) for metric in both}
         sides = {metric: intervals[metric].side() for metric in both}
         sides |= holm_sides({metric: intervals[metric] for metric in both if metric not in primary}, at_level)
@@ -174,12 +166,8 @@ def confirmed(table: pd.DataFrame, rewards: Collection[str]) -> str:
         Sentences: did the rewards certainly rise, did other metrics of the same axes, and what follows.
     """
     verdicts = table.set_index("metric")["verdict"]
-    said = {HIGHER: "rose", LOWER: "fell", NOT_TOLD_APART: "may have risen or not"}
-    optimized = ", ".join(sorted(rewards))
-    unknown = sorted(set(rewards) - set(verdicts.index))
-    others = [name for name in sorted(rewards) if name in verdicts.index and verdicts[name] != HIGHER]
-    # The class is shown before RL already: it has no gain to confirm.
-    axes = {METRICS[name].kind for name in rewards}
+    optimized, axes = ", ".join(sorted(rewards)), {METRICS[name].kind for name in rewards}
+    # The base model shows the class already: there is no gain of it to confirm.
     apart = [name for name in verdicts.index if METRICS[name].kind in axes and name not in {"judge_class", *rewards}]
     risen = [name for name in apart if verdicts[name] == HIGHER]
     rest = [f"{name} ({verdicts[name]})" for name in apart if name not in risen]
@@ -187,11 +175,11 @@ def confirmed(table: pd.DataFrame, rewards: Collection[str]) -> str:
         f"Not optimized, and higher: {', '.join(risen) or 'none'}; "
         f"not optimized, and not certain to be higher: {', '.join(rest) or 'none'}."
     )
-    if unknown:
-        return f"Optimized: {optimized}; {', '.join(unknown)} was not measured, so whether it rose is unknown. {named}"
-    if others:
-        of_each = "; ".join(f"{name} {said[verdicts[name]]} ({verdicts[name]})" for name in others)
-        return f"Optimized: {optimized}, but {of_each}: no gain is certain, so none can be confirmed. {named}"
+    if unknown := ", ".join(sorted(set(rewards) - set(verdicts.index))):
+        return f"Optimized: {optimized}; {unknown} was not measured, so whether it rose is unknown. {named}"
+    said = {LOWER: "fell (lower)", NOT_TOLD_APART: "may have risen or not (not told apart)"}
+    if others := "; ".join(f"{name} {said[verdicts[name]]}" for name in sorted(rewards) if verdicts[name] != HIGHER):
+        return f"Optimized: {optimized}, but {others}: no gain is certain, so none can be confirmed. {named}"
     if unwatched := " and ".join(sorted(axes - {METRICS[name].kind for name in apart})):
         return f"Optimized, and higher: {optimized}. {named} Nothing else measures the {unwatched}: not confirmed."
     kinds = " and ".join(kind for kind in ("text", "subject") if kind in axes)
