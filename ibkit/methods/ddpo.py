@@ -36,7 +36,7 @@ from ibkit.model.sample import Sampler
 from ibkit.model.text_to_image import TextToImage, model_fingerprint
 from ibkit.runs import hash_json
 from ibkit.train.guard import Guard
-from ibkit.train.kept import Average, Copy, Facts, Optimizer, Weights, memory_advice
+from ibkit.train.kept import Average, Copy, Facts, Kept, Optimizer, Weights, memory_advice
 from ibkit.train.loop import kept_of, loop, settings_origin
 from ibkit.train.processes import Processes
 
@@ -204,7 +204,7 @@ def train(
         adapter.values(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )
     average, best = Average(adapter, config.ema_decay), Copy(adapter)
-    kept = {"policy": Weights(adapter), "average": average, "best": best}
+    kept: dict[str, Kept] = {"policy": Weights(adapter), "average": average, "best": best}
     kept |= {"optimizer": Optimizer(optimizer), "stats": Facts(objectives)}
     judged = best.values
 
