@@ -202,10 +202,7 @@ def load_personalized(run: Run, base: TextToImage, case: Case, n_steps: int) -> 
 def draw_both_kinds(
     model: TextToImage, case: Case, n_images: int, seed: int, sampler: Sampler, reward: Reward, judge: Judge
 ) -> tuple[pd.DataFrame, list[Image.Image]]:
-    """Draw every prompt of the arm "both" on fixed noise and measure each picture.
-
-    Args:
-        n_images: pictures of each prompt.
+    """Draw `n_images` pictures of every prompt of the arm "both" on fixed noise, and measure each.
 
     Returns:
         One row a picture: prompt, activity, identifier, reward, shown and same_subject (the judge's answers, 1 or 0);
@@ -230,8 +227,7 @@ def explained_share(rewards: torch.Tensor, shown: torch.Tensor) -> float:
     activity it is 1 / (N - 1) on average.
 
     Args:
-        rewards: (N,) of one prompt.
-        shown: (N,) 1 where the picture shows the activity, else 0.
+        rewards, shown: (N,) of one prompt; shown is 1 where the picture shows the activity, else 0.
     """
     rewards, shown = rewards.double(), shown.bool()
     total = rewards.var(unbiased=False)
