@@ -8,11 +8,10 @@ from typing import Any
 class Progress:
     """Print one line about every ten seconds: `train 12/40  reward -0.21  clip 0.31  3 min 10 s left`.
 
-    What is left is judged by the speed since the first `update`, so that it is right in a resumed loop too.
+    The time left is estimated from the speed since the first `update`, so it is right in a resumed loop too.
 
     Args:
-        label: what is being done.
-        total: number of steps in all, those of an earlier, interrupted loop included.
+        total: number of steps in all, including those before a resume.
         every_s: least seconds between two lines; the first and the last step are always printed.
         clock: gives seconds.
     """
@@ -27,11 +26,10 @@ class Progress:
         self._printed: float | None = None
 
     def update(self, done: int, **numbers: Any) -> None:
-        """Say how many steps are done.
+        """Report that `done` steps are done.
 
         Args:
-            done: steps done so far.
-            numbers: what to show beside it: numbers (three digits are shown), or text; `_` in a name becomes a space.
+            numbers: to show beside it, in three digits, or texts; `_` in a name becomes a space.
         """
         now = self._clock()
         if self._first is None:

@@ -41,7 +41,7 @@ def attach(
 ) -> dict[str, torch.nn.Parameter]:
     """Freeze the model, put a delta on top, and return its trainable parameters by name, fp32.
 
-    Deltas below stay as they are: a LoRA adapter of a first stage goes on working while a second one trains.
+    Deltas below stay active and frozen: a LoRA adapter of a first stage still works while a second one trains.
 
     Args:
         name: of the delta, such as "ddpo"; one model has no two of a name.

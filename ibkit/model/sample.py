@@ -22,7 +22,7 @@ from ibkit.model.text_to_image import TextToImage, default_batch
 
 @dataclass(frozen=True)
 class Sampler:
-    """How pictures are made."""
+    """Settings of the DDIM sampler."""
 
     n_steps: int = field(50, "denoising steps of a picture", "InstructBooth", low=1, high=1000)
     guidance: float = field(7.5, "classifier-free guidance scale; 1 = without", "InstructBooth", low=0.0, high=50.0)

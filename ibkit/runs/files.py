@@ -1,7 +1,7 @@
 """Files: where they are, their hashes, and writing them whole or not at all.
 
-Every file is written under another name in the same folder, synced, and renamed into place, so that a process stopped
-at any moment leaves the old file or the new one, never half of one.
+Every file is written under another name in the same folder, synced, and renamed into place. A process stopped at any
+moment leaves the old file or the new one, never half of one.
 """
 
 import contextlib
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
 
 TEMPORARY_SUFFIX = ".tmp"
-DISK_RESERVE_BYTES = 64 * 2**20  # kept free beyond what a write needs: file systems get slow and odd when they are full
+DISK_RESERVE_BYTES = 64 * 2**20  # kept free beyond what a write needs: full file systems get slow and fail oddly
 
 
 def project_root() -> Path:
@@ -63,7 +63,7 @@ def files_of(folder: Path) -> Iterator[Path]:
 
 
 def plain(value: Any) -> Any:
-    """What JSON writes for a NumPy or PyTorch number or array, or a path."""
+    """Convert NumPy and PyTorch values and paths to JSON types."""
     if hasattr(value, "tolist"):
         return value.tolist()
     if isinstance(value, os.PathLike):

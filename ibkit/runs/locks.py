@@ -1,4 +1,4 @@
-"""Folders that one process at a time writes; the system lets go of one when its process ends, however it ends."""
+"""Folders that one process at a time writes; the system releases the lock when the process ends, however it ends."""
 
 import contextlib
 import os
@@ -10,7 +10,7 @@ from filelock import FileLock, Timeout
 from ibkit.errors import ArtifactError
 
 LOCK, HOLDER = ".lock", ".lock.pid"
-GLANCE_S = 0.5  # `held_by` has the lock for a moment: who opens a folder then must not be refused
+GLANCE_S = 0.5  # `held_by` takes the lock for a moment; opening a folder just then must not fail
 
 
 class FolderLock:

@@ -137,7 +137,7 @@ def compared(parameters: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def differing_runs(old: Mapping[str, Any], kind: str, parameters: Mapping[str, Any], inputs: Mapping) -> list[str]:
-    """Say what keeps a run, by its manifest, from being gone on with: kind, parameters, inputs (identified)."""
+    """Say what keeps a run, by its manifest, from being resumed: kind, parameters, inputs (identified)."""
     differ = [f"it was of {old['kind']} and is of {kind}"] if old["kind"] != kind else []
     plainly = json.loads(json.dumps(dict(parameters), default=plain))
     differ += differing(compared(old["parameters"]), compared(plainly))
@@ -175,7 +175,7 @@ class CompletedRun:
 
     @property
     def edited_by_hand(self) -> bool:
-        """Whether something was saved into it after its end, as one cell run again does."""
+        """Whether something was saved into it after its end, such as by running one cell again."""
         return self.manifest.get("edited_by_hand", False)
 
     @property

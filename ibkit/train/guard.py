@@ -1,7 +1,7 @@
 """The reward guard: it watches what the reward does not see, warns, stops in time, and keeps the best policy.
 
-RL raises the number that it is given. Two others tell whether the pictures got better: subject fidelity, and a text
-scorer that nobody optimises. Both are cosines, so RPO's λ-harmonic mean can hold them together (arXiv 2407.12164):
+RL maximizes the reward. Two numbers that it does not optimize show whether pictures improved: subject fidelity, and
+another text scorer. Both are cosines, so RPO's λ-harmonic mean combines them (arXiv 2407.12164):
 
     frontier = 1 / (λ / I + (1 - λ) / T),  I = (subject cosine + 1) / 2,  T = (text cosine + 1) / 2
 
@@ -22,7 +22,7 @@ from ibkit.fields import field
 SUBJECT, TEXT = "monitor", "text_monitor"  # columns of the history: cosines, see `ibkit.train.monitor.SubjectMonitor`
 REWARDS = ("reward", "reward_subject")  # columns of the history: what is optimised
 FEWEST = 16  # epochs; fewer say too little of their own autocorrelation
-LARGEST_AUTOCORRELATION = 0.8  # believed of a few dozen epochs, where an estimate near 1 would be a division by zero
+LARGEST_AUTOCORRELATION = 0.8  # a few dozen epochs cannot show more; near 1 the effective number of epochs is zero
 LEVEL_COST = 1.5  # degrees of freedom of a level of a monotone fit (Meyer and Woodroofe 2000)
 RISE = 2.0  # standard errors; an alarm needs a reward that rose, which is what one expects of training
 
@@ -37,12 +37,11 @@ def harmonic(subject: float, text: float, weight: float) -> float:
 def change(values: Sequence[float], window: int) -> float:
     """By how much the mean of the last `window` values lies above that of the first, in standard errors.
 
-    What is left of the values around the best curve that only falls (or only rises, as they do) is noise: a straight
-    fall, a sudden one and one that levels off are all no noise. Epochs resemble their neighbours, so that n of them are
-    worth fewer independent ones. The noise is taken for an AR(1) process of autocorrelation φ, whose mean over w epochs
-    has the variance σ²/w (1 + 2 Σ (1 - k/w) φ^k), k = 1 ... w - 1; n epochs are worth n (1 - φ)/(1 + φ). The fit takes
-    away from both σ² and φ, and is given back to first order. With so few degrees of freedom the ratio is Student's t;
-    it is returned as the normal deviate of the same probability.
+    The noise is the residual of the best monotone fit, so a straight fall, a sudden one and one that levels off all
+    count as signal. It is modelled as AR(1) with autocorrelation φ: a mean over w epochs has the variance
+    σ²/w (1 + 2 Σ (1 - k/w) φ^k), k = 1 ... w - 1, and n epochs are worth n (1 - φ)/(1 + φ) independent ones. The fit
+    lowers the estimates of σ² and φ; both are corrected to first order. With so few degrees of freedom the ratio is
+    Student's t; it is returned as the normal deviate of the same probability.
 
     Args:
         values: of n epochs, at least `FEWEST`, and two windows.
@@ -73,16 +72,16 @@ def change(values: Sequence[float], window: int) -> float:
 class Guard:
     """Settings of the guard.
 
-    The alarm keeps a promise: in a run of up to 100 epochs in which no watched number falls, it rings at any of its
-    looks, one a window, with a probability of at most 5 %, at autocorrelations up to .7. That holds for the default
-    window and certainty; `benchmarks/guard.py` simulates it, and which falls are found.
+    With the default window and certainty, a run of up to 100 epochs in which no watched number falls has a false alarm
+    with a probability of at most 5 % over all looks, one a window, at autocorrelations up to .7. `benchmarks/guard.py`
+    simulates it, and which falls are found.
 
-    The best policy is the one that drew the last pictures of the best window. That is the policy itself, and not the
-    moving average of `DDPOConfig.ema_decay`: no picture of the average is ever drawn in training, so nobody has judged
-    it. To judge it would take as many pictures again.
+    The best policy is the one that drew the last pictures of the best window: the policy itself, and not the moving
+    average of `DDPOConfig.ema_decay`. Training draws no picture of the average, and judging it would take as many
+    pictures again.
 
-    Of the certainty, one look at independent epochs would need 2; the rest pays for many looks at two numbers, for a
-    curve of any shape, and for an autocorrelation that nobody knows.
+    A single look at independent epochs would need a certainty of 2. The rest corrects for many looks at two numbers, a
+    curve of any shape, and an unknown autocorrelation.
     """
 
     weight: float = field(0.5, "λ, the subject's in the frontier", "RPO validates with .3, .5, .7", low=0.0, high=1.0)

@@ -1,7 +1,7 @@
-"""The loop of every training: steps, a history, checkpoints, and going on from one as if nothing had happened.
+"""The loop of every training: steps, a history, checkpoints, resuming.
 
-A training gives its step as a function of the step's number. Whatever is random in it comes from a stream named by
-that number, and whatever it carries from step to step is a `Kept`: that is why a resumed training is bit-identical.
+A training gives its step as a function of the step's number. Its randomness comes from streams named by that number,
+and its state is in `Kept`s, so a resumed training is bit-identical.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ def loop(
 
     Args:
         step: makes the step of this number, from 0, and returns its row.
-        kept: what the step changes, by name.
-        folder: of the training; it goes on from the newest checkpoint there.
+        kept: the state that the step changes, by name.
+        folder: of the training, which resumes from the newest checkpoint there.
         every: steps between checkpoints; the last step has one too.
         origin: hashes of what decides the training, by a word for each: settings, model, data, seed.
         on_row: sees the history after each step, and may add to its last row; called before the step's checkpoint, so
             at least once for every step, and again for those that an interruption made it repeat.
         stop: asked before each step.
-        processes: that train together; the first writes and reads.
+        processes: that train together; rank 0 reads and writes checkpoints.
 
     Raises:
         ArtifactError: the checkpoints in `folder` are of another training, or one cannot be written.
@@ -81,7 +81,7 @@ def loop(
 
 
 def settings_origin(settings: Any, may_change: Container[str]) -> dict[str, str]:
-    """The part of an origin that is settings, a dataclass; without those that may change when a training goes on."""
+    """The part of an origin that is settings, a dataclass; without those that may differ on resume."""
     return {name: hash_json(value) for name, value in asdict(settings).items() if name not in may_change}
 
 
@@ -91,7 +91,7 @@ def hash_pictures(pictures: Sequence[Image.Image]) -> str:
 
 
 def kept_of(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """The tensors of one kept thing in a training's newest checkpoint.
+    """The tensors of one `Kept` in a training's newest checkpoint.
 
     Raises:
         ArtifactError: there is no checkpoint.

@@ -28,9 +28,9 @@ class SubjectMonitor:
         text_scorer: a text scorer that is not the reward, such as CLIP-T; None to do without.
 
     A call returns `monitor` and `text_monitor`, the two scorers' means over the pictures made with the identifier (the
-    text scorer reads the prompt without it), and with a judge
-    `judge_activity` and `judge_identity`, shares of those pictures, and `judge_activity_class`, of the others. A kind
-    of prompt that has no picture has no number, and only prompts that name an activity count in its shares.
+    text scorer reads the prompt without it). With a judge it adds shares: `judge_activity` and `judge_identity` of
+    those pictures, and `judge_activity_class` of the others. A kind of prompt without pictures has no number, and only
+    prompts that name an activity count in its shares.
     """
 
     def __init__(
@@ -46,28 +46,25 @@ class SubjectMonitor:
         self.judge = judge if subject.world else None
 
     def __call__(self, images: Sequence[Image.Image], prompts: Sequence[Prompt]) -> dict[str, float]:
-        named = [i for i, p in enumerate(prompts) if p.identifier]
-        others = [i for i, p in enumerate(prompts) if not p.identifier]
+        pairs = list(zip(images, prompts, strict=True))
+        named, others = ([pair for pair in pairs if bool(pair[1].identifier) == kind] for kind in (True, False))
         numbers = {}
         if named:
-            pictures = [images[i] for i in named]
+            pictures = [image for image, _ in named]
             numbers["monitor"] = self.scorer(pictures, references=self.references).mean().item()
             if self.text_scorer:
-                clean = [prompts[i].clean for i in named]
+                clean = [prompt.clean for _, prompt in named]
                 numbers["text_monitor"] = self.text_scorer(pictures, texts=clean).mean().item()
+            numbers |= self._activity_shown("judge_activity", named)
             if self.judge and self.subject.world:
-                numbers |= self._activity_shown("judge_activity", pictures, [prompts[i].activity for i in named])
                 numbers["judge_identity"] = self.judge.identifies(pictures, self.subject.world).mean().item()
-        if others and self.judge:
-            asked = [prompts[i].activity for i in others]
-            numbers |= self._activity_shown("judge_activity_class", [images[i] for i in others], asked)
-        return numbers
+        return numbers | self._activity_shown("judge_activity_class", others)
 
-    def _activity_shown(self, name: str, images: Sequence[Image.Image], phrases: Sequence[str]) -> dict[str, float]:
-        """The share of pictures that show the activity they were asked for, of those whose prompt names one."""
-        said = [said_in(phrase)["activity"] for phrase in phrases]
-        named = [i for i, activity in enumerate(said) if activity]
-        if not named or self.judge is None:
+    def _activity_shown(self, name: str, pairs: Sequence[tuple[Image.Image, Prompt]]) -> dict[str, float]:
+        """The share of pictures that show the activity that their prompt names, of those whose prompt names one."""
+        asked = [(image, said_in(prompt.activity)["activity"]) for image, prompt in pairs]
+        images = [image for image, activity in asked if activity]
+        if not images or self.judge is None:
             return {}
-        answers = self.judge.agrees([images[i] for i in named], "activity", [said[i] for i in named])
+        answers = self.judge.agrees(images, "activity", [activity for _, activity in asked if activity])
         return {name: answers.mean().item()}
