@@ -1,8 +1,8 @@
 """The report of a run: one HTML file that reads offline, on a phone, in print and with a screen reader.
 
-It is built from what the notebooks left in their run folders: scores and claims, figures (each with the table it
-draws), parameters, versions and seconds. Nothing is drawn or computed here that is not in those files, except means
-with their intervals. Pictures are inlined, there are no scripts, and a content policy forbids every request.
+It is built from what the notebooks wrote to their run folders: scores, figures (each with the table it draws),
+parameters, versions and seconds. Nothing else is computed here but means with their intervals, and verdicts on claims.
+Pictures are inlined, there are no scripts, and a content policy forbids every request.
 """
 
 from pathlib import Path
@@ -13,15 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from ibkit import __version__
 from ibkit.errors import ArtifactError
 from ibkit.evaluate.arms import arms_of, label_of
-from ibkit.evaluate.claims import (
-    CONTRADICTED,
-    NOT_TESTED,
-    SCORES,
-    SUPPORTED,
-    UNDECIDED,
-    claims_from,
-    evidence_files,
-)
+from ibkit.evaluate.claims import CONTRADICTED, NOT_TESTED, SCORES, SUPPORTED, UNDECIDED, claims_from, evidence_files
 from ibkit.evaluate.claims.command import summary
 from ibkit.evaluate.published import EVALUATORS, PAPER, PUBLISHED, TABLE_TITLES, PublishedNumber, published
 from ibkit.evaluate.stats import METRICS, as_compared, check_scores, summarise
@@ -29,19 +21,16 @@ from ibkit.progress import duration
 from ibkit.report.figures import figures_of
 from ibkit.runs import CompletedRun, read_run, write_atomically
 
-# Rows of a figure's table that are shown; the rest stands in the CSV file beside the figure.
-MAX_ROWS = 60
+MAX_ROWS = 60  # of a figure's table; all rows are in the CSV file beside the figure
 TEMPLATE, STYLE = "report.html", "report.css"
+MARKS = {SUPPORTED: ("good", "✓"), CONTRADICTED: ("bad", "✗"), UNDECIDED: ("open", "?"), NOT_TESTED: ("open", "–")}
 
 
 def build_report(run_folder: str | Path) -> Path:
-    """Write `report.html` of a main run.
+    """Write `report.html` of a main run and return its path.
 
     Args:
         run_folder: `outputs/<run>`, whose subfolders are the finished runs of the notebooks.
-
-    Returns:
-        Path of the report.
 
     Raises:
         ArtifactError: there is no finished notebook run in the folder, or one is incomplete or altered.
@@ -51,8 +40,7 @@ def build_report(run_folder: str | Path) -> Path:
     stages = [read_run(child) for child in sorted(folder.glob("*/")) if (child / "manifest.json").is_file()]
     if not stages:
         raise ArtifactError(f"{folder} has no finished run, so there is nothing to report: finish one first.")
-    text = render(folder.resolve().name, stages)
-    data = text.encode()
+    data = render(folder.resolve().name, stages).encode()
     path = folder / "report.html"
     write_atomically(path, len(data), lambda temporary: temporary.write_bytes(data))
     return path
@@ -60,8 +48,8 @@ def build_report(run_folder: str | Path) -> Path:
 
 def render(name: str, stages: list[CompletedRun]) -> str:
     """Make the HTML text of a report from finished notebook runs, in the order they ran."""
-    evaluation = next((stage for stage in stages if "scores.csv" in stage.outputs), None)
-    scores = check_scores(evaluation.table("scores.csv"), "03_evaluate/scores.csv") if evaluation else None
+    evaluation = next((stage for stage in stages if SCORES in stage.outputs), None)
+    scores = check_scores(evaluation.table(SCORES), f"03_evaluate/{SCORES}") if evaluation else None
     evidence = {SCORES: scores} if scores is not None else {}
     for file, notebook in evidence_files().items():
         made = next((stage for stage in stages if stage.kind == notebook and file in stage.outputs), None)
@@ -79,8 +67,8 @@ def render(name: str, stages: list[CompletedRun]) -> str:
         name=name,
         subject=_subject(stages, scores),
         summary=summary(claims),
-        counts=[(verdict, sum(claim.verdict == verdict for claim in claims)) for verdict in _MARKS],
-        marks=_MARKS,
+        counts=[(verdict, sum(claim.verdict == verdict for claim in claims)) for verdict in MARKS],
+        marks=MARKS,
         claims=claims,
         figures=known,
         more_figures=others,
@@ -99,16 +87,8 @@ def render(name: str, stages: list[CompletedRun]) -> str:
     )
 
 
-_MARKS = {
-    SUPPORTED: ("good", "✓"),
-    CONTRADICTED: ("bad", "✗"),
-    UNDECIDED: ("open", "?"),
-    NOT_TESTED: ("open", "–"),
-}
-
-
 def _subject(stages: list[CompletedRun], scores: pd.DataFrame | None) -> str:
-    """Name what the run was about."""
+    """The names of the run's subjects."""
     if scores is not None:
         return ", ".join(map(str, scores["subject"].unique()))
     return next((str(s.parameters["subject"]) for s in stages if "subject" in s.parameters), "no subject")
@@ -118,33 +98,27 @@ def _subject(stages: list[CompletedRun], scores: pd.DataFrame | None) -> str:
 
 
 def _results(scores: pd.DataFrame, evaluation: CompletedRun) -> list[dict]:
-    """Return a block for each metric: our value and interval of each arm beside the published numbers."""
+    """A block for each metric: our value and interval of each arm beside the published numbers."""
     evaluators = evaluation.metrics.get("evaluators", {})
     table = summarise(as_compared(scores))
     trained = set(scores.loc[scores["seed"].notna(), "arm"])
     blocks = []
-    for metric in table["metric"].unique():
-        part = table[table["metric"] == metric].set_index("arm")
-        show = METRICS[metric].show
-        rows = [
-            {
-                "arm": arm,
-                "value": show(part.loc[arm, "value"]),
-                "interval": f"[{show(part.loc[arm, 'low'])}, {show(part.loc[arm, 'high'])}]",
-                "n": int(part.loc[arm, "n"]),
-                "seeds": int(part.loc[arm, "seeds"]) if arm in trained else "–",
-                "published": [_published_value(number) for number in published(arm, metric)],
-            }
-            for arm in arms_of(part.index)
-        ]
-        blocks.append(
-            {
-                "label": METRICS[metric].label,
-                "kind": METRICS[metric].kind,
-                "evaluator": evaluators.get(metric, "not recorded"),
-                "rows": rows,
-            }
-        )
+    for name, part in table.groupby("metric", sort=False):
+        metric, by_arm, rows = METRICS[name], part.set_index("arm"), []
+        for arm in arms_of(by_arm.index):
+            row = by_arm.loc[arm]
+            rows.append(
+                {
+                    "arm": arm,
+                    "value": metric.show(row["value"]),
+                    "interval": f"[{metric.show(row['low'])}, {metric.show(row['high'])}]",
+                    "n": row["n"],
+                    "seeds": row["seeds"] if arm in trained else "–",
+                    "published": [_published_value(number) for number in published(arm, name)],
+                }
+            )
+        evaluator = evaluators.get(name, "not recorded")
+        blocks.append({"label": metric.label, "kind": metric.kind, "evaluator": evaluator, "rows": rows})
     return sorted(blocks, key=lambda block: block["kind"] != "text")
 
 
@@ -159,7 +133,7 @@ def _published_label(metric: str) -> str:
 
 
 def _published_tables() -> list[dict]:
-    """Return the paper's tables as they are printed there, arm by arm."""
+    """The paper's tables as they are printed there, arm by arm."""
     tables = []
     for table, title in TABLE_TITLES.items():
         numbers = [number for number in PUBLISHED if number.table == table]
@@ -172,12 +146,9 @@ def _published_tables() -> list[dict]:
 
 
 def _versions(stages: list[CompletedRun]) -> list[tuple[str, str]]:
-    """Return package -> versions; one version where all notebooks ran on the same."""
-    found: dict[str, list[str]] = {}
-    for stage in stages:
-        for package, version in stage.manifest["versions"].items():
-            found.setdefault(package, []).append(version)
-    return [(package, ", ".join(dict.fromkeys(versions))) for package, versions in found.items()]
+    """Each package with its versions in the runs, mostly one."""
+    found = pd.DataFrame([stage.manifest["versions"] for stage in stages])
+    return [(package, ", ".join(found[package].dropna().unique())) for package in found]
 
 
 def _nobreak(text: str) -> str:

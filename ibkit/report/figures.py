@@ -1,7 +1,6 @@
-"""The figures of a report: found in the runs' folders, named by a word in their file name, described in words."""
+"""The figures of a report: found in the runs' folders, recognized by a word in their file name, described in words."""
 
 import base64
-import hashlib
 import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -14,19 +13,18 @@ from ibkit.evaluate.arms import arms_of, label_of
 from ibkit.evaluate.stats import METRICS
 from ibkit.runs import CompletedRun
 
-# Run.save_figure writes 150 dots to the inch; shown at 100 px to the inch, all figures have letters of one size.
-PX_PER_DOT = 100 / 150
+PX_PER_DOT = 100 / 150  # Run.save_figure writes 150 dots to the inch; at 100 px to the inch all letters have one size
 
 
 @dataclass(frozen=True)
 class FigureKind:
-    """What a figure is, told by a word in its file name.
+    """A kind of figure.
 
     Attributes:
-        word: the word in the name, such as "curves" in `figures/curves.png`.
+        word: in the file name, such as "curves" in `figures/curves.png`.
         title: heading above the figure.
         caption: how to read it.
-        describe: makes the text for people who cannot see it, from the figure's table.
+        describe: makes the alternative text from the figure's table.
     """
 
     word: str
@@ -50,46 +48,31 @@ class ReportFigure:
 
 
 def figures_of(stages: Iterable[CompletedRun]) -> tuple[list[ReportFigure], list[ReportFigure]]:
-    """Collect the figures of all stages: those the report knows, in its own order, and the rest."""
-    known: list[ReportFigure] = []
-    others: list[ReportFigure] = []
-    seen: set[str] = set()
+    """The figures of all stages: those of `FIGURE_KINDS`, in that order, and the rest."""
+    found: dict[bytes, ReportFigure] = {}  # by content: a later notebook may show the same figure again
     for stage in stages:
-        outputs = set(stage.outputs)
-        for name in sorted(outputs):
-            stem = name.removesuffix(".png")
-            # A figure is a picture with the table it draws; generated images have none.
-            if not name.endswith(".png") or f"{stem}.csv" not in outputs:
-                continue
-            content = stage.path(name).read_bytes()
-            digest = hashlib.sha256(content).hexdigest()
-            if digest in seen:  # a later notebook shows the same figure again
-                continue
-            seen.add(digest)
-            with Image.open(io.BytesIO(content)) as picture:
-                width, height = (round(side * PX_PER_DOT) for side in picture.size)
-            table = stage.table(f"{stem}.csv")
-            words = Path(stem).name
-            kind = next((kind for kind in FIGURE_KINDS if kind.word in words), None)
-            figure = ReportFigure(
-                kind=kind or OTHER_KIND,
-                title=kind.title if kind and words == kind.word else words.replace("_", " ").capitalize(),
-                uri="data:image/png;base64," + base64.b64encode(content).decode(),
-                width=width,
-                height=height,
-                alt=_describe(kind or OTHER_KIND, table),
-                table=table,
-                source=f"{stage.folder.name}/{stem}",
-            )
-            (known if kind else others).append(figure)
-    return sorted(known, key=lambda figure: FIGURE_KINDS.index(figure.kind)), others
+        # A figure is a picture with the table it draws; generated images have none.
+        stems = (name.removesuffix(".png") for name in sorted(stage.outputs) if name.endswith(".png"))
+        for stem in (stem for stem in stems if f"{stem}.csv" in stage.outputs):
+            content = stage.path(f"{stem}.png").read_bytes()
+            if content not in found:
+                found[content] = _figure(content, stage.table(f"{stem}.csv"), stage.folder.name, stem)
+    others = [figure for figure in found.values() if figure.kind is OTHER_KIND]
+    return [figure for kind in FIGURE_KINDS for figure in found.values() if figure.kind is kind], others
 
 
-def _describe(kind: FigureKind, table: pd.DataFrame) -> str:
+def _figure(content: bytes, table: pd.DataFrame, folder: str, stem: str) -> ReportFigure:
+    with Image.open(io.BytesIO(content)) as picture:
+        width, height = (round(side * PX_PER_DOT) for side in picture.size)
+    words = Path(stem).name
+    kind = next((kind for kind in FIGURE_KINDS if kind.word in words), OTHER_KIND)
+    title = kind.title if words == kind.word else words.replace("_", " ").capitalize()
     try:
-        return kind.describe(table)
+        alt = kind.describe(table)
     except (KeyError, IndexError, ValueError):  # a figure of that name with a table of another shape
-        return OTHER_KIND.describe(table)
+        alt = OTHER_KIND.describe(table)
+    uri = "data:image/png;base64," + base64.b64encode(content).decode()
+    return ReportFigure(kind, title, uri, width, height, alt, table, f"{folder}/{stem}")
 
 
 def _describe_photos(table: pd.DataFrame) -> str:
