@@ -1,7 +1,7 @@
 """Typed fields of frozen dataclasses: parameters of notebooks, settings of methods.
 
-A field says what it is, where its default comes from and what is allowed; a value from a user is checked against that,
-and a name that there is not is answered with the nearest one.
+A field says what it is, where its default comes from and what is allowed. Values from users are checked against that;
+the error for an unknown name suggests the nearest one.
 """
 
 from __future__ import annotations
@@ -153,7 +153,8 @@ def checked(rows: Iterable[Field], values: Mapping[str, Any], whose: str, noun: 
             found[name] = known[name].check(value)
         except (ValueError, OverflowError):
             text = repr(value) if len(repr(value)) <= 80 else repr(value)[:77] + "..."
-            hint = " (papermill: pass text with -r instead of -p)" if _wanted_text(known[name], value) else ""
+            wanted_text = known[name].type is str and type(value) in (int, float, bool)
+            hint = " (papermill: pass text with -r instead of -p)" if wanted_text else ""
             raise ParameterError(
                 f"{whose}: {noun} {name!r} must be {known[name].allowed}, not {text} of type "
                 f"{type(value).__name__}{hint}."
@@ -179,11 +180,7 @@ def _replaced(settings: T, flat: Mapping[str, Any]) -> T:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a sentence that refuses a name, with its mark."""
+    """The end of an error message about an unknown name, with its full stop or question mark."""
     known = list(known)
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; it is one of {', '.join(known)}."
-
-
-def _wanted_text(row: Field, value: Any) -> bool:
-    return row.type is str and type(value) in (int, float, bool)

@@ -1,4 +1,4 @@
-"""Things by name that other packages can add to: methods, scorers.
+"""Registries of methods, scorers and the like, which other packages can extend.
 
 A package adds its own by an entry point, with the name as users write it:
 
@@ -9,6 +9,7 @@ A package adds its own by an entry point, with the name as users write it:
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import cached_property
 from importlib import import_module
 from importlib.metadata import entry_points
 from typing import Generic, TypeVar
@@ -20,40 +21,36 @@ T = TypeVar("T")
 
 
 class Registry(Mapping[str, T], Generic[T]):
-    """What there is by name; a thing is imported when it is asked for.
+    """Objects by name, each imported on first use.
 
     Args:
         group: of entry points, "ibkit.methods".
         noun: for messages, "method".
-        own: name -> the thing, or "module:attribute", of this package.
+        own: name -> object of this package, or its "module:attribute".
     """
 
     def __init__(self, group: str, noun: str, own: Mapping[str, T | str]):
         self.group, self.noun = group, noun
         self._own = own
-        self._found: dict[str, str] | None = None
         self._made: dict[str, T] = {name: one for name, one in own.items() if not isinstance(one, str)}
 
     def __getitem__(self, name: str) -> T:
         if name not in self._made:
-            points = self._points()
-            if name not in points:
-                raise KeyError(name)
-            module, _, attribute = points[name].partition(":")
+            module, _, attribute = self._points[name].partition(":")
             self._made[name] = getattr(import_module(module), attribute)
         return self._made[name]
 
     def __contains__(self, name: object) -> bool:
-        return name in self._points()
+        return name in self._points
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._points())
+        return iter(self._points)
 
     def __len__(self) -> int:
-        return len(self._points())
+        return len(self._points)
 
     def find(self, name: str) -> T:
-        """The thing of this name.
+        """The object of this name.
 
         Raises:
             ParameterError: there is none (the nearest is named), or its module does not import.
@@ -64,18 +61,17 @@ class Registry(Mapping[str, T], Generic[T]):
             return self[name]
         except (ImportError, AttributeError) as error:
             raise ParameterError(
-                f"The {self.noun} {name!r} ({self._points()[name]}) cannot be imported: {error}; mend or uninstall the "
+                f"The {self.noun} {name!r} ({self._points[name]}) cannot be imported: {error}; mend or uninstall the "
                 "package that brings it."
             ) from error
 
+    @cached_property
     def _points(self) -> dict[str, str]:
-        """Name -> where it is, of this package and of all that were installed when it was first asked."""
-        if self._found is None:
-            others = {point.name: point.value for point in entry_points(group=self.group)}
-            if taken := others.keys() & self._own.keys():
-                name = min(taken)
-                raise ParameterError(
-                    f"{others[name]} calls itself the {self.noun} {name!r}, which this kit has: give it another name."
-                )
-            self._found = {name: str(place) for name, place in self._own.items()} | others
-        return self._found
+        """Name -> "module:attribute", of this package and of all that are installed when it is first asked."""
+        others = {point.name: point.value for point in entry_points(group=self.group)}
+        if taken := others.keys() & self._own.keys():
+            name = min(taken)
+            raise ParameterError(
+                f"{others[name]} calls itself the {self.noun} {name!r}, which this kit has: give it another name."
+            )
+        return {name: str(place) for name, place in self._own.items()} | others

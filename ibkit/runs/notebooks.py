@@ -1,11 +1,12 @@
-"""How a notebook opens its run and finds those that it goes on from: strictly in a batch, with patience by hand.
+"""How a notebook opens its run and finds the runs that it starts from: strict in a batch, lenient by hand.
 
-A notebook is run by hand where it has no `run_out`. Then it can be run again: with the same values it goes on with what
-is there, with others the old run is set aside under its time.
+A notebook without `run_out` is run by hand and can run again: with the same values it resumes the run that is there;
+with others it sets that run aside under its start time.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -49,7 +50,7 @@ def _make_room(folder: Path, kind: str, values: Mapping[str, Any], inputs: Mappi
     let_go(folder)
     FolderLock(folder).release()  # refuses to move what another process is writing
     stem = f"{folder.name}-{old['started'].partition('+')[0].replace(':', '-')}"
-    names = (stem if i == 1 else f"{stem}-{i}" for i in range(1, 10**6))
+    names = (stem if i == 1 else f"{stem}-{i}" for i in itertools.count(1))
     aside = next(place for name in names if not (place := folder.with_name(name)).exists())
     folder.rename(aside)
     print(f"other values ({'; '.join(differ)}): the run that was here is now {aside.name}")

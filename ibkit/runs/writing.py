@@ -52,7 +52,7 @@ _OPEN: dict[Path, "Run"] = {}  # runs this process holds, so that re-running a n
 
 
 def let_go(folder: Path) -> None:
-    """Close a run that this process has open, so that a notebook's cell can be run again."""
+    """Close a run that this process has open, so that a notebook's cell can run again."""
     if folder in _OPEN:
         _OPEN[folder]._close()
 
@@ -95,14 +95,14 @@ class Run:
         resume: bool = False,
         by_hand: bool = False,
     ) -> "Run":
-        """Start a run in an empty or new folder, or go on with the one that is there.
+        """Start a run in an empty or new folder, or resume the one that is there.
 
         Args:
             folder: the run folder; `open_run` takes it from a notebook's parameters.
             kind: what wrote it, such as "01_personalize".
             parameters: plain values; on resuming, those of the run that is there must be equal.
             inputs: name -> file, folder, finished run's folder, or `CompletedRun`; recorded with their hashes.
-            resume: whether to go on with a run in that folder. A folder without one starts a new run either way.
+            resume: whether to resume a run in that folder. A folder without one starts a new run either way.
             by_hand: whether the run may be written to after its end, which marks it as edited.
 
         Raises:
@@ -205,11 +205,7 @@ class Run:
 
     def write_json(self, rel: str | os.PathLike, value: Any) -> Path:
         """Write an output as JSON; returns its path. A number that is not finite is refused."""
-        try:
-            text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False, default=plain)
-        except (TypeError, ValueError) as error:
-            raise ArtifactError(f"Cannot write {self.folder / rel}: {error}.") from error
-        return self.write_text(rel, text + "\n")
+        return self.write_text(rel, _to_json(value, f"write {self.folder / rel}", indent=1, ensure_ascii=False) + "\n")
 
     def write_table(self, rel: str | os.PathLike, table: "pd.DataFrame") -> Path:
         """Write a table as CSV without its index, floats in full; returns its path.
@@ -279,16 +275,13 @@ class Run:
 
     def record(self, **metrics: Any) -> None:
         """Put numbers (or plain lists and dicts of them) into the manifest; a later value replaces an earlier one."""
-        try:
-            plain_metrics = json.loads(json.dumps(metrics, allow_nan=False, default=plain))
-        except (TypeError, ValueError) as error:
-            raise ArtifactError(f"Cannot record {', '.join(metrics)} in {self.folder}: {error}.") from error
+        plain_metrics = json.loads(_to_json(metrics, f"record {', '.join(metrics)} in {self.folder}"))
         with self._writing():
             self.metrics.update(plain_metrics)
             self._write_manifest()
 
     def finish(self) -> None:
-        """Mark the run complete and let go of its folder. A complete run that was only looked at stays as it is."""
+        """Mark the run complete and release its folder. A complete run that was only read stays as it is."""
         if self._lock is None and self.by_hand and self.complete:
             return  # the last cell, run again
         self._require_open()
@@ -303,7 +296,7 @@ class Run:
         self._close()
 
     def fail(self, reason: str) -> None:
-        """Mark the run failed, with the reason in a sentence, and let go of its folder. It can be resumed."""
+        """Mark the run failed, with the reason in a sentence, and release its folder. It can be resumed."""
         with self._writing():
             self.manifest["status"] = "failed"
             self.manifest["reason"] = reason
@@ -362,6 +355,13 @@ class Run:
             self._lock.release()
             self._lock = None
             _OPEN.pop(self.folder, None)
+
+
+def _to_json(value: Any, doing: str, **options: Any) -> str:
+    try:
+        return json.dumps(value, allow_nan=False, default=plain, **options)
+    except (TypeError, ValueError) as error:
+        raise ArtifactError(f"Cannot {doing}: {error}.") from error
 
 
 def _read_journal(folder: Path) -> dict[str, dict[str, Any]]:
