@@ -1,4 +1,4 @@
-"""Claims of InstructBooth that the experiments of notebooks 04 to 06 test; they speak of no arm of notebook 03."""
+"""Claims of InstructBooth that the experiments of notebooks 04 to 06 test; none is about an arm of notebook 03."""
 
 from collections.abc import Mapping
 
@@ -8,7 +8,7 @@ import pandas as pd
 from ibkit.evaluate.claims import INSTRUCTBOOTH, CannotTest, Claim, Outcome, signed
 from ibkit.evaluate.intervals import Interval
 from ibkit.evaluate.stats import METRICS, PRIMARY
-from ibkit.experiments.detailed_description import MEASURED, compare
+from ibkit.experiments.detailed_description import compare
 from ibkit.experiments.prompt_curves import efficiency, kept_by_class
 from ibkit.experiments.subject_analysis import fall, misranked, pose_cost
 
@@ -16,32 +16,32 @@ from ibkit.experiments.subject_analysis import fall, misranked, pose_cost
 def description_helps(claim: Claim, table: pd.DataFrame, arms: Mapping[str, str]) -> Outcome:
     """C5: with − without description, subject.
 
-    The judge's question for the shape alone stands in the detail: it is right less often (notebook 04).
+    The judge's question for the shape alone goes into the detail: the judge is right less often there (notebook 04).
     """
     metric = next((name for name in PRIMARY["subject"] if name in table.columns), None)
     if metric is None or not {"description", "train_seed"} <= set(table.columns):
         raise CannotTest("description.csv lacks its columns: run 04_attention_maps again.")
     rows = compare(table).set_index("metric")
-    row = rows.loc[metric]
-    interval = Interval(row["difference"], row["difference_low"], row["difference_high"], int(row["n"]))
+    bounds = rows[["difference", "difference_low", "difference_high"]].itertuples(index=False)
+    gaps = {name: Interval(*bound, n) for name, bound, n in zip(rows.index, bounds, rows["n"], strict=True)}
     show = METRICS[metric].show
-    detail = f"{METRICS[metric].label}: with {show(row['with'])}, without {show(row['without'])}"
-    for other in (name for name in MEASURED if name in rows.index and name != metric):
-        gap = Interval(*rows.loc[other, ["difference", "difference_low", "difference_high"]], n=0)
-        detail += f"; {METRICS[other].label} {signed(other, gap)}"
+    detail = (
+        f"{METRICS[metric].label}: with {show(rows.at[metric, 'with'])}, without {show(rows.at[metric, 'without'])}"
+    )
+    for other in (name for name in gaps if name != metric):
+        detail += f"; {METRICS[other].label} {signed(other, gaps[other])}"
     cells = table.groupby(["subject", "prompt_id"])["image_seed"].nunique()
-    return Outcome(metric, interval, detail, cells, int(row["seeds"]))
+    return Outcome(metric, gaps[metric], detail, cells, table["train_seed"].nunique())
 
 
 def pose_lowers_dino(claim: Claim, table: pd.DataFrame, arms: Mapping[str, str]) -> Outcome:
-    """C6: DINO of the same subject in another pose, minus that under a mere change of view."""
+    """C6: DINO of the same subject in another pose, minus its DINO after a mere change of view."""
     if not {"change", "pair", "subject", "dino"} <= set(table.columns):
         raise CannotTest("changes.csv lacks its columns: run 05_dino_metric again.")
     if not {"view", "pose", "identity"} <= set(table["change"]):
         raise CannotTest("changes.csv has no change of view, pose and identity: photos of a user have no truth.")
-    lost = fall(table, "dino", "pose")
+    lost, place = fall(table, "dino", "pose"), fall(table, "dino", "place")
     interval = Interval(-lost.value, -lost.high, -lost.low, lost.n)
-    place = fall(table, "dino", "place")
     cost, wrong = pose_cost(table, "dino"), misranked(table, "dino")
     seen = table[table["change"] == "pose"]["judge_identity"].mean()
     detail = (
@@ -54,9 +54,8 @@ def pose_lowers_dino(claim: Claim, table: pd.DataFrame, arms: Mapping[str, str])
 
 
 def both_kinds_learn_faster(claim: Claim, table: pd.DataFrame, arms: Mapping[str, str]) -> Outcome:
-    """C7: images that identifier prompts alone need / images that both kinds need.
-
-    Compared at equal totals, from the most overfitted model of the table.
+    """C7: images that identifier prompts alone need / images that both kinds need, at equal totals, from the most
+    overfitted model of the table.
     """
     rows = efficiency(table)
     rows = rows[rows["arm"] == "identifier_equal_totals"].sort_values("dreambooth_steps")

@@ -159,10 +159,8 @@ def train_arm(
         if on_step:
             on_step(row)
 
-    words = arm.who.instance_prompt, arm.who.class_prompt
-    history = dreambooth.train(
-        model, photos, *words, class_pictures, config, folder, arm.train_seed, on_step=after_step
-    )
+    words, seed = (arm.who.instance_prompt, arm.who.class_prompt), arm.train_seed
+    history = dreambooth.train(model, photos, *words, class_pictures, config, folder, seed, on_step=after_step)
     run.write_table(f"{arm.folder}/history.csv", pd.DataFrame(history))
     run.write_tensors(arm.weights, model.unet.state_dict())
     if (checkpoints := folder / "checkpoints").exists():
@@ -263,19 +261,14 @@ class Measures:
 
 
 def measure(
-    rows: pd.DataFrame,
-    folder: str | Path,
-    measures: Measures,
-    batch_size: int = 64,
-    on_image: Callable[[int], None] = lambda done: None,
+    rows: pd.DataFrame, folder: str | Path, measures: Measures, on_image: Callable[[int], None] = lambda done: None
 ) -> pd.DataFrame:
     """A copy of `rows` (from `jobs`, pictures drawn) with a column for each measurement."""
     parts = []
-    for start in range(0, len(rows), batch_size):
-        part = rows.iloc[start : start + batch_size]
+    for _, part in rows.groupby(np.arange(len(rows)) // 64):
         images = [read_rgb(Path(folder) / path) for path in part["image"]]
         parts.append(part.assign(**measures(images, list(part["activity"]))))
-        on_image(start + len(part))
+        on_image(sum(map(len, parts)))
     return pd.concat(parts)
 
 
@@ -328,8 +321,8 @@ def compare(table: pd.DataFrame) -> pd.DataFrame:
 def along_training(histories: pd.DataFrame) -> pd.DataFrame:
     """With minus without description, averaged over the looks in `histories`: which arm was ahead on the way?
 
-    Looks are paired by training seed and step, and resampled like pictures. Looks at one training resemble each other,
-    so with one seed the interval is too narrow.
+    Looks are paired by training seed and step, and resampled like pictures. With one seed the interval is too narrow,
+    since looks at one training resemble each other.
 
     Returns:
         One row a metric: metric; with, without (means over looks and seeds), difference, low, high, n (pairs of looks),
@@ -366,8 +359,7 @@ def by_seed(table: pd.DataFrame) -> pd.DataFrame:
 
 def look_alikes(subject: Subject) -> list[Subject]:
     """The subject, and after it those that differ from it in body shape alone."""
-    shapes = dict.fromkeys((subject.shape, *SHAPES["container"]))
-    return [replace(subject, shape=shape) for shape in shapes]
+    return [replace(subject, shape=shape) for shape in dict.fromkeys((subject.shape, *SHAPES["container"]))]
 
 
 def ask_about_renders(

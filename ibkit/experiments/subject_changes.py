@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
-from itertools import product, zip_longest
+from itertools import permutations, product, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +24,9 @@ from ibkit.data.photos import load_subject_photos
 from ibkit.data.subject import demo_subject, world_photos
 from ibkit.errors import ParameterError, ScoreError
 from ibkit.model.text_to_image import TextToImage
+from ibkit.pocket import world
 from ibkit.pocket.draw import render, subject_mask
-from ibkit.pocket.world import (
-    ACTIVITIES,
-    CLASSES,
-    COLOURS,
-    DEMO_SUBJECTS,
-    GROUP_OF,
-    NO_ACTIVITY,
-    PATTERNS,
-    PLACES,
-    RARE_SUBJECT,
-    SHAPES,
-    Scene,
-    Subject,
-    accessories_of,
-    activities_of,
-    doing,
-    line_up,
-    sample_view,
-)
+from ibkit.pocket.world import NO_ACTIVITY, Scene, Subject, doing, line_up, sample_view
 from ibkit.scorers.base import Scorer, batches
 from ibkit.scorers.judge import Judge
 
@@ -61,6 +44,7 @@ N_TESTED = 24  # individuals of a class for testing subject metrics; no shipped 
 N_FOLDS = 2
 VISIBLE_DIFFERENCE = 25  # of 255, in any colour channel
 PHOTO_PX = 256  # what DINO's own evaluation resizes to
+CROP = 0.85  # side of the central part of a photo that is kept
 
 
 @dataclass(frozen=True)
@@ -88,7 +72,7 @@ class Pair:
 
 def fold_of(activity: str) -> int:
     """Which half of the activities this one belongs to, for training on one half and testing on the other."""
-    return list(ACTIVITIES).index(activity) % N_FOLDS
+    return list(world.ACTIVITIES).index(activity) % N_FOLDS
 
 
 def check_classes(class_nouns: Sequence[str]) -> list[str]:
@@ -97,12 +81,12 @@ def check_classes(class_nouns: Sequence[str]) -> list[str]:
     Raises:
         ParameterError: the pocket world has no such class.
     """
-    if unknown := [noun for noun in class_nouns if noun not in CLASSES]:
+    if unknown := [noun for noun in class_nouns if noun not in world.CLASSES]:
         raise ParameterError(
-            f"the pocket world has no class {unknown[0]!r}: choose class_nouns of {', '.join(CLASSES)}, "
+            f"the pocket world has no class {unknown[0]!r}: choose class_nouns of {', '.join(world.CLASSES)}, "
             "or leave them empty for all."
         )
-    return list(dict.fromkeys(class_nouns)) or list(CLASSES)
+    return list(dict.fromkeys(class_nouns)) or list(world.CLASSES)
 
 
 def controlled_pairs(class_nouns: Sequence[str], n_pairs: int, seed: int = 0) -> list[Pair]:
@@ -137,13 +121,13 @@ def controlled_pairs(class_nouns: Sequence[str], n_pairs: int, seed: int = 0) ->
 def _pairs_of(subject: Subject, name: str, fold: int, number: int, rng: random.Random) -> list[Pair]:
     """The pairs of one reference."""
     noun = subject.class_noun
-    before, after = rng.sample([a for a in activities_of(noun) if fold_of(a) == fold], 2)
-    place, other_place = rng.sample(list(PLACES), 2)
+    before, after = rng.sample([a for a in world.activities_of(noun) if fold_of(a) == fold], 2)
+    place, other_place = rng.sample(list(world.PLACES), 2)
     reference = Scene(subject, **doing(before if number % 2 else NO_ACTIVITY), place=place, view=sample_view(rng))
     identity: dict[str, Any] = {"subject": line_up(subject)[1 + number]}
     changes: dict[str, dict[str, Any]] = {"view": {"view": sample_view(rng)}, "place": {"place": other_place}}
-    if len(accessories_of(noun)) > 1:
-        changes["accessory"] = {"accessory": rng.choice(accessories_of(noun)[1:])}
+    if len(world.accessories_of(noun)) > 1:
+        changes["accessory"] = {"accessory": rng.choice(world.accessories_of(noun)[1:])}
     changes["pose"] = dict(doing(after))
     changes["everything but identity"] = {k: v for values in changes.values() for k, v in values.items()}
     changes |= {"identity": identity}
@@ -154,8 +138,9 @@ def _pairs_of(subject: Subject, name: str, fold: int, number: int, rng: random.R
 
 def _everybody(class_noun: str) -> list[Subject]:
     """Every individual of a class, in a fixed random order."""
-    looks = product(COLOURS, COLOURS, PATTERNS, SHAPES[GROUP_OF[class_noun]], (False, True))
-    everybody = [Subject(class_noun, *look) for look in looks if look[0] != look[1]]
+    shapes, colours = world.SHAPES[world.GROUP_OF[class_noun]], permutations(world.COLOURS, 2)
+    looks = product(colours, world.PATTERNS, shapes, (False, True))
+    everybody = [Subject(class_noun, *two, *look) for two, *look in looks]
     random.Random(f"individuals 0 {class_noun}").shuffle(everybody)
     return everybody
 
@@ -178,7 +163,8 @@ def training_individuals(class_nouns: Sequence[str], n: int = 0) -> list[Subject
         ParameterError: the classes have fewer than `n` of them.
     """
     nouns = check_classes(class_nouns)
-    kept = [RARE_SUBJECT, *DEMO_SUBJECTS.values(), *(who for noun in nouns for who in tested_individuals(noun))]
+    tested = [who for noun in nouns for who in tested_individuals(noun)]
+    kept = [world.RARE_SUBJECT, *world.DEMO_SUBJECTS.values(), *tested]
     shown = {individual for subject in kept for individual in line_up(subject)}
     free = {noun: [who for who in _everybody(noun) if who not in shown] for noun in nouns}
     share = -(-n // len(free))
@@ -187,8 +173,7 @@ def training_individuals(class_nouns: Sequence[str], n: int = 0) -> list[Subject
             f"{n} individuals to train on are {share} of each class, and beside those that are kept for tests the "
             f"pocket world has {fewest} of one: choose n_individuals up to {fewest * len(free)}."
         )
-    in_turn = [who for turn in zip_longest(*free.values()) for who in turn if who]
-    return in_turn[:n] if n else in_turn
+    return [who for turn in zip_longest(*free.values()) for who in turn if who][: n or None]
 
 
 # --- pictures --------------------------------------------------------------------------------------------------
@@ -200,11 +185,9 @@ def draw(pairs: Iterable[Pair]) -> dict[Scene, Image.Image]:
     return {scene: render(scene) for scene in scenes}
 
 
-def reconstruct(
-    pictures: Mapping[Scene, Image.Image], model: TextToImage, batch_size: int = 32
-) -> dict[Scene, Image.Image]:
+def reconstruct(pictures: Mapping[Scene, Image.Image], model: TextToImage) -> dict[Scene, Image.Image]:
     """The pictures as a model's autoencoder reconstructs them, which is how a generated picture looks at its best."""
-    parts = batches(list(pictures.values()), batch_size)
+    parts = batches(list(pictures.values()), 32)
     rebuilt = [picture for part in parts for picture in model.decode(model.encode_images(part))]
     return dict(zip(pictures, rebuilt, strict=True))
 
@@ -305,9 +288,7 @@ def _require_two(photos: Sized) -> None:
         )
 
 
-def score_photos(
-    photos: Sequence[Image.Image], names: Sequence[str], scorers: Mapping[str, Scorer], crop: float = 0.85
-) -> pd.DataFrame:
+def score_photos(photos: Sequence[Image.Image], names: Sequence[str], scorers: Mapping[str, Scorer]) -> pd.DataFrame:
     """Score a user's photos against each other, and each against itself mirrored and cropped.
 
     Two photos differ in pose, place and light at once, and nobody recorded how: there is no column for it.
@@ -316,7 +297,6 @@ def score_photos(
         photos: at least two photos of one subject.
         names: one a photo.
         scorers: column name -> scorer that needs references.
-        crop: side of the central part that is kept, as a share of the photo's.
 
     Returns:
         One row a comparison: reference, photo, change ("mirrored", "cropped", "other photo"), a column a scorer.
@@ -327,7 +307,7 @@ def score_photos(
     _require_two(photos)
     parts = []
     for i, (photo, name) in enumerate(zip(photos, names, strict=True)):
-        x, y = (round(side * (1 - crop) / 2) for side in photo.size)
+        x, y = (round(side * (1 - CROP) / 2) for side in photo.size)
         others = [j for j in range(len(photos)) if j != i]
         cropped = photo.crop((x, y, photo.width - x, photo.height - y))
         images = [ImageOps.mirror(photo), cropped, *(photos[j] for j in others)]

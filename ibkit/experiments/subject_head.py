@@ -103,8 +103,8 @@ def train_head(
         TrainingError: fewer than two individuals have two pictures, or the loss is not finite.
     """
     kept = torch.arange(len(pictures.fold))[pictures.fold != without_fold]
-    albums = [kept[pictures.individual[kept] == i] for i in pictures.individual.unique().tolist()]
-    albums = [album for album in albums if len(album) > 1]
+    who = pictures.individual[kept]
+    albums = [album for i in who.unique() if len(album := kept[who == i]) > 1]
     if len(albums) < 2:
         raise TrainingError(f"Only {len(albums)} individual has two pictures to learn from: raise n_individuals.")
     stream = generator(seed, "identity head", without_fold)
@@ -114,10 +114,10 @@ def train_head(
     optimizer = torch.optim.AdamW(head.parameters(), lr=config.learning_rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, config.n_steps)
     for step in range(config.n_steps):
-        who = torch.randperm(len(albums), generator=stream)[: config.batch].tolist()
-        drawn = [albums[i][torch.randperm(len(albums[i]), generator=stream)[:2]] for i in who]
+        chosen = torch.randperm(len(albums), generator=stream)[: config.batch]
+        drawn = [albums[i][torch.randperm(len(albums[i]), generator=stream)[:2]] for i in chosen.tolist()]
         first, second = (head(pictures.tokens[half].to(device).float()) for half in torch.stack(drawn).T)
-        loss = identity_loss(first, second, torch.tensor(who, device=device), config.temperature)
+        loss = identity_loss(first, second, chosen.to(device), config.temperature)
         if not torch.isfinite(loss):
             raise TrainingError(f"The identity head's loss is {loss.item()} at step {step}: lower its learning rate.")
         optimizer.zero_grad()
