@@ -347,7 +347,7 @@ def compare(claim: Claim, scores: pd.DataFrame, arms: Mapping[str, str]) -> Outc
 
 
 def rows_of(scores: pd.DataFrame, arm: str, identifier: bool = True) -> pd.DataFrame:
-    """The rows of an arm, with the identifier or with the class prompt; the base model knows only the latter."""
+    """The rows of an arm with the identifier, or with the class prompt; the base model has only the latter."""
     return scores[(scores["arm"] == arm) & (scores["identifier"] == (identifier and arm != BASE))]
 
 
@@ -366,15 +366,15 @@ def pairs_of(
 
 
 def cells_of(pairs: Mapping[str, pd.DataFrame]) -> pd.Series:
-    """Number of image seeds of each prompt of each subject."""
+    """Number of image seeds for each prompt of each subject."""
     units = next(iter(pairs.values())).columns.to_frame(index=False)
     return units.groupby(["subject", "prompt_id"]).size()
 
 
 def levels(metric: str, pairs: Mapping[str, pd.DataFrame]) -> str:
     """The mean of each arm behind a difference, in words."""
-    means = {arm.label: float(np.nanmean(pairs[name].to_numpy())) for name, arm in arms_of(pairs).items()}
-    shown = (f"{label} {METRICS[metric].show(mean)}" for label, mean in means.items())
+    show = METRICS[metric].show
+    shown = [f"{arm.label} {show(float(np.nanmean(pairs[name].to_numpy())))}" for name, arm in arms_of(pairs).items()]
     return f"{METRICS[metric].label}: {', '.join(shown)}"
 
 

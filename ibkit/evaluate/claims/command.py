@@ -1,4 +1,4 @@
-"""`ibkit claims`: what claims found, in words and as JSON."""
+"""`ibkit claims`: the findings in words and as JSON."""
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
@@ -10,11 +10,6 @@ from textwrap import fill
 from ibkit.errors import ParameterError
 from ibkit.evaluate.claims import VERDICTS, Finding, evaluate_claims
 from ibkit.runs import resolve
-
-
-def claims_as_json(claims: list[Finding]) -> str:
-    """The findings as a JSON list of objects; a claim that was not tested has null for its numbers."""
-    return dumps([asdict(claim) for claim in claims], indent=2, ensure_ascii=False)
 
 
 def claims_as_text(claims: list[Finding], width: int = 100) -> str:
@@ -44,16 +39,18 @@ def claims_command(path: str | Path = "", json: bool = False, arms: Mapping[str,
     """Print the claims of a run.
 
     Args:
-        path: see `evaluate_claims`; empty = the newest evaluated run in outputs/, or outputs/reference without one.
-        json: print a JSON list instead of a table.
-        arms: see `evaluate_claims`.
+        path, arms: see `evaluate_claims`; an empty path: the newest evaluated run in outputs/, or outputs/reference.
+        json: print a JSON list of objects instead of a table; a claim that was not tested has null for its numbers.
 
     Returns:
         0: the claims could be evaluated, whatever the verdicts.
     """
     folder = Path(path) if path else _newest_run()
     claims = evaluate_claims(folder, arms)
-    print(claims_as_json(claims) if json else f"Claims, tested on {folder}\n\n{claims_as_text(claims)}")
+    if json:
+        print(dumps([asdict(claim) for claim in claims], indent=2, ensure_ascii=False))
+    else:
+        print(f"Claims, tested on {folder}\n\n{claims_as_text(claims)}")
     return 0
 
 
