@@ -22,8 +22,9 @@ def description_helps(claim: Claim, table: pd.DataFrame, arms: Mapping[str, str]
     if metric is None or not {"description", "train_seed"} <= set(table.columns):
         raise CannotTest("description.csv lacks its columns: run 04_attention_maps again.")
     rows = compare(table).set_index("metric")
-    bounds = rows[["difference", "difference_low", "difference_high"]].itertuples(index=False)
-    gaps = {name: Interval(*bound, n) for name, bound, n in zip(rows.index, bounds, rows["n"], strict=True)}
+    gaps = {
+        row.Index: Interval(row.difference, row.difference_low, row.difference_high, row.n) for row in rows.itertuples()
+    }
     show = METRICS[metric].show
     detail = (
         f"{METRICS[metric].label}: with {show(rows.at[metric, 'with'])}, without {show(rows.at[metric, 'without'])}"

@@ -140,7 +140,7 @@ def _everybody(class_noun: str) -> list[Subject]:
     """Every individual of a class, in a fixed random order."""
     shapes, colours = world.SHAPES[world.GROUP_OF[class_noun]], permutations(world.COLOURS, 2)
     looks = product(colours, world.PATTERNS, shapes, (False, True))
-    everybody = [Subject(class_noun, *two, *look) for two, *look in looks]
+    everybody = [Subject(class_noun, *two, pattern, shape, ears) for two, pattern, shape, ears in looks]
     random.Random(f"individuals 0 {class_noun}").shuffle(everybody)
     return everybody
 
