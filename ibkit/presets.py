@@ -58,7 +58,7 @@ POCKET = Preset(
     # model does not, and stronger guidance hides that (its activity: 0.5 at 3, 0.1 at 2) and burns colours.
     sampler=Sampler(10, 2.0, 1.0),
     class_sampler=Sampler(15, 3.0, 1.0),
-    # keeps more of the prompt at an equal likeness than full DreamBooth does: outputs/reference/personalize.csv
+    # starts like the paper's DreamBooth, with the subject and a part of the prompts: benchmarks/personalize.py
     personalize="lora_dreambooth",
     scorers="pocket",
     # Poses that leave the subject in sight, so that identity can be judged; of the cat the personalization keeps the

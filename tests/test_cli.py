@@ -209,8 +209,7 @@ def test_check_compares_versions_with_pyproject(monkeypatch):
     assert not found["torch"].advice
 
 
-# Not imported: a program for the user, and torch's partner, whose version open_clip and transformers rely on.
-NOT_IMPORTED = {"jupyterlab", "torchvision"}
+NOT_IMPORTED = {"jupyterlab"}  # a program for the user
 
 
 def test_every_dependency_is_imported():

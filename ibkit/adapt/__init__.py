@@ -3,19 +3,7 @@
 A kind of delta is one file with `attach`, `parameters`, `without` and `export`, and one line in `KINDS`.
 """
 
-from ibkit.adapt.adapted import Adapted, Base, Delta
-from ibkit.adapt.kinds import KINDS, Kind, attach, freeze, load_state, parameters_of, state, without
+from ibkit.adapt.adapted import Adapted
+from ibkit.adapt.kinds import KINDS, attach, freeze, load_state, parameters_of, state, without
 
-__all__ = [
-    "KINDS",
-    "Adapted",
-    "Base",
-    "Delta",
-    "Kind",
-    "attach",
-    "freeze",
-    "load_state",
-    "parameters_of",
-    "state",
-    "without",
-]
+__all__ = ["KINDS", "Adapted", "attach", "freeze", "load_state", "parameters_of", "state", "without"]

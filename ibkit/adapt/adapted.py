@@ -120,6 +120,8 @@ class Adapted:
             ArtifactError: a delta's file is missing or altered.
             ModelError: the base is not the one that the deltas were trained on, or a file does not fit.
         """
+        from safetensors.torch import load_file
+
         model = load_model(self.base.name, self.base.revision, device)
         if self.deltas and model_fingerprint(model) != self.base.fingerprint:
             raise ModelError(
@@ -127,7 +129,16 @@ class Adapted:
                 "back, or train again."
             )
         for delta in self.deltas:
-            _put_on(model, delta)
+            if not delta.file.is_file():
+                raise ArtifactError(
+                    f"{delta.file}, the weights of {delta.name!r}, is not there: its run was moved or removed; "
+                    "bring it back."
+                )
+            if hash_file(delta.file) != delta.sha256:
+                raise ArtifactError(f"{delta.file} was altered since {delta.name!r} was trained: run that stage again.")
+            attach(model, delta.kind, delta.name, delta.settings, generator(0, "overwritten at once"))
+            load_state(model, delta.name, load_file(delta.file))
+            freeze(model)
         return model
 
     def export(self, folder: Path, device: torch.device | str = "cpu") -> None:
@@ -140,17 +151,3 @@ class Adapted:
         model = self.build(device)
         for delta in self.deltas:
             KINDS[delta.kind].export(model, delta.name, folder / delta.name)
-
-
-def _put_on(model: TextToImage, delta: Delta) -> None:
-    from safetensors.torch import load_file
-
-    if not delta.file.is_file():
-        raise ArtifactError(
-            f"{delta.file}, the weights of {delta.name!r}, is not there: its run was moved or removed; bring it back."
-        )
-    if hash_file(delta.file) != delta.sha256:
-        raise ArtifactError(f"{delta.file} was altered since {delta.name!r} was trained: run that stage again.")
-    attach(model, delta.kind, delta.name, delta.settings, generator(0, "overwritten at once"))
-    load_state(model, delta.name, load_file(delta.file))
-    freeze(model)

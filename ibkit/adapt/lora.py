@@ -27,7 +27,7 @@ def attach(model: TextToImage, name: str, settings: Mapping[str, Any], stream: t
     below = _names(model)
     with warnings.catch_warnings():  # peft warns of a second adapter, which is what is wanted
         warnings.filterwarnings("ignore", "Already found a `peft_config`", UserWarning)
-        _peft(model).add_adapter(config, adapter_name=name)
+        model.unet.add_adapter(config, adapter_name=name)
     _switch_on(model, [*below, name], trained="")  # peft would leave the newest alone active
     for key, parameter in parameters(model, name).items():
         if "lora_A" in key:
@@ -61,11 +61,6 @@ def export(model: TextToImage, name: str, folder: Path) -> None:
     StableDiffusionPipeline.save_lora_weights(folder, unet_lora_layers=layers, safe_serialization=True)
 
 
-def _peft(model: TextToImage) -> Any:
-    """The U-Net with the methods that diffusers gives it for peft; to PyTorch it is any module."""
-    return model.unet
-
-
 def _names(model: TextToImage) -> list[str]:
     return [name for name, attached in model.deltas.items() if attached.kind == "lora"]
 
@@ -73,10 +68,10 @@ def _names(model: TextToImage) -> list[str]:
 def _switch_on(model: TextToImage, names: list[str], trained: str) -> None:
     """Make these adapters the active ones, of which at most one is trained."""
     if not names:
-        _peft(model).disable_adapters()
+        model.unet.disable_adapters()
         return
-    _peft(model).enable_adapters()
-    _peft(model).set_adapter(names)  # makes them trainable, all of them
+    model.unet.enable_adapters()
+    model.unet.set_adapter(names)  # makes all of them trainable
     for name in names:
         for parameter in parameters(model, name).values():
             parameter.requires_grad_(name == trained)

@@ -5,14 +5,15 @@ K of the tokens and d channels a head (Rombach et al. 2022, section 3.3),
 
     A = softmax(Q Kᵀ / √d)          one row a place, one column a token; a row sums to 1
 
-A token's *map* is its column, laid out as a picture: where it is read. Read, not shown: a map says where a word had a
-say, and the word may say anything there.
+A token's *map* is its column, laid out as a picture: where the token is read. It does not say what the token does
+there.
 
 Shapes: N pictures, W words, h heads, r×r places of a layer, L tokens.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -115,14 +116,23 @@ class AttentionRecord:
 
     @property
     def statistics_resolution(self) -> int:
-        """The one resolution for numbers: 16 where the model has it, else its largest."""
-        return STATISTICS_RESOLUTION if STATISTICS_RESOLUTION in self.resolutions else self.resolutions[0]
+        """The one resolution for numbers: 16 where the model has it, else its largest; 0 while nothing is recorded."""
+        sides = self.resolutions or [0]
+        return STATISTICS_RESOLUTION if STATISTICS_RESOLUTION in sides else sides[0]
 
     def _of_layers(self, t: int, layer: str = "", resolution: int = 0) -> list[torch.Tensor]:
         """Maps of one timestep in order of execution, of one layer or one resolution only if these are given."""
-        order = {name: i for i, name in enumerate(self.layers)}
         keys = [key for key in self.maps if key[2] == t and layer in ("", key[0]) and resolution in (0, key[1])]
-        return [self.maps[key] for key in sorted(keys, key=lambda key: order[key[0]])]
+        if not keys:
+            asked = filter(None, (f"t = {t}", layer, f"{resolution} places" * bool(resolution)))
+            raise self._nothing(", ".join(asked))
+        return [self.maps[key] for key in sorted(keys, key=lambda key: self.layers.index(key[0]))]
+
+    def _nothing(self, asked: str) -> ModelError:
+        return ModelError(
+            f"no attention was recorded for {asked}: the record has t = {self.timesteps}, sides {self.resolutions}; "
+            f"was the prompt {self.prompt!r} drawn while it was open?"
+        )
 
     def pictures(self, timesteps: Sequence[int] = (), layer: str = "", resolution: int = 0) -> torch.Tensor:
         """Maps to look at, (N, W, R, R): bicubic to the largest resolution, mean over layers, summed over steps.
@@ -134,41 +144,24 @@ class AttentionRecord:
         Raises:
             ModelError: nothing was recorded there.
         """
-        size, total = (self.resolutions or [0])[0], None
-        for t in timesteps or self.timesteps:
-            layers = [enlarge(maps, size) for maps in self._of_layers(t, layer, resolution)]
-            if not layers:
-                raise _nothing(self, t, layer, resolution)
-            step = torch.stack(layers).mean(0)
-            total = step if total is None else total + step
-        if total is None:
-            raise _nothing(self, None, layer, resolution)
-        return total
+        steps = [
+            torch.stack([enlarge(maps, self.resolutions[0]) for maps in self._of_layers(t, layer, resolution)]).mean(0)
+            for t in timesteps or self.timesteps
+        ]
+        if not steps:
+            raise self._nothing("any step")
+        return functools.reduce(torch.add, steps)
 
     def statistics(self, t: int, resolution: int = 0) -> torch.Tensor:
         """Maps to count with, (N, W, r, r): mean over the layers of one resolution, nothing enlarged.
 
         Args:
-            t: the timestep.
             resolution: r; 0 = `statistics_resolution`.
 
         Raises:
             ModelError: nothing was recorded there.
         """
-        layers = self._of_layers(t, resolution=resolution or self.statistics_resolution)
-        if not layers:
-            raise _nothing(self, t, "", resolution)
-        return torch.stack(layers).mean(0)
-
-
-def _nothing(record: AttentionRecord, t: int | None, layer: str, resolution: int) -> ModelError:
-    asked = ", ".join(
-        part for part in (f"t = {t}" if t is not None else "", layer, f"{resolution} places" * bool(resolution)) if part
-    )
-    return ModelError(
-        f"no attention was recorded for {asked or 'any step'}: the record has t = {record.timesteps}, sides "
-        f"{record.resolutions}; was the prompt {record.prompt!r} drawn while it was open?"
-    )
+        return torch.stack(self._of_layers(t, resolution=resolution or self.statistics_resolution)).mean(0)
 
 
 def enlarge(maps: torch.Tensor, size: int) -> torch.Tensor:
@@ -217,7 +210,7 @@ def record_attention(
 
 @dataclass
 class _Pass:
-    """What an attention layer is not told about the forward pass that it is part of.
+    """What a layer's processor is not told about the current forward pass.
 
     Attributes:
         text: the recorded prompt's hidden states (L, D).
@@ -240,7 +233,7 @@ class _Pass:
 
 
 class _Recorder:
-    """An attention processor that lets the layer's own processor compute the output and notes the probabilities."""
+    """An attention processor that records the probabilities; the layer's own processor computes the output."""
 
     def __init__(self, own, name: str, positions: list[Sequence[int]], record: AttentionRecord, now: _Pass):
         self.own, self.name, self.positions, self.record, self.now = own, name, positions, record, now
@@ -259,8 +252,7 @@ class _Recorder:
         for t in dict.fromkeys(self.now.t):
             mine = maps[[i for i, own in enumerate(self.now.t) if own == t]]
             key = (self.name, side, t)
-            there = self.record.maps.get(key)
-            self.record.maps[key] = mine if there is None else torch.cat([there, mine])
+            self.record.maps[key] = torch.cat([self.record.maps.get(key, mine[:0]), mine])
 
 
 def attention_probabilities(attn: nn.Module, places: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
@@ -297,9 +289,7 @@ def mask_at(mask: Image.Image, resolution: int) -> torch.Tensor:
 
 
 def lift(maps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """How much more of a map lies inside the mask than if it were spread evenly.
-
-        lift = (Σ a·m / Σ a) / mean(m)
+    """Share of a map inside the mask, relative to an even spread: (Σ a·m / Σ a) / mean(m).
 
     1 is chance, 1 / mean(m) is all attention inside.
 

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,10 @@ from safetensors import SafetensorError
 
 from ibkit.errors import ModelError, ParameterError
 
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler, ModelMixin, UNet2DConditionModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
 POCKET_PIPELINE = Path(__file__).parents[1] / "pocket" / "weights" / "pipeline"
 HUB_NAMES = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
 OTHER_PARTS_OF_CLIP = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")  # read by no method
@@ -30,7 +34,7 @@ OTHER_PARTS_OF_CLIP = ("vision_model.", "visual_projection.", "text_projection."
 
 @dataclass(frozen=True)
 class Attached:
-    """A delta that is on a model: its kind, a key of `ibkit.adapt.KINDS`, and the kind's settings, such as a rank."""
+    """A delta attached to a model: its kind, a key of `ibkit.adapt.KINDS`, and the kind's settings, such as a rank."""
 
     kind: str
     settings: Mapping[str, Any]
@@ -44,15 +48,15 @@ class TextToImage:
         name: "pocket", "sd15" or the folder, for messages and manifests.
         autocast: dtype of the U-Net's forward pass on a GPU (bf16); None computes in fp32. Weights and latents are
             fp32 either way.
-        deltas: what was put on the model by name, lowest first; see `ibkit.adapt`.
+        deltas: attached to the model, by name, lowest first; see `ibkit.adapt`.
     """
 
     name: str
-    unet: torch.nn.Module
+    unet: UNet2DConditionModel
     vae: torch.nn.Module
     text_encoder: torch.nn.Module
-    tokenizer: object
-    scheduler: object
+    tokenizer: PreTrainedTokenizerBase
+    scheduler: DDIMScheduler
     device: torch.device
     autocast: torch.dtype | None = None
     deltas: dict[str, Attached] = field(default_factory=dict)
@@ -94,7 +98,7 @@ class TextToImage:
     def encode_text(self, prompts: Sequence[str]) -> torch.Tensor:
         """Text encoder's hidden states (B, L, D), fp32; each distinct prompt is encoded once.
 
-        A frozen encoder's are kept and have no gradient; one that is being trained encodes anew, with gradient.
+        A frozen encoder's are cached and have no gradient. An encoder in training encodes anew, with gradient.
         """
         trained = any(parameter.requires_grad for parameter in self.text_encoder.parameters())
         known = {} if trained else self._embeddings
@@ -111,7 +115,7 @@ class TextToImage:
     def predict_noise(self, x_t: torch.Tensor, t: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """ε̂ (B, C, H, W) fp32 from noisy latents (B, C, H, W), timesteps (B,) and a prompt for each row.
 
-        Prompts come this far as words, so that a method may train what reads them.
+        It takes prompts as text, so that a method may train the text encoder.
         """
         text = self.encode_text(prompts)
         with torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext():
@@ -128,13 +132,13 @@ class TextToImage:
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image], generator: torch.Generator | None = None) -> torch.Tensor:
-        """Scaled latents (B, C, H, W) of pictures: a sample of the posterior, or its mean without a generator; as many
-        at a time as `default_batch` says.
+        """Scaled latents (B, C, H, W) of pictures, in batches of `default_batch`.
+
+        With a generator a sample of the posterior, else its mean.
         """
         pixels = torch.stack([torch.from_numpy(np.array(i.convert("RGB"))).permute(2, 0, 1) for i in images])
-        posteriors = [
-            self.vae.encode(part.to(self.device).float() / 127.5 - 1).latent_dist for part in self._batches(pixels)
-        ]
+        parts = pixels.split(default_batch(self.image_px))
+        posteriors = [self.vae.encode(part.to(self.device).float() / 127.5 - 1).latent_dist for part in parts]
         z = torch.cat([posterior.mean for posterior in posteriors])
         if generator is not None:  # drawn at once: the noise does not depend on the batches
             std = torch.cat([posterior.std for posterior in posteriors])
@@ -147,16 +151,12 @@ class TextToImage:
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
-        """Pictures of scaled latents (B, C, H, W); as many at a time as `default_batch` says."""
+        """Pictures of scaled latents (B, C, H, W), in batches of `default_batch`."""
         images = []
-        for part in self._batches(latents):
+        for part in latents.split(default_batch(self.image_px)):
             pixels = ((self.decode_pixels(part) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
             images += [Image.fromarray(p) for p in pixels]
         return images
-
-    def _batches(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Pictures or latents (B, ...), as many at a time as the autoencoder's memory takes."""
-        return rows.split(default_batch(self.image_px))
 
     def save_pipeline(self, folder: str | Path) -> None:
         """Write the model as a diffusers pipeline folder that `StableDiffusionPipeline.from_pretrained` loads."""
@@ -189,7 +189,7 @@ def model_fingerprint(model: TextToImage) -> str:
 
 
 def default_batch(image_px: int) -> int:
-    """Pictures drawn, encoded or decoded at a time by default: what suits a laptop at 64 px, 12 GiB of GPU at 512."""
+    """Default batch size to draw, encode or decode pictures: fits a laptop at 64 px, 12 GiB of GPU memory at 512."""
     return 32 if image_px <= 128 else 4
 
 
@@ -208,12 +208,8 @@ def load_model(model: str = "pocket", revision: str = "", device: torch.device |
     from transformers import AutoTokenizer, CLIPTextModel
 
     device = torch.device(device)
-    if model == "pocket":
-        source, local = str(POCKET_PIPELINE), True
-    elif model in HUB_NAMES:
-        source, local = HUB_NAMES[model], False
-    else:
-        source, local = str(Path(model).expanduser()), True
+    local = model not in HUB_NAMES
+    source = HUB_NAMES.get(model) or str(POCKET_PIPELINE if model == "pocket" else Path(model).expanduser())
     if local and not (Path(source) / "model_index.json").is_file():
         raise ModelError(
             f"model {model!r}: {source} is not a folder in diffusers format (it "
@@ -252,7 +248,9 @@ def load_model(model: str = "pocket", revision: str = "", device: torch.device |
     return TextToImage(model, unet, vae, text_encoder, tokenizer, scheduler, device, autocast)
 
 
-def load_weights(architecture: type, source: str, part: str, **options) -> torch.nn.Module:
+def load_weights(
+    architecture: type[ModelMixin] | type[PreTrainedModel], source: str, part: str, **options
+) -> torch.nn.Module:
     """A part of a diffusers folder, every weight of which comes from its file; `from_pretrained` only logs what does
     not fit and leaves the weights concerned random.
 
@@ -288,7 +286,7 @@ def load_weights(architecture: type, source: str, part: str, **options) -> torch
 
 
 def is_finite(weight: torch.Tensor) -> bool:
-    """Whether all values are finite; a finite sum says so five times faster."""
+    """Whether all values are finite; a finite sum proves it five times faster."""
     return bool(weight.sum().isfinite()) or bool(weight.isfinite().all())
 
 

@@ -15,7 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 import torch
@@ -178,8 +178,19 @@ def to_pixel_values(
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
 
 
-def batches(items: Sequence, size: int) -> Iterator[Sequence]:
-    """Cut a sequence into pieces of at most `size`."""
+class Sliced(Protocol):
+    """A list, array, tensor or table: something that slices cut along its first axis."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, rows: slice, /) -> Any: ...
+
+
+Many = TypeVar("Many", bound=Sliced)
+
+
+def batches(items: Many, size: int) -> Iterator[Many]:
+    """Cut along the first axis into pieces of at most `size`."""
     for start in range(0, len(items), size):
         yield items[start : start + size]
 

@@ -1,6 +1,4 @@
-"""What a training keeps from step to step, each as named tensors and as JSON facts for a checkpoint; and what it says
-when memory runs out.
-"""
+"""The state of a training, in parts that a checkpoint stores as tensors and JSON facts; and out-of-memory advice."""
 
 from __future__ import annotations
 
@@ -14,35 +12,33 @@ from ibkit.errors import TrainingError
 
 
 class Keeps(Protocol):
-    """What only facts describe: statistics of rewards, a baseline."""
+    """State that JSON holds in full: statistics of rewards, a baseline."""
 
-    def state(self) -> Any:
-        """What JSON can hold."""
+    def state(self) -> Any: ...
 
     def load(self, state: Any) -> None:
-        """Become what `state` described."""
+        """Restore what `state` returned."""
 
 
 class Kept:
-    """One thing that a training keeps. The loop asks for its tensors and facts, and gives them back on resuming."""
+    """One part of a training's state. The loop saves its tensors and facts, and restores them on resume."""
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """On the CPU."""
+        """By name, on the CPU."""
         return {}
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Take what `tensors` gave."""
+        """Restore what `tensors` returned."""
 
     def facts(self) -> Any:
         """What JSON can hold."""
-        return None
 
     def recall(self, facts: Any) -> None:
-        """Take what `facts` gave."""
+        """Restore what `facts` returned."""
 
 
 class Facts(Kept):
-    """Something that JSON describes in full."""
+    """A part without tensors."""
 
     def __init__(self, of: Keeps):
         self.of = of
@@ -55,14 +51,14 @@ class Facts(Kept):
 
 
 class Weights(Kept):
-    """The weights that are trained.
-
-    Args:
-        parameters: by name, as `ibkit.adapt.attach` returns them.
-    """
+    """The weights that are trained, by name, as `ibkit.adapt.attach` returns them."""
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter]):
         self.parameters = parameters
+
+    def now(self) -> list[torch.Tensor]:
+        """A copy of the weights as they are."""
+        return [p.detach().clone() for p in self.parameters.values()]
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {name: p.detach().cpu().clone() for name, p in self.parameters.items()}
@@ -73,26 +69,20 @@ class Weights(Kept):
             parameter.copy_(tensors[name])
 
 
-class Copy(Kept):
+class Copy(Weights):
     """Weights of another moment, such as the best policy's; before the first `take`, those of its making."""
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter]):
-        self.parameters = parameters
+        super().__init__(parameters)
         self.values = self.now()
-
-    def now(self) -> list[torch.Tensor]:
-        """A copy of the weights as they are."""
-        return [p.detach().clone() for p in self.parameters.values()]
 
     def take(self, values: Sequence[torch.Tensor]) -> None:
         """Keep these instead."""
         self.values = list(values)
 
-    @torch.no_grad()
     def put_on(self) -> None:
         """Make them the model's weights."""
-        for parameter, value in zip(self.parameters.values(), self.values, strict=True):
-            parameter.copy_(value)
+        super().load(dict(zip(self.parameters, self.values, strict=True)))
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {name: v.cpu() for name, v in zip(self.parameters, self.values, strict=True)}
@@ -121,7 +111,7 @@ class Average(Copy):
 
 
 class Optimizer(Kept):
-    """An optimizer's moments; learning rates and other settings stay its own."""
+    """An optimizer's moments, without its learning rate and other settings."""
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
@@ -143,17 +133,13 @@ class Optimizer(Kept):
 
 @contextmanager
 def memory_advice(advice: str) -> Iterator[None]:
-    """Say what to do when the GPU's memory, or the machine's, does not suffice for what is done inside.
-
-    Raises:
-        TrainingError: it does not; with the advice.
-    """
+    """Inside, running out of the GPU's or the machine's memory raises TrainingError with the advice."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise TrainingError(f"out of memory: {advice}.") from error
-    except RuntimeError as error:  # what PyTorch's allocator for the CPU raises
-        if "can't allocate memory" not in str(error):
+    except (RuntimeError, MemoryError) as error:
+        # PyTorch's allocator for the CPU raises a plain RuntimeError
+        known = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not known and "can't allocate memory" not in str(error):
             raise
         raise TrainingError(f"out of memory: {advice}.") from error
 
