@@ -1,14 +1,17 @@
 """Deltas on a model: they stack, each can be looked below, and what is written is built again, or refused in words."""
 
 import json
+from argparse import Namespace
 from dataclasses import replace
 
+import diffusers
 import pytest
 import torch
 
 from ibkit.adapt import KINDS, Adapted, attach, freeze, load_state, parameters_of, state, without
 from ibkit.device import generator
 from ibkit.errors import ArtifactError, ModelError
+from ibkit.job import export
 from ibkit.model.text_to_image import load_model, use_quick_attention
 from ibkit.runs import Run, read_run
 
@@ -150,19 +153,13 @@ def test_what_a_run_wrote_is_built_again(folder, tmp_path, chain):
 
 
 @pytest.mark.parametrize("chain", CHAINS, ids=named)
-def test_what_is_exported_draws_the_same_in_diffusers(folder, tmp_path, chain):
-    from diffusers import StableDiffusionPipeline
-
+def test_what_is_exported_draws_the_same_in_diffusers(folder, tmp_path, capsys, chain):
     run, model = trained_run(folder, tmp_path / "run", *chain)
-    Adapted.read(run).export(tmp_path / "exported")
-    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path / "exported")
-    adapters = [name for name, kind, _ in chain if kind == "lora"]
-    for name in adapters:
-        pipeline.load_lora_weights(tmp_path / "exported" / name, adapter_name=name)
-    if adapters:
-        pipeline.set_adapters(adapters)
+    export.main(Namespace(run=str(run.folder), folder=str(tmp_path / "exported")))
+    loaded = {"diffusers": diffusers}
+    exec(capsys.readouterr().out, loaded)  # the command says how to load what it wrote
     theirs = load_model(str(tmp_path / "exported"))
-    theirs.unet = pipeline.unet
+    theirs.unet = loaded["pipeline"].unet
     use_quick_attention(theirs.unet, theirs.device)
     torch.testing.assert_close(noise_of(theirs), noise_of(model), rtol=1e-5, atol=1e-6)
 

