@@ -6,7 +6,7 @@ import signal
 
 import pytest
 import torch
-from accelerate import PartialState
+from accelerate import Accelerator, PartialState
 from transformers import CLIPTokenizer
 
 from ibkit.adapt import attach, state
@@ -115,6 +115,19 @@ def test_two_processes_end_as_one(tmp_path):
     for one, two in zip(rows_alone, rows, strict=True):
         assert one.keys() == two.keys()
         assert all(two[k] == pytest.approx(one[k], rel=1e-3, abs=1e-6) for k in one.keys() - {"seconds"})
+
+
+def test_an_accelerator_made_before_does_not_keep_the_processes_apart():
+    Accelerator(cpu=True)  # it leaves its state to the whole process
+    alone = dict(PartialState._shared_state)
+    with start(2, CPU, gather_own) as processes:
+        assert processes.gather([processes.number]) == [0, 1]
+    assert PartialState._shared_state == alone and PartialState().num_processes == 1
+    PartialState._reset_state()
+
+
+def gather_own(processes, device):
+    processes.gather([processes.number])
 
 
 def tiny_adapter():

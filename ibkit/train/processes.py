@@ -1,12 +1,11 @@
 """Several processes that train one policy: who does what, and how they agree.
 
-Work is dealt in whole chunks, results come back in the chunks' order, gradients are summed, and every process takes the
-same step: weights, statistics and random streams are those of one process. Only the order of a sum differs.
+Work is scattered in whole chunks and gathered in their order. Gradients are summed, and every process takes the same
+step: weights, statistics and random streams are those of one process. Only the order of a sum differs.
 """
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -61,14 +60,14 @@ class Processes:
             failure, sentence = error, str(error)
             if not isinstance(error, IbkitError):
                 sentence = f"process {self.number} of {self.count} failed with {type(error).__name__}: {error}"
-        sentences = self._together(gather_object, [sentence])
+        sentences = filter(None, self._together(gather_object, [sentence]))
         if failure is not None:
             raise failure
-        if any(sentences):
-            raise TrainingError(next(filter(None, sentences)))
+        if first := next(sentences, ""):
+            raise TrainingError(first)
 
     def gather(self, mine: list) -> list:
-        """What all processes made of their shares, in the order before `deal`; tensors come on the CPU."""
+        """The results of all processes, in the order before `deal`; tensors on the CPU."""
         if self.count == 1:
             return mine
         from accelerate.utils import gather_object, send_to_device
@@ -130,7 +129,8 @@ def start(count: int, device: torch.device, helper: Callable, *arguments) -> Ite
         )
     if device.type == "cuda" and torch.cuda.device_count() < count:
         raise ParameterError(f"{count} processes need {count} GPUs and {torch.cuda.device_count()} are here.")
-    port = _free_port()
+    with socket.create_server(("127.0.0.1", 0)) as probe:  # a free port
+        port = probe.getsockname()[1]
     spawn = torch.multiprocessing.get_context("spawn")
     helpers = [
         spawn.Process(target=_help, args=(number, count, port, device.type, helper, arguments), daemon=True)
@@ -168,30 +168,26 @@ def _help(number: int, count: int, port: int, kind: str, helper: Callable, argum
 def _joined(number: int, count: int, port: int, kind: str) -> Iterator[None]:
     """Inside, this process is one of a group, which accelerate sets up from torchrun's environment variables."""
     from accelerate import PartialState
+    from accelerate.utils import patch_environment
 
-    place: dict[str, Any] = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
+    place: dict[str, str | int] = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     place["TORCHELASTIC_USE_AGENT_STORE"] = False  # torchrun's True would let no process serve that address
     threads = max(1, available_cpus() // count)
     if kind == "cpu":
         place["OMP_NUM_THREADS"] = threads
-    before = {name: os.environ.get(name) for name in place}
-    os.environ.update({name: str(value) for name, value in place.items()})
-    try:
-        state = PartialState(cpu=kind == "cpu")
+    # accelerate keeps one state a process: that of an Accelerator made earlier would make this one a group of its own
+    earlier = dict(PartialState._shared_state)
+    with patch_environment(**place):
         try:
-            if kind == "cpu":
-                torch.set_num_threads(threads)
-            yield
+            PartialState._reset_state()
+            state = PartialState(cpu=kind == "cpu")
+            try:
+                if kind == "cpu":
+                    torch.set_num_threads(threads)
+                yield
+            finally:
+                state.destroy_process_group()
         finally:
-            state.destroy_process_group()
-    finally:
-        PartialState._reset_state()
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+            PartialState._reset_state()
+            PartialState._shared_state.update(earlier)
