@@ -37,7 +37,13 @@ from ibkit.pocket.world import CLASSES, activities_of
 from ibkit.presets import POCKET
 from ibkit.scorers.judge import Judge
 
-LOOKS = {"dreambooth": (200, 300, 450, 600, 800), "lora_dreambooth": (600, 1000, 1400)}  # steps
+LOOKS = {  # steps
+    "dreambooth": (200, 300, 450, 600, 800),
+    "lora_dreambooth": (600, 1000, 1400),
+    "textual_inversion": (500, 1000, 2000),
+    "custom_diffusion": (250, 500, 1000),
+    "neti": (250, 500, 1000),
+}
 KEPT, SHOWN = 0.88, (0.30, 0.75)  # of the rule
 BETWEEN_CHECKPOINTS = 50  # steps, the most that a continued training repeats
 N_PICTURES = 8  # of each prompt
@@ -58,6 +64,10 @@ SETTINGS: dict[str, tuple[str, dict]] = {
     "lora wide": ("lora_dreambooth", {"lora_rank": 32}),
     "lora batch": ("lora_dreambooth", {"batch": 8}),
     "lora last": ("lora_dreambooth", {"ema_decay": 0.0}),
+    # the baselines, each at three learning rates
+    **{f"word {rate:g}": ("textual_inversion", {"learning_rate": rate}) for rate in (2e-3, 1e-2, 5e-2)},
+    **{f"custom {rate:g}": ("custom_diffusion", {"learning_rate": rate}) for rate in (1e-4, 5e-4, 2e-3)},
+    **{f"neti {rate:g}": ("neti", {"learning_rate": rate}) for rate in (1e-3, 3e-3, 8e-3)},
 }
 
 
@@ -70,13 +80,14 @@ def train_and_look(noun: str, setting: str, seed: int, folder: Path, weights: st
     method, given = SETTINGS[setting]
     config = POCKET.settings(method, given | {"checkpoint_every": BETWEEN_CHECKPOINTS})
     cache, work, photos = folder / "class-images", folder / f".{table.stem}", world_photos(world)
-    who = PersonalizedSubject(noun, noun, IDENTIFIER, "", weights, "", world)
+    who = METHODS[method].names(PersonalizedSubject(noun, noun, IDENTIFIER, "", weights, "", world))
     phrases = ["", *activities_of(noun)[:N_PHRASES]]
     asked = [phrase for phrase in phrases for _ in range(N_PICTURES)]
-    prompts = [f"a {IDENTIFIER} {noun} {phrase}".strip() for phrase in asked]
+    prompts = [who.prompt(phrase).text for phrase in asked]
     for steps in looks or LOOKS[method]:
         model = load_model(weights)
-        pictures = class_images(model, who.class_prompt, config.n_class_images, POCKET.class_sampler, cache, seed=0)
+        n_class = METHODS[method].class_pictures(config)
+        pictures = class_images(model, who.class_prompt, n_class, POCKET.class_sampler, cache, seed=0)
         job = Job(Adapted.of(model), who, photos, method, seed, work, pictures)
         METHODS[method].train(model, job, replace(config, n_steps=steps))
         drawn = sample(model, prompts, list(range(N_PICTURES)) * len(phrases), POCKET.sampler)

@@ -19,6 +19,7 @@ from ibkit.experiments import attention_overlap as overlap
 from ibkit.experiments import detailed_description as ablation
 from ibkit.methods import dreambooth
 from ibkit.methods.dreambooth import DreamBoothConfig
+from ibkit.methods.engine.photos import add_noise
 from ibkit.model.attention import AttentionRecord, auc, lift, mask_at, record_attention
 from ibkit.model.sample import Sampler
 from ibkit.pocket.draw import render, subject_mask
@@ -318,7 +319,7 @@ def test_overlap_is_what_a_record_gives(tiny):
     )
     z0 = tiny.encode_images([photo])
     noise = torch.randn(z0.shape[1:], generator=generator(3, "overlap", 1))
-    z_t = dreambooth.add_noise(z0, noise[None], tiny.alphas_cumprod.float()[[900]])
+    z_t = add_noise(z0, noise[None], tiny.alphas_cumprod.float()[[900]])
     with record_attention(tiny, prompt, ["sks"]) as record, torch.no_grad():
         tiny.predict_noise(z_t, torch.tensor([900]), [prompt])
     maps, mask = record.statistics(900)[0, 0], mask_at(subject_mask(scenes[1]), 8)

@@ -14,7 +14,8 @@ from PIL import Image
 
 from ibkit.errors import TrainingError
 from ibkit.methods import class_images as cache
-from ibkit.methods.dreambooth import DreamBoothConfig, add_noise, prior_preservation_loss, train
+from ibkit.methods.dreambooth import DreamBoothConfig, prior_preservation_loss, train
+from ibkit.methods.engine.photos import add_noise
 from ibkit.model.sample import Sampler
 from ibkit.runs import project_root
 from tests.tiny import tiny_model

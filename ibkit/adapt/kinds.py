@@ -12,7 +12,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ibkit.adapt import lora, unet
+from ibkit.adapt import cross_kv, lora, mapper, tokens, unet
 from ibkit.errors import ModelError
 from ibkit.model.text_to_image import Attached, TextToImage
 
@@ -33,7 +33,9 @@ class Kind(Protocol):
         """Write the delta as diffusers and peft load it."""
 
 
-KINDS: dict[str, Kind] = {"unet": unet, "lora": lora}
+KINDS: dict[str, Kind] = {
+    "unet": unet, "lora": lora, "tokens": tokens, "cross_kv": cross_kv, "mapper": mapper,
+}  # fmt: skip
 
 
 def attach(
@@ -63,7 +65,7 @@ def attach(
 
 def freeze(model: TextToImage) -> None:
     """Train nothing of the model."""
-    for part in (model.unet, model.vae, model.text_encoder):
+    for part in model.parts().values():
         part.requires_grad_(False)
 
 
@@ -106,3 +108,4 @@ def load_state(model: TextToImage, name: str, tensors: Mapping[str, torch.Tensor
             if not bool(tensors[key].isfinite().all()):
                 raise ModelError(f"{key} of {name!r} has values that are not finite: its training went astray.")
             parameter.copy_(tensors[key])
+    model.forget_text()

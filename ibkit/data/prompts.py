@@ -43,9 +43,10 @@ def article(words: str) -> str:
     return "an" if VOWEL_SOUND.match(heard) and not CONSONANT_SOUND.match(heard) else "a"
 
 
-def subject_phrase(class_noun: str, identifier: str = "", description: str = "") -> str:
-    """ "a [identifier] [description] [class noun]" (InstructBooth, section 2.1), without the parts that are empty."""
-    words = _subject_words(class_noun, identifier, description)
+def subject_phrase(class_noun: str, identifier: str = "", description: str = "", alone: bool = False) -> str:
+    """ "a [identifier] [description] [class noun]" (InstructBooth, section 2.1), without the parts that are empty; with
+    `alone`, the identifier stands for all of them."""
+    words = identifier if alone else _subject_words(class_noun, identifier, description)
     return f"{article(words)} {words}"
 
 
@@ -53,12 +54,15 @@ def _subject_words(class_noun: str, identifier: str, description: str) -> str:
     return " ".join(w for w in (identifier, description, class_noun) if w)
 
 
-def make_prompt(activity: str, class_noun: str, identifier: str = "", description: str = "") -> Prompt:
+def make_prompt(
+    activity: str, class_noun: str, identifier: str = "", description: str = "", alone: bool = False
+) -> Prompt:
     """One prompt of either kind. Its clean text is built from the same words without the identifier.
 
     Args:
         activity: what follows the subject, "playing soccer"; or a template with the place of the subject, such as
             "a red {subject} in the snow"; empty for the bare subject.
+        alone: the identifier stands for the class noun and description too, as a learned word does.
 
     Raises:
         ParameterError: another word is the identifier, the activity repeats the class noun, or there are braces other
@@ -84,7 +88,7 @@ def make_prompt(activity: str, class_noun: str, identifier: str = "", descriptio
         )
 
     def build(name: str) -> str:
-        words = _subject_words(class_noun, name, description)
+        words = name if name and alone else _subject_words(class_noun, name, description)
         if slot:
             return _fix_article(before, words) + words + after
         return f"{article(words)} {words} {activity}".strip()
@@ -104,13 +108,23 @@ def _fix_article(before: str, word: str) -> str:
 
 
 def training_prompts(
-    activities: Sequence[str], class_noun: str, identifier: str, description: str = "", use_class_prompts: bool = True
+    activities: Sequence[str],
+    class_noun: str,
+    identifier: str,
+    description: str = "",
+    use_class_prompts: bool = True,
+    alone: bool = False,
 ) -> list[Prompt]:
     """The RL prompts: each activity with the identifier and, by default, without it too."""
     if not activities:
         raise ParameterError("no activities to train on: give prompts such as ['playing soccer'].")
-    kinds = [(identifier, description), ()] if use_class_prompts else [(identifier, description)]
-    return [make_prompt(activity, class_noun, *words) for activity in dict.fromkeys(activities) for words in kinds]
+    return [
+        make_prompt(activity, class_noun, identifier, description, alone)
+        if named
+        else make_prompt(activity, class_noun)
+        for activity in dict.fromkeys(activities)
+        for named in ((True, False) if use_class_prompts else (True,))
+    ]
 
 
 def check_identifier(model: TextToImage, identifier: str, class_noun: str) -> list[int]:

@@ -24,7 +24,7 @@ class PersonalizedSubject:
 
     Attributes:
         name: for tables and figures.
-        class_noun, identifier, description: see `subject_phrase`.
+        class_noun, identifier, description, alone: see `subject_phrase`.
         base_model, base_revision: the model that was personalized.
         world: the individual of the pocket world, which the judge can recognise; None for a user's photos.
     """
@@ -36,11 +36,12 @@ class PersonalizedSubject:
     base_model: str
     base_revision: str
     world: Subject | None
+    alone: bool = False
 
     @property
     def instance_prompt(self) -> str:
         """The prompt that names the subject, "a sks cat"."""
-        return subject_phrase(self.class_noun, self.identifier, self.description)
+        return subject_phrase(self.class_noun, self.identifier, self.description, self.alone)
 
     @property
     def class_prompt(self) -> str:
@@ -49,8 +50,9 @@ class PersonalizedSubject:
 
     def prompt(self, activity: str, identifier: bool = True) -> Prompt:
         """The prompt for an activity, about the subject or, without `identifier`, about any individual of its class."""
-        own = (self.identifier, self.description) if identifier else ()
-        return make_prompt(activity, self.class_noun, *own)
+        if not identifier:
+            return make_prompt(activity, self.class_noun)
+        return make_prompt(activity, self.class_noun, self.identifier, self.description, self.alone)
 
     def save(self, run: Run) -> None:
         """Write `subject.json` as an output of the run."""

@@ -8,14 +8,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 BASE, REAL = "base", "real"
-# Labels that no record of `METHODS` has: of the base model and the photos, methods of the paper, its name for a chain.
+# Labels that no record of `METHODS` has: of the base model and the photos, the paper's name for a chain.
 LABELS = {
     BASE: "Base model",
     "dreambooth+ddpo": "InstructBooth",
     "lora_dreambooth+ddpo": "InstructBooth (LoRA)",
-    "textual_inversion": "Textual Inversion",
-    "custom_diffusion": "Custom Diffusion",
-    "neti": "NeTI",
     REAL: "Real photos",
 }
 # Okabe and Ito's palette, a grey for the base model first, brown for black (which is the ink of the text). Any two

@@ -23,6 +23,7 @@ from ibkit.device import generator
 from ibkit.errors import ModelError, ParameterError, ScoreError
 from ibkit.evaluate.arms import BASE, REAL, arms_of
 from ibkit.evaluate.stats import METRICS, SEEDS
+from ibkit.methods.records import named
 from ibkit.model.sample import Sampler, sample
 from ibkit.model.text_to_image import TextToImage
 from ibkit.pocket.words import parts_in, said_in
@@ -178,10 +179,11 @@ def jobs(
         raise ParameterError("An evaluation needs at least one activity and one image: give prompts and n_images.")
     seeds, ids, rows = image_seeds(seed, n_images), prompt_ids(activities), []
     for arm, personal, tuning in models:
+        who = named(subject, arm)
         folder = arm + f"-seed{personal}" * (personal is not None) + f"-tune{tuning}" * (tuning is not None)
         for identifier in (False,) if arm == BASE else (True, False):
             for activity, prompt_id in ids.items():
-                prompt, name = subject.prompt(activity, identifier), "identifier" if identifier else "class"
+                prompt, name = who.prompt(activity, identifier), "identifier" if identifier else "class"
                 row = {
                     "arm": arm,
                     "seed": personal,

@@ -18,7 +18,7 @@ from ibkit.data.subject import PersonalizedSubject
 from ibkit.device import generator
 from ibkit.evaluate.intervals import mean_interval
 from ibkit.evaluate.stats import unit_groups, unit_matrix
-from ibkit.methods.dreambooth import add_noise
+from ibkit.methods.engine.photos import add_noise
 from ibkit.model.attention import auc, lift, mask_at, record_attention, token_positions
 from ibkit.model.text_to_image import TextToImage
 from ibkit.pocket.draw import render, subject_mask

@@ -19,7 +19,6 @@ Shapes: B pictures of each half, C/H/W latent channels, height, width.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,19 +30,18 @@ from PIL import Image
 
 from ibkit.adapt import attach, freeze
 from ibkit.device import generator
-from ibkit.errors import TrainingError
 from ibkit.fields import field
+from ibkit.methods.engine.photos import Examples, PhotoConfig, fit
 from ibkit.methods.records import Method, Work
 from ibkit.model.text_to_image import TextToImage, model_fingerprint
 from ibkit.runs import hash_json
-from ibkit.train.kept import Average, Optimizer, Weights, memory_advice
-from ibkit.train.loop import hash_pictures, loop, settings_origin
+from ibkit.train.loop import hash_pictures, settings_origin
 
 MAY_CHANGE = ("n_steps", "checkpoint_every", "n_class_images")  # may differ on resume; the pictures have a hash
 
 
 @dataclass(frozen=True)
-class DreamBoothConfig:
+class DreamBoothConfig(PhotoConfig):
     """Settings; the defaults are InstructBooth's (appendix C), or where it is silent those of diffusers' recipe."""
 
     n_steps: int = field(800, "training steps", "diffusers' recipe; InstructBooth is silent", low=1, high=1_000_000)
@@ -51,23 +49,9 @@ class DreamBoothConfig:
     learning_rate: float = field(2e-5, "of AdamW, constant", "InstructBooth", low=0.0, high=1.0)
     betas: tuple[float, float] = field((0.9, 0.99), "of AdamW", "InstructBooth", low=0.0, high=1.0)
     weight_decay: float = field(0.01, "of AdamW", "InstructBooth", low=0.0, high=1.0)
+    max_grad_norm: float = field(1.0, "gradients are clipped to this norm; 0 = not", "diffusers' recipe", low=0.0)
     prior_weight: float = field(1.0, "λ of prior preservation; 0 = without it", "InstructBooth", low=0.0, high=100.0)
     n_class_images: int = field(200, "class pictures for it", "InstructBooth", low=1, high=100_000)
-    max_grad_norm: float = field(1.0, "gradients are clipped to this norm", "diffusers' recipe", low=0.0)
-    ema_decay: float = field(
-        0.0,
-        "moving average of the weights, which is the result; 0 = the last",
-        "DreamBooth: none",
-        low=0.0,
-        high=0.9999,
-    )
-    checkpoint_every: int = field(200, "steps between checkpoints", "ours", low=1)
-
-
-def add_noise(z0: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
-    """z_t = √ᾱ z_0 + √(1 - ᾱ) ε (Ho et al. 2020, eq. 4); z0, noise (B, C, H, W), alpha_bar (B,)."""
-    a = alpha_bar.view(-1, 1, 1, 1)
-    return a.sqrt() * z0 + (1 - a).sqrt() * noise
 
 
 def prior_preservation_loss(
@@ -117,7 +101,6 @@ def train(
         ArtifactError: the checkpoints in `folder` are of another training.
     """
     with_prior = config.prior_weight > 0
-    alphas = model.alphas_cumprod.float().to(model.device)
     latents = model.encode_images(photos)
     prior_latents = model.encode_images(class_pictures) if with_prior else None
     prompts = [prompt] * config.batch + [class_prompt] * config.batch * with_prior
@@ -125,43 +108,18 @@ def train(
     origin |= {"prompts": hash_json([prompt, class_prompt]), "photos": hash_pictures(photos)}
     origin["class pictures"] = hash_pictures(class_pictures if with_prior else [])
     weights = attach(model, kind, name, kind_settings, generator(seed, name))
-    optimizer = torch.optim.AdamW(
-        weights.values(),
-        lr=config.learning_rate,
-        betas=config.betas,
-        weight_decay=config.weight_decay,
-        fused=True,  # one kernel for the whole step; on the CPU 4 times as fast, with losses equal to 1e-6
-    )
-    average = Average(weights, config.ema_decay)
 
-    def step(number: int) -> dict[str, float]:
-        stream = generator(seed, "dreambooth", number)
-        z0 = latents[torch.randint(len(latents), (config.batch,), generator=stream)]
+    def draw(stream: torch.Generator) -> Examples:
+        z_0 = latents[torch.randint(len(latents), (config.batch,), generator=stream)]
         if prior_latents is not None:
-            z0 = torch.cat([z0, prior_latents[torch.randint(len(prior_latents), (config.batch,), generator=stream)]])
-        t = torch.randint(len(alphas), (len(z0),), generator=stream).to(model.device)
-        noise = torch.randn(z0.shape, generator=stream).to(model.device)
-        with memory_advice(f"lower batch (now {config.batch}) or use smaller pictures"):
-            eps_hat = model.predict_noise(add_noise(z0, noise, alphas[t]), t, prompts)
-            loss, instance, prior = prior_preservation_loss(eps_hat, noise, config.prior_weight)
-            loss.backward()
-        terms = torch.stack([loss, instance, prior]).tolist()  # waits for the GPU once
-        if not math.isfinite(terms[0]):
-            raise TrainingError(
-                f"step {number}: the loss is {terms[0]}; lower the learning rate ({config.learning_rate:g})."
-            )
-        torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.follow(at_most=(number + 1) / (number + 11))  # the first weights are soon forgotten
-        return {"step": number, **dict(zip(("loss", "loss_instance", "loss_prior"), terms, strict=True))}
+            z_0 = torch.cat([z_0, prior_latents[torch.randint(len(prior_latents), (config.batch,), generator=stream)]])
+        return Examples(z_0, prompts)
 
-    kept = {"weights": Weights(weights), "average": average, "optimizer": Optimizer(optimizer)}
-    history = loop(
-        step, config.n_steps, kept, folder, config.checkpoint_every, origin,
-        on_row=lambda history: on_step(history[-1]) if on_step else None,
-    )  # fmt: skip
-    average.put_on()
+    def loss(eps_hat: torch.Tensor, noise: torch.Tensor, examples: Examples) -> dict[str, torch.Tensor]:
+        terms = prior_preservation_loss(eps_hat, noise, config.prior_weight)
+        return dict(zip(("loss", "loss_instance", "loss_prior"), terms, strict=True))
+
+    history = fit(model, weights, draw, loss, config, folder, origin, (seed, "dreambooth"), on_step)
     freeze(model)
     return history
 

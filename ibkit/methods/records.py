@@ -111,6 +111,7 @@ class Method:
         train: see `Train`.
         source: the paper.
         pocket: what differs at the pocket world's scale, dotted name -> (value, why).
+        names: how the trained model calls the subject; by default as the user does.
         class_pictures: settings -> how many pictures of the class the training wants.
         work: settings -> `Work`, without the class pictures.
     """
@@ -122,6 +123,7 @@ class Method:
     train: Train
     source: str
     pocket: Mapping[str, tuple[Any, str]] = field(default_factory=lambda: MappingProxyType({}))
+    names: Callable[[PersonalizedSubject], PersonalizedSubject] = lambda subject: subject
     class_pictures: Callable[[Any], int] = lambda settings: 0
     work: Callable[[Any], Work] = lambda settings: Work()
 
@@ -141,6 +143,9 @@ METHODS: Registry[Method] = Registry(
     {
         "dreambooth": "ibkit.methods.dreambooth:METHOD",
         "lora_dreambooth": "ibkit.methods.lora_dreambooth:METHOD",
+        "textual_inversion": "ibkit.methods.textual_inversion:METHOD",
+        "custom_diffusion": "ibkit.methods.custom_diffusion:METHOD",
+        "neti": "ibkit.methods.neti:METHOD",
         "ddpo": "ibkit.methods.ddpo:METHOD",
     },
 )
@@ -157,6 +162,13 @@ def find_method(name: str, stage: str) -> Method:
         fitting = [other for other in METHODS if METHODS[other].stage == stage]
         raise ParameterError(f"{name} is a method to {method.stage}: to {stage}, choose one of {', '.join(fitting)}.")
     return method
+
+
+def named(subject: PersonalizedSubject, arm: str) -> PersonalizedSubject:
+    """The subject as the models of a chain of methods call it."""
+    for method in arm.split("+"):
+        subject = METHODS[method].names(subject) if method in METHODS else subject
+    return subject
 
 
 def help_train(processes: Processes, device: torch.device, name: str, job: Job, settings: Any) -> None:

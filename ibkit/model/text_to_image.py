@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -26,6 +27,8 @@ from ibkit.errors import ModelError, ParameterError
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, ModelMixin, UNet2DConditionModel
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from ibkit.model.mapper import MappedText
 
 POCKET_PIPELINE = Path(__file__).parents[1] / "pocket" / "weights" / "pipeline"
 HUB_NAMES = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
@@ -49,6 +52,7 @@ class TextToImage:
         autocast: dtype of the U-Net's forward pass on a GPU (bf16); None computes in fp32. Weights and latents are
             fp32 either way.
         deltas: attached to the model, by name, lowest first; see `ibkit.adapt`.
+        mapped: a learned word whose text depends on step and layer; see `ibkit.model.mapper`.
     """
 
     name: str
@@ -60,6 +64,7 @@ class TextToImage:
     device: torch.device
     autocast: torch.dtype | None = None
     deltas: dict[str, Attached] = field(default_factory=dict)
+    mapped: MappedText | None = None
     _embeddings: dict[str, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property
@@ -76,9 +81,18 @@ class TextToImage:
     def image_px(self) -> int:
         return self.unet.config.sample_size * 2 ** (len(self.vae.config.block_out_channels) - 1)
 
+    def spelled_out(self, prompt: str) -> str:
+        """A prompt whose learned words of several vectors are followed by the others, "<sks> <sks>_1", as diffusers'
+        pipelines do it."""
+        known = self.tokenizer.get_added_vocab()
+        for word in known:
+            others = itertools.takewhile(known.__contains__, (f"{word}_{i}" for i in itertools.count(1)))
+            prompt = prompt.replace(word, " ".join([word, *others]))
+        return prompt
+
     def token_ids(self, prompt: str) -> list[int]:
         """Token ids of a prompt without the start and end marks."""
-        return self.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        return self.tokenizer(self.spelled_out(prompt), add_special_tokens=False)["input_ids"]
 
     def check_prompt(self, prompt: str) -> str:
         """Refuse a prompt that the text encoder would cut off silently.
@@ -98,19 +112,42 @@ class TextToImage:
     def encode_text(self, prompts: Sequence[str]) -> torch.Tensor:
         """Text encoder's hidden states (B, L, D), fp32; each distinct prompt is encoded once.
 
-        A frozen encoder's are cached and have no gradient. An encoder in training encodes anew, with gradient.
+        Those of frozen weights are cached and have no gradient. Others are encoded anew, with gradient: all prompts
+        where the encoder itself is trained, those that have a learned word where only its rows are.
         """
-        trained = any(parameter.requires_grad for parameter in self.text_encoder.parameters())
-        known = {} if trained else self._embeddings
-        for prompt in dict.fromkeys(p for p in prompts if p not in known):
-            if prompt:
-                self.check_prompt(prompt)
-            ids = self.tokenizer(
-                prompt, padding="max_length", max_length=self.tokenizer.model_max_length, return_tensors="pt"
-            )["input_ids"]
-            with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
-                known[prompt] = self.text_encoder(ids.to(self.device)).last_hidden_state[0].float()
-        return torch.stack([known[p] for p in prompts])
+        trained = {n.rpartition(".")[2] for n, p in self.text_encoder.named_parameters() if p.requires_grad}
+        new = {p: self.padded_ids(p) for p in dict.fromkeys(prompts) if trained or p not in self._embeddings}
+        table = self.text_encoder.config.vocab_size
+        moving = {p: ids for p, ids in new.items() if trained and (trained != {"rows"} or int(ids.max()) >= table)}
+        with torch.no_grad():
+            fixed = [p for p in new if p not in moving and p not in self._embeddings]
+            self._embeddings |= {p: self._hidden_states(new[p])[0] for p in fixed}
+        states = self._embeddings
+        if moving:
+            states = states | dict(zip(moving, self._hidden_states(torch.cat([*moving.values()])), strict=True))
+        return torch.stack([states[p] for p in prompts])
+
+    def _hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.text_encoder(ids).last_hidden_state.float()
+
+    def padded_ids(self, prompt: str) -> torch.Tensor:
+        """Token ids of a prompt with start, end and padding, (1, L)."""
+        if prompt:
+            self.check_prompt(prompt)
+        text, length = self.spelled_out(prompt), self.tokenizer.model_max_length
+        encoded = self.tokenizer(text, padding="max_length", max_length=length, return_tensors="pt")
+        return encoded["input_ids"].to(self.device)
+
+    def forget_text(self) -> None:
+        """Encode all prompts anew: the text encoder has changed."""
+        self._embeddings.clear()
+        if self.mapped:
+            self.mapped.forget()
+
+    def parts(self) -> dict[str, torch.nn.Module]:
+        """All that has weights, by name."""
+        mapper = {"mapper": self.mapped.mapper} if self.mapped else {}
+        return {"unet": self.unet, "vae": self.vae, "text_encoder": self.text_encoder, **mapper}
 
     def predict_noise(self, x_t: torch.Tensor, t: torch.Tensor, prompts: Sequence[str]) -> torch.Tensor:
         """ε̂ (B, C, H, W) fp32 from noisy latents (B, C, H, W), timesteps (B,) and a prompt for each row.
@@ -118,7 +155,8 @@ class TextToImage:
         It takes prompts as text, so that a method may train the text encoder.
         """
         text = self.encode_text(prompts)
-        with torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext():
+        mapped = self.mapped.read(self, t, prompts, text) if self.mapped else nullcontext()
+        with mapped, torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext():
             eps_hat = self.unet(x_t, t, encoder_hidden_states=text).sample
         return eps_hat.float()
 
@@ -181,8 +219,8 @@ class TextToImage:
 def model_fingerprint(model: TextToImage) -> str:
     """SHA-256 of the weights that decide a picture, as hex: the same on every device, with any number of threads."""
     digest = hashlib.sha256()
-    for name in ("unet", "vae", "text_encoder"):
-        for key, weight in getattr(model, name).state_dict().items():
+    for name, part in model.parts().items():
+        for key, weight in part.state_dict().items():
             digest.update(f"{name}.{key} {weight.dtype} {tuple(weight.shape)}\n".encode())
             digest.update(weight.cpu().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()

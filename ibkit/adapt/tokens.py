@@ -1,0 +1,90 @@
+"""The delta `tokens`: new words for the text encoder, one or more rows of its embedding (Gal et al. 2022).
+
+Settings: word, such as "<sks>"; start, a word of one token whose row the new ones begin as copies of; n_vectors.
+
+The rows are a parameter of their own, looked up beside the table: nothing else of the text encoder can move, not by
+weight decay either. Of several vectors the others are called `<sks>_1`, `<sks>_2` ..., and a prompt names the first,
+as in diffusers (`TextToImage.spelled_out`).
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ibkit.errors import ModelError
+from ibkit.model.text_to_image import TextToImage
+from ibkit.model.words import WiderEmbedding
+
+
+def attach(model: TextToImage, name: str, settings: Mapping[str, Any], stream: torch.Generator) -> None:
+    """New rows that start as the class word's; the model gets a text encoder and a tokenizer of its own."""
+    add_word(model, name, settings["word"], settings["start"], settings["n_vectors"])
+
+
+def add_word(model: TextToImage, name: str, word: str, start: str, n_vectors: int = 1) -> torch.nn.Parameter:
+    """Teach the model a word and return its rows (n_vectors, D).
+
+    Raises:
+        ModelError: the tokenizer has the word, or the one to start from is not one token.
+    """
+    ids = model.token_ids(start)
+    if len(ids) != 1:
+        raise ModelError(
+            f"{word!r} is to start as {start!r}, which is {len(ids)} tokens in {model.name}: name one word that the "
+            "model reads as one token."
+        )
+    words = [word, *(f"{word}_{i}" for i in range(1, n_vectors))]
+    if taken := [w for w in words if w in model.tokenizer.get_vocab()]:
+        raise ModelError(f"{model.name} knows the word {taken[0]!r} already: choose another identifier.")
+    tokenizer, encoder = copy.deepcopy(model.tokenizer), _own_modules(model.text_encoder)
+    below = encoder.get_input_embeddings()
+    rows = below(torch.tensor(ids, device=model.device)).detach().repeat(n_vectors, 1)
+    wider = WiderEmbedding(below, name, rows, first=len(tokenizer))
+    tokenizer.add_tokens(words)
+    encoder.set_input_embeddings(wider)
+    model.tokenizer, model.text_encoder = tokenizer, encoder
+    model.forget_text()
+    return wider.rows
+
+
+def rows_of(model: TextToImage, name: str) -> torch.nn.Parameter:
+    """The rows of a delta's word, (n, D)."""
+    return next(m.rows for m in model.text_encoder.modules() if isinstance(m, WiderEmbedding) and m.name == name)
+
+
+def parameters(model: TextToImage, name: str) -> dict[str, torch.nn.Parameter]:
+    """Its rows."""
+    return {"rows": rows_of(model, name)}
+
+
+@contextmanager
+def without(model: TextToImage, name: str) -> Iterator[None]:
+    """Not possible: a prompt with the word means nothing to what lies below."""
+    raise ModelError(f"without {name!r} the model cannot read the word that it brings: load the base model beside it.")
+    yield
+
+
+def export(model: TextToImage, name: str, folder: Path) -> None:
+    """Write `learned_embeds.safetensors`, for diffusers' `load_textual_inversion(folder)`."""
+    export_rows(model.deltas[name].settings["word"], rows_of(model, name), folder)
+
+
+def export_rows(word: str, rows: torch.Tensor, folder: Path) -> None:
+    """One row as a vector, several as a matrix, as diffusers writes them."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    tensor = rows.detach().cpu().clone()
+    save_file({word: tensor[0] if len(tensor) == 1 else tensor}, folder / "learned_embeds.safetensors")
+
+
+def _own_modules(encoder: torch.nn.Module) -> torch.nn.Module:
+    """A text encoder with modules of its own and the same weights: models that share one keep their words apart."""
+    shared = {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())}
+    return copy.deepcopy(encoder, shared)

@@ -1,0 +1,133 @@
+"""Textual Inversion (Gal et al. 2022, arXiv 2208.01618): the subject becomes a new word, and the model stays as it is.
+
+    v* = arg min E ‖ε - ε_θ(z_t, t, c(y))‖²          (eq. 2)
+
+One row of the text encoder's embedding is trained, or a few that stand beside each other; it starts as a copy of a
+class word's. The prompt names the subject by that word alone, "a <sks> playing soccer".
+
+Settings and captions follow the authors' recipe as diffusers has it (`examples/textual_inversion`, the command of its
+README). Differs from it:
+- the row is a parameter of its own, so that weight decay cannot shrink the other rows, and it has none itself;
+- latents are the mean of the autoencoder's posterior, encoded once, of each photo and of its mirror image;
+- photos are cropped at the centre, the recipe squeezes them into a square;
+- a batch of 4 stands for its 4 steps of accumulation; photos are drawn with replacement.
+
+Shapes: B photos of a step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from ibkit.adapt import attach, freeze
+from ibkit.data.subject import PersonalizedSubject
+from ibkit.data.templates import TEMPLATES
+from ibkit.device import generator
+from ibkit.fields import field
+from ibkit.methods.engine.photos import Examples, PhotoConfig, fit, mirrored_latents
+from ibkit.methods.records import Job, Method, Work
+from ibkit.model.text_to_image import TextToImage, model_fingerprint
+from ibkit.runs import hash_json
+from ibkit.train.loop import hash_pictures, settings_origin
+
+MAY_CHANGE = ("n_steps", "checkpoint_every")
+
+
+@dataclass(frozen=True)
+class WordConfig(PhotoConfig):
+    """Settings of a training that learns a word from photos alone."""
+
+    weight_decay: float = field(0.0, "of AdamW", "ours: the recipe's 0.01 would shrink the word", low=0.0, high=1.0)
+    start: str = field("", "word of one token that the new one starts as; empty = the last of the class noun", "ours")
+    templates: str = field("objects", "captions of the photos", "Textual Inversion", choices=tuple(TEMPLATES))
+    flip: float = field(0.5, "share of photos that are mirrored", "diffusers' recipe", low=0.0, high=1.0)
+
+
+@dataclass(frozen=True)
+class TextualInversionConfig(WordConfig):
+    """Settings; the defaults are those of the command in the recipe's README, with its scaled learning rate."""
+
+    n_steps: int = field(3000, "training steps", "diffusers' recipe", low=1, high=1_000_000)
+    batch: int = field(4, "photos in a step", "diffusers' recipe: 1 × 4 steps of accumulation", low=1, high=1024)
+    learning_rate: float = field(2e-3, "of AdamW, constant", "diffusers' recipe: 5e-4 × 4", low=0.0, high=1.0)
+    n_vectors: int = field(1, "rows of the new word", "Textual Inversion", low=1, high=64)
+
+
+def learned_word(subject: PersonalizedSubject) -> PersonalizedSubject:
+    """The subject under its learned word, "<sks>", which stands for class noun and description too."""
+    return replace(subject, identifier=f"<{subject.identifier}>", alone=True)
+
+
+def start_word(subject: PersonalizedSubject, asked: str) -> str:
+    """The word that a learned one starts as: the one asked for, else the last of the class noun."""
+    return asked or subject.class_noun.split()[-1]
+
+
+def train_word(
+    model: TextToImage,
+    job: Job,
+    settings: WordConfig,
+    on_row: Any,
+    kind: str,
+    kind_settings: dict[str, Any],
+    on_draw: Callable[[torch.Generator], None] = lambda stream: None,
+) -> list[dict[str, float]]:
+    """Train a delta that brings the word `job.subject.identifier` on captioned photos.
+
+    Args:
+        kind, kind_settings: of the delta, see `ibkit.adapt`.
+        on_draw: called with a step's random stream before anything is drawn from it.
+
+    Returns:
+        Rows with step, loss, seconds.
+    """
+    latents = mirrored_latents(model, job.photos)
+    captions = TEMPLATES[settings.templates]
+    origin = settings_origin(settings, MAY_CHANGE) | {"model": model_fingerprint(model), "seed": str(job.seed)}
+    origin |= {"word": hash_json(kind_settings), "photos": hash_pictures(job.photos)}
+    weights = attach(model, kind, job.name, kind_settings, generator(job.seed, job.name))
+
+    def draw(stream: torch.Generator) -> Examples:
+        on_draw(stream)
+        which = torch.randint(len(job.photos), (settings.batch,), generator=stream)
+        flipped = torch.rand(settings.batch, generator=stream) < settings.flip
+        said = torch.randint(len(captions), (settings.batch,), generator=stream).tolist()
+        return Examples(latents[flipped.long(), which], [captions[i].format(job.subject.identifier) for i in said])
+
+    def loss(eps_hat: torch.Tensor, noise: torch.Tensor, examples: Examples) -> dict[str, torch.Tensor]:
+        return {"loss": (eps_hat - noise).square().mean()}
+
+    on_step = (lambda row: on_row(row, model)) if on_row else None
+    history = fit(model, weights, draw, loss, settings, job.folder, origin, (job.seed, job.name), on_step)
+    freeze(model)
+    return history
+
+
+def personalize(model, job, settings, *, on_row=None, monitor=None, processes=None) -> list[dict[str, float]]:
+    """See `records.Train`."""
+    word = {"word": job.subject.identifier, "start": start_word(job.subject, settings.start)}
+    return train_word(model, job, settings, on_row, "tokens", word | {"n_vectors": settings.n_vectors})
+
+
+def work(settings: WordConfig) -> Work:
+    """Rows of a pass whose gradient reaches the text, but no weights of the U-Net."""
+    return Work(tuned=settings.n_steps * settings.batch, graph_rows=settings.batch)
+
+
+METHOD = Method(
+    name="textual_inversion",
+    label="Textual Inversion",
+    stage="personalize",
+    settings=TextualInversionConfig,
+    train=personalize,
+    source="Gal et al. 2022, arXiv 2208.01618",
+    names=learned_word,
+    pocket={
+        "templates": ("plain", "captions of words that the pocket model knows"),
+    },
+    work=work,
+)
