@@ -22,11 +22,11 @@ def folder(tiny, tmp_path):
     return tmp_path / "model"
 
 
-def noise_of(model):
+def noise_of(model, words=None):
     g = generator(0, "probe")
     x, t = torch.randn(2, 4, 8, 8, generator=g), torch.tensor([1, 500])
     with torch.no_grad():
-        return model.guided_noise(x, t, ["a cat", "a sks cat dancing"], 3.0)
+        return model.guided_noise(x, t, ["a cat", "a sks cat dancing"] if words is None else words, 3.0)
 
 
 def put(model, name, kind="lora", settings=None, change=0.3):
@@ -51,13 +51,18 @@ def trained_run(folder, place, *deltas):
     return read_run(place), model
 
 
+WORD = {"word": "<sks>", "start": "cat"}
 CHAINS = [
     [],
     [("dreambooth", "unet", {})],
     [("lora_dreambooth", "lora", {"rank": 2})],
     [("dreambooth", "unet", {}), ("ddpo", "lora", {"rank": 3})],
     [("lora_dreambooth", "lora", {"rank": 2}), ("ddpo", "lora", {"rank": 3})],
+    [("textual_inversion", "tokens", WORD | {"n_vectors": 2}), ("ddpo", "lora", {"rank": 3})],
+    [("custom_diffusion", "cross_kv", {"words": {"<sks>": "sks", "<zwx>": "zwx"}}), ("ddpo", "lora", {"rank": 3})],
+    [("dreambooth", "unet", {}), ("custom_diffusion", "cross_kv", {"words": {"<sks>": "sks"}})],
 ]
+NETI = [("neti", "mapper", WORD | {"seed": 3, "norm": "whole", "truncate": 0}), ("ddpo", "lora", {"rank": 3})]
 
 
 def named(chain):
@@ -141,13 +146,14 @@ def test_weights_that_do_not_fit_are_refused_and_nothing_is_put_on(tiny, change,
     assert torch.equal(noise_of(tiny), before)
 
 
-@pytest.mark.parametrize("chain", CHAINS, ids=named)
+@pytest.mark.parametrize("chain", [*CHAINS, NETI], ids=named)
 def test_what_a_run_wrote_is_built_again(folder, tmp_path, chain):
     run, model = trained_run(folder, tmp_path / "run", *chain)
     adapted = Adapted.read(run)
     assert adapted.arm == named(chain)
     built = adapted.build()
-    assert torch.equal(noise_of(built), noise_of(model))
+    for words in (None, ["a <sks> cat", "a <sks> dancing"]):
+        assert torch.equal(noise_of(built, words), noise_of(model, words))
     assert not any(p.requires_grad for p in (*built.unet.parameters(), *built.text_encoder.parameters()))
     assert list(built.deltas) == [name for name, *_ in chain]
 
@@ -161,7 +167,8 @@ def test_what_is_exported_draws_the_same_in_diffusers(folder, tmp_path, capsys, 
     theirs = load_model(str(tmp_path / "exported"))
     theirs.unet = loaded["pipeline"].unet
     use_quick_attention(theirs.unet, theirs.device)
-    torch.testing.assert_close(noise_of(theirs), noise_of(model), rtol=1e-5, atol=1e-6)
+    for words in (None, ["a <sks> cat", "a <sks> dancing"]):
+        torch.testing.assert_close(noise_of(theirs, words), noise_of(model, words), rtol=1e-5, atol=1e-6)
 
 
 def test_the_key_is_of_weights_and_base_alone(folder, tmp_path):

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ibkit.adapt.kinds import KINDS, attach, freeze, load_state, state
+from ibkit.adapt.kinds import FOLDED, KINDS, attach, freeze, load_state, state
 from ibkit.device import generator
 from ibkit.errors import ArtifactError, ModelError
 from ibkit.model.text_to_image import TextToImage, load_model, model_fingerprint
@@ -142,12 +142,15 @@ class Adapted:
         return model
 
     def export(self, folder: Path, device: torch.device | str = "cpu") -> None:
-        """Write what diffusers loads: the pipeline in `folder`, and each adapter in a folder below it.
+        """Write what diffusers loads: a pipeline in `folder`, and each delta alone in a folder below it.
 
-        A whole U-Net is the pipeline's own; `pipeline.load_lora_weights(folder / NAME)` takes an adapter.
+        The pipeline has all but adapters and mappers: `pipeline.load_lora_weights(folder / NAME)` takes an adapter.
         """
-        whole = replace(self, deltas=tuple(d for d in self.deltas if d.kind == "unet"))
-        whole.build(device).save_pipeline(folder)
+        whole = replace(self, deltas=tuple(d for d in self.deltas if d.kind in FOLDED))
+        plain = whole.build(device)
+        for delta in whole.deltas:
+            FOLDED[delta.kind](plain, delta.name)
+        plain.save_pipeline(folder)
         model = self.build(device)
         for delta in self.deltas:
             KINDS[delta.kind].export(model, delta.name, folder / delta.name)

@@ -99,13 +99,27 @@ def without(model: TextToImage, name: str) -> Iterator[None]:
             module.on = True
 
 
+def fold(model: TextToImage, name: str) -> None:
+    """Make the projections ordinary ones, and the words ordinary rows."""
+    for place, module in changed(model, name).items():
+        plain = torch.nn.Linear(module.in_features, module.out_features, module.bias is not None, device="meta")
+        plain.weight, plain.bias = torch.nn.Parameter((module.weight + module.delta).detach()), module.bias
+        layer, _, projection = place.rpartition(".")
+        setattr(model.unet.get_submodule(layer), projection, plain)
+    tokens.fold(model, name)
+
+
 def export(model: TextToImage, name: str, folder: Path) -> None:
     """Write `pytorch_custom_diffusion_weights.safetensors`, whole matrices for diffusers' `unet.load_attn_procs`, and a
-    folder of each word below it, for `load_textual_inversion`."""
+    folder of each word below it, for `load_textual_inversion`.
+
+    diffusers 0.42 ignores the matrices without a word unless it is told the pipeline (`_pipeline=pipeline`).
+    """
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
+    # diffusers wants an entry for every attention layer, and takes an empty one for those that are as they were
+    tensors = {place: torch.empty(0) for place in model.unet.attn_processors if ".attn2." not in place}
     for place, module in changed(model, name).items():
         layer, _, projection = place.rpartition(".")
         key = f"{layer}.processor.{projection}_custom_diffusion.weight"

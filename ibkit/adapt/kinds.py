@@ -30,12 +30,14 @@ class Kind(Protocol):
         """A context in which the model is what lies below and beside the delta."""
 
     def export(self, model: TextToImage, name: str, folder: Path) -> None:
-        """Write the delta as diffusers and peft load it."""
+        """Write the delta alone, as diffusers and peft load it onto a base model."""
 
 
 KINDS: dict[str, Kind] = {
     "unet": unet, "lora": lora, "tokens": tokens, "cross_kv": cross_kv, "mapper": mapper,
 }  # fmt: skip
+
+FOLDED = {"unet": unet.fold, "tokens": tokens.fold, "cross_kv": cross_kv.fold}  # kinds that a plain pipeline can hold
 
 
 def attach(

@@ -40,7 +40,7 @@ def add_word(model: TextToImage, name: str, word: str, start: str, n_vectors: in
             "model reads as one token."
         )
     words = [word, *(f"{word}_{i}" for i in range(1, n_vectors))]
-    if taken := [w for w in words if w in model.tokenizer.get_vocab()]:
+    if taken := [w for w in words if len(model.token_ids(w)) == 1]:
         raise ModelError(f"{model.name} knows the word {taken[0]!r} already: choose another identifier.")
     tokenizer, encoder = copy.deepcopy(model.tokenizer), _own_modules(model.text_encoder)
     below = encoder.get_input_embeddings()
@@ -70,8 +70,20 @@ def without(model: TextToImage, name: str) -> Iterator[None]:
     yield
 
 
+def fold(model: TextToImage, name: str) -> None:
+    """Make the text encoder's embedding one table again, with the rows of all learned words at its end."""
+    embedding, encoder = model.text_encoder.get_input_embeddings(), model.text_encoder
+    tables: list[torch.Tensor] = []
+    while isinstance(embedding, WiderEmbedding):
+        tables.insert(0, embedding.rows.detach())
+        embedding = embedding.below
+    table = torch.cat([embedding.weight.detach(), *tables])
+    encoder.set_input_embeddings(torch.nn.Embedding.from_pretrained(table))
+    encoder.config.vocab_size = len(table)
+
+
 def export(model: TextToImage, name: str, folder: Path) -> None:
-    """Write `learned_embeds.safetensors`, for diffusers' `load_textual_inversion(folder)`."""
+    """Write `learned_embeds.safetensors`, for diffusers' `load_textual_inversion(folder)` on the base model."""
     export_rows(model.deltas[name].settings["word"], rows_of(model, name), folder)
 
 

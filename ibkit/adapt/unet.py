@@ -23,7 +23,8 @@ def attach(model: TextToImage, name: str, settings: Mapping[str, Any], stream: t
 
 def parameters(model: TextToImage, name: str) -> dict[str, torch.nn.Parameter]:
     """The U-Net's own weights, whatever has been put on it since."""
-    return {n.replace(".base_layer", ""): p for n, p in model.unet.named_parameters() if ".lora_" not in n}
+    own = {n: p for n, p in model.unet.named_parameters() if ".lora_" not in n and not n.endswith(".delta")}
+    return {n.replace(".base_layer", ""): p for n, p in own.items()}
 
 
 @contextmanager
@@ -31,6 +32,10 @@ def without(model: TextToImage, name: str) -> Iterator[None]:
     """Not possible: the base's weights were overwritten, and a second U-Net is not kept."""
     raise ModelError(f"what lies below {name!r} is not in memory: load the base model beside it.")
     yield
+
+
+def fold(model: TextToImage, name: str) -> None:
+    """Nothing: it is the U-Net."""
 
 
 def export(model: TextToImage, name: str, folder: Path) -> None:

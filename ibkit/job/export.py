@@ -30,9 +30,16 @@ def main(arguments: argparse.Namespace) -> int:
     adapted.export(building)
     building.rename(folder)
     print(f"pipeline = diffusers.StableDiffusionPipeline.from_pretrained({str(folder)!r})")
-    adapters = [delta.name for delta in adapted.deltas if (folder / delta.name).is_dir()]
+    adapters = [delta.name for delta in adapted.deltas if delta.kind == "lora"]
     for name in adapters:
         print(f"pipeline.load_lora_weights({str(folder / name)!r}, adapter_name={name!r})")
     if len(adapters) > 1:
         print(f"pipeline.set_adapters({adapters})")
+    for delta in adapted.deltas:
+        if delta.kind == "mapper":
+            print(
+                f"# {delta.name}: diffusers has no loader for a word with a mapper; its weights: {folder / delta.name}"
+            )
+        elif delta.kind in ("tokens", "cross_kv"):
+            print(f"# {delta.name} alone, for another copy of the base model: {folder / delta.name}")
     return 0

@@ -19,14 +19,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
-from ibkit.adapt import attach, freeze
+from ibkit.adapt import attach, freeze, load_state
 from ibkit.data.subject import PersonalizedSubject
 from ibkit.data.templates import TEMPLATES
 from ibkit.device import generator
+from ibkit.errors import ArtifactError, ParameterError
 from ibkit.fields import field
 from ibkit.methods.engine.photos import Examples, PhotoConfig, fit, mirrored_latents
 from ibkit.methods.records import Job, Method, Work
@@ -34,7 +38,7 @@ from ibkit.model.text_to_image import TextToImage, model_fingerprint
 from ibkit.runs import hash_json
 from ibkit.train.loop import hash_pictures, settings_origin
 
-MAY_CHANGE = ("n_steps", "checkpoint_every")
+MAY_CHANGE = ("n_steps", "checkpoint_every", "start_file")  # the file's rows have a hash
 
 
 @dataclass(frozen=True)
@@ -55,6 +59,9 @@ class TextualInversionConfig(WordConfig):
     batch: int = field(4, "photos in a step", "diffusers' recipe: 1 × 4 steps of accumulation", low=1, high=1024)
     learning_rate: float = field(2e-3, "of AdamW, constant", "diffusers' recipe: 5e-4 × 4", low=0.0, high=1.0)
     n_vectors: int = field(1, "rows of the new word", "Textual Inversion", low=1, high=64)
+    start_file: str = field(
+        "", "learned embeddings, of diffusers or of a run of ours, that the word starts as instead of `start`", "ours"
+    )
 
 
 def learned_word(subject: PersonalizedSubject) -> PersonalizedSubject:
@@ -75,12 +82,14 @@ def train_word(
     kind: str,
     kind_settings: dict[str, Any],
     on_draw: Callable[[torch.Generator], None] = lambda stream: None,
+    first: dict[str, torch.Tensor] | None = None,
 ) -> list[dict[str, float]]:
     """Train a delta that brings the word `job.subject.identifier` on captioned photos.
 
     Args:
         kind, kind_settings: of the delta, see `ibkit.adapt`.
         on_draw: called with a step's random stream before anything is drawn from it.
+        first: the delta's first weights, where they are not the kind's.
 
     Returns:
         Rows with step, loss, seconds.
@@ -88,8 +97,11 @@ def train_word(
     latents = mirrored_latents(model, job.photos)
     captions = TEMPLATES[settings.templates]
     origin = settings_origin(settings, MAY_CHANGE) | {"model": model_fingerprint(model), "seed": str(job.seed)}
-    origin |= {"word": hash_json(kind_settings), "photos": hash_pictures(job.photos)}
+    rows = {} if first is None else {n: tensor.tolist() for n, tensor in first.items()}
+    origin |= {"word": hash_json([kind_settings, rows]), "photos": hash_pictures(job.photos)}
     weights = attach(model, kind, job.name, kind_settings, generator(job.seed, job.name))
+    if first is not None:
+        load_state(model, job.name, first)
 
     def draw(stream: torch.Generator) -> Examples:
         on_draw(stream)
@@ -110,7 +122,34 @@ def train_word(
 def personalize(model, job, settings, *, on_row=None, monitor=None, processes=None) -> list[dict[str, float]]:
     """See `records.Train`."""
     word = {"word": job.subject.identifier, "start": start_word(job.subject, settings.start)}
-    return train_word(model, job, settings, on_row, "tokens", word | {"n_vectors": settings.n_vectors})
+    word["n_vectors"] = settings.n_vectors
+    first = {"rows": read_rows(Path(settings.start_file))} if settings.start_file else None
+    if first and len(first["rows"]) != settings.n_vectors:
+        raise ParameterError(
+            f"{settings.start_file} has {len(first['rows'])} vectors and n_vectors is {settings.n_vectors}: make them "
+            "equal."
+        )
+    return train_word(model, job, settings, on_row, "tokens", word, first=first)
+
+
+def read_rows(file: Path) -> torch.Tensor:
+    """Rows (n, D) of a file of learned embeddings: diffusers' (.safetensors, .bin) or the authors' (.pt).
+
+    Raises:
+        ArtifactError: it is not there, or holds something else.
+    """
+    from safetensors.torch import load_file
+
+    try:
+        found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
+        found = found.get("string_to_param", found)
+        [rows] = found.values()
+        return rows.detach().float().reshape(-1, rows.shape[-1])
+    except (OSError, ValueError, AttributeError, RuntimeError, SafetensorError, UnpicklingError) as error:
+        raise ArtifactError(
+            f"{file} does not hold the embedding of one word ({type(error).__name__}): give a file as diffusers' "
+            "`load_textual_inversion` reads it."
+        ) from error
 
 
 def work(settings: WordConfig) -> Work:
