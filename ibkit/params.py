@@ -44,6 +44,20 @@ class Measured(Common):
     scorer_weights: str = field("", "weights of the scorers: pocket, official, or a local folder; empty = the preset's")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drawn(Measured):
+    """What 01 and 03 take to draw pictures by; RL's own sampler is among its settings."""
+
+    n_inference_steps: int = field(0, "denoising steps of a picture; 0 = the preset's", low=0, high=1000)
+    guidance: float = field(-1.0, "classifier-free guidance scale, 1 = without; -1 = the preset's", low=-1.0, high=50.0)
+    eta: float = field(-1.0, "DDIM's η, 0 = deterministic, 1 = as DDPO samples; -1 = the preset's", low=-1.0, high=1.0)
+
+    def __post_init__(self):
+        from ibkit.presets import preset_of
+
+        preset_of(self.model).drawing(vars(self))
+
+
 def _check_settings(parameters: Any, method: str) -> None:
     """Refuse a setting that a method does not have."""
     from ibkit.presets import preset_of  # torch: who asks for no training need not wait for it
@@ -52,7 +66,7 @@ def _check_settings(parameters: Any, method: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Personalize(Measured):
+class Personalize(Drawn):
     """01_personalize: one subject from a few photos."""
 
     subject: str = field("", "folder of photos; empty = the pocket world's demonstration subject")
@@ -66,6 +80,7 @@ class Personalize(Measured):
         from ibkit.methods.records import find_method
         from ibkit.presets import preset_of
 
+        super().__post_init__()
         object.__setattr__(self, "method", self.method or preset_of(self.model).personalize)
         _check_settings(self, find_method(self.method, "personalize").name)
 
@@ -108,7 +123,7 @@ class RLFinetune(Measured):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Measured):
+class Evaluate(Drawn):
     """03_evaluate: the base model and the models of finished runs on the same prompts and seeds."""
 
     runs: list[str] = field([], "folders of finished 01 and 02 runs, of any methods and seeds; empty = the newest run")

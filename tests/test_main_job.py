@@ -358,6 +358,11 @@ def test_options_go_to_every_notebook_that_has_them(tmp_path, monkeypatch):
         "02_rl_finetune.clip_at_level": True,
         "02_rl_finetune.clip_subject_at_level": False,
     }
+    assert parsed("--n-inference-steps", "2", "--guidance", "1", "--eta", "0") == {
+        f"{notebook}.{name}": value
+        for notebook in ("01_personalize", "03_evaluate")
+        for name, value in (("n_inference_steps", 2), ("guidance", 1.0), ("eta", 0.0))
+    }
     (tmp_path / "photos").mkdir()
     assert parsed("--subject", "photos") == {"01_personalize.subject": str(tmp_path / "photos")}
     assert parsed("--subject", "") == {"01_personalize.subject": ""}

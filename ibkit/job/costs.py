@@ -72,6 +72,8 @@ def count(stage: Stage) -> Work:
     """The work of a stage of the main job, from its parameters, its method and the model's preset."""
     given = stage.parameters
     preset = preset_of(given["model"])
+    if "n_inference_steps" in given:
+        preset = preset.drawing(given)
     picture_rows = preset.sampler.rows
     fixed = FIXED_PICTURES * picture_rows
     if "method" not in given:

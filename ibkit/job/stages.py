@@ -22,6 +22,7 @@ JOB = ("01_personalize", "02_rl_finetune", "03_evaluate")
 SHARED = {
     "model": str, "revision": str, "subject": str, "class_noun": str, "identifier": str, "description": str,
     "prompts": list, "seed": int, "device": str, "scorer_weights": str, "processes": int,
+    "n_inference_steps": int, "guidance": float, "eta": float,
     "reward": str, "clip_at_level": bool, "subject_reward": str, "clip_subject_at_level": bool,
 }  # fmt: skip
 # Parameters that the job sets itself, and the option to use instead.
