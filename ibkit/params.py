@@ -24,7 +24,7 @@ IPYTHON_NAMES = {"In", "Out", "exit", "quit"}
 class Common:
     """What every notebook takes."""
 
-    model: str = field("pocket", "preset (pocket, sd15), or a local folder in diffusers format")
+    model: str = field("pocket", "pocket, sd15, another name on the hub, a diffusers folder, or a .safetensors file")
     revision: str = field("", "revision of a model on the hub; empty = the preset's")
     device: str = field("auto", "auto, cpu, cuda, cuda:1, mps")
     seed: int = field(0, "every random stream of the notebook is derived from it", low=0, high=2**31 - 1)

@@ -104,7 +104,7 @@ PRESETS = {"pocket": POCKET, "sd15": SD15}
 
 
 def preset_of(model: str) -> Preset:
-    """The preset of a model: its own, or `sd15`'s for a local folder in diffusers format."""
+    """The preset of a model: its own, or `sd15`'s for any other of Stable Diffusion's kind."""
     return PRESETS.get(model, SD15)
 
 

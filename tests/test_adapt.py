@@ -12,7 +12,8 @@ from ibkit.adapt import KINDS, Adapted, attach, freeze, load_state, parameters_o
 from ibkit.device import generator
 from ibkit.errors import ArtifactError, ModelError
 from ibkit.job import export
-from ibkit.model.text_to_image import load_model, use_quick_attention
+from ibkit.model.loading import load_model
+from ibkit.model.text_to_image import use_quick_attention
 from ibkit.runs import Run, read_run
 
 

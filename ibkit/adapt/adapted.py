@@ -18,7 +18,8 @@ import torch
 from ibkit.adapt.kinds import KINDS, attach, freeze, load_state, state
 from ibkit.device import generator
 from ibkit.errors import ArtifactError, ModelError
-from ibkit.model.text_to_image import TextToImage, load_model, model_fingerprint
+from ibkit.model.loading import load_model
+from ibkit.model.text_to_image import TextToImage, model_fingerprint
 from ibkit.runs import CompletedRun, Run, hash_file, hash_json
 
 FILE = "adapted.json"

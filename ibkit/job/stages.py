@@ -96,7 +96,7 @@ def given(arguments: Namespace) -> dict[str, Any]:
             value = getattr(arguments, name)
             # A notebook may run in another folder than the one in which the path was typed.
             if (name == "subject" and value) or (
-                name in ("model", "scorer_weights") and Path(value).expanduser().is_dir()
+                name in ("model", "scorer_weights") and Path(value).expanduser().exists()
             ):
                 value = str(Path(value).expanduser().resolve())
             settings |= {key: value for notebook in JOB if (key := f"{notebook}.{name}") in known}
