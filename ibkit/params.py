@@ -73,6 +73,7 @@ class Personalize(Drawn):
     class_noun: str = field("cat", "what the subject is, in a word or two")
     identifier: str = field("sks", "the rare word that will name the subject")
     description: str = field("", "detailed description of the subject, put before the class noun; empty = none")
+    lora: str = field("", "file of a LoRA made elsewhere, on the base model from the start; empty = none")
     method: str = field("", "how to personalize, see `ibkit methods`; empty = the preset's")
     settings: dict = field({}, "of the method, such as {'n_steps': 400}; the rest is the preset's")
 
