@@ -31,8 +31,9 @@ from ibkit.methods import ddpo
 from ibkit.methods.class_images import class_images
 from ibkit.methods.engine.objectives import RewardSpec
 from ibkit.methods.records import METHODS, Job
+from ibkit.model.loading import load_model
 from ibkit.model.sample import sample
-from ibkit.model.text_to_image import TextToImage, load_model
+from ibkit.model.text_to_image import TextToImage
 from ibkit.pocket.world import CLASSES
 from ibkit.presets import POCKET
 from ibkit.scorers import make_scorer

@@ -32,8 +32,9 @@ from ibkit.data.subject import demo_subject, world_photos
 from ibkit.device import describe_device, generator, keep_memory, pick_device
 from ibkit.methods import dreambooth
 from ibkit.methods.dreambooth import DreamBoothConfig
+from ibkit.model.loading import load_model
 from ibkit.model.sample import sample
-from ibkit.model.text_to_image import TextToImage, load_model
+from ibkit.model.text_to_image import TextToImage
 from ibkit.presets import POCKET
 
 PROMPT, CLASS_PROMPT = "a sks cat", "a cat"

@@ -37,8 +37,8 @@ def train(folder: str) -> None:
     from ibkit.adapt import state
     from ibkit.data.prompts import training_prompts
     from ibkit.methods import ddpo
+    from ibkit.model.loading import POCKET_PIPELINE
     from ibkit.model.sample import Sampler
-    from ibkit.model.text_to_image import POCKET_PIPELINE
     from tests.tiny import tiny_model
 
     torch.set_num_threads(1)

@@ -31,8 +31,8 @@ from ibkit.adapt import Adapted
 from ibkit.data.subject import PersonalizedSubject, demo_subject, world_photos
 from ibkit.methods.class_images import class_images
 from ibkit.methods.records import METHODS, Job
+from ibkit.model.loading import load_model
 from ibkit.model.sample import sample
-from ibkit.model.text_to_image import load_model
 from ibkit.pocket.world import CLASSES, activities_of
 from ibkit.presets import POCKET
 from ibkit.scorers.judge import Judge

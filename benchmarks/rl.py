@@ -35,7 +35,8 @@ from ibkit.methods.engine.advantages import PromptStats
 from ibkit.methods.engine.objectives import scorer_reward
 from ibkit.methods.engine.rollout import Trajectories, rollout
 from ibkit.model.ddim import log_prob, step_mean
-from ibkit.model.text_to_image import TextToImage, load_model
+from ibkit.model.loading import load_model
+from ibkit.model.text_to_image import TextToImage
 from ibkit.presets import POCKET
 from ibkit.scorers import make_scorer
 from ibkit.train.kept import Average

@@ -24,7 +24,7 @@ IPYTHON_NAMES = {"In", "Out", "exit", "quit"}
 class Common:
     """What every notebook takes."""
 
-    model: str = field("pocket", "preset (pocket, sd15), or a local folder in diffusers format")
+    model: str = field("pocket", "pocket, sd15, another name on the hub, a diffusers folder, or a .safetensors file")
     revision: str = field("", "revision of a model on the hub; empty = the preset's")
     device: str = field("auto", "auto, cpu, cuda, cuda:1, mps")
     seed: int = field(0, "every random stream of the notebook is derived from it", low=0, high=2**31 - 1)
@@ -44,6 +44,20 @@ class Measured(Common):
     scorer_weights: str = field("", "weights of the scorers: pocket, official, or a local folder; empty = the preset's")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Drawn(Measured):
+    """What 01 and 03 take to draw pictures by; RL's own sampler is among its settings."""
+
+    n_inference_steps: int = field(0, "denoising steps of a picture; 0 = the preset's", low=0, high=1000)
+    guidance: float = field(-1.0, "classifier-free guidance scale, 1 = without; -1 = the preset's", low=-1.0, high=50.0)
+    eta: float = field(-1.0, "DDIM's η, 0 = deterministic, 1 = as DDPO samples; -1 = the preset's", low=-1.0, high=1.0)
+
+    def __post_init__(self):
+        from ibkit.presets import preset_of
+
+        preset_of(self.model).drawing(vars(self))
+
+
 def _check_settings(parameters: Any, method: str) -> None:
     """Refuse a setting that a method does not have."""
     from ibkit.presets import preset_of  # torch: who asks for no training need not wait for it
@@ -52,13 +66,14 @@ def _check_settings(parameters: Any, method: str) -> None:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Personalize(Measured):
+class Personalize(Drawn):
     """01_personalize: one subject from a few photos."""
 
     subject: str = field("", "folder of photos; empty = the pocket world's demonstration subject")
     class_noun: str = field("cat", "what the subject is, in a word or two")
     identifier: str = field("sks", "the rare word that will name the subject")
     description: str = field("", "detailed description of the subject, put before the class noun; empty = none")
+    lora: str = field("", "file of a LoRA made elsewhere, on the base model from the start; empty = none")
     method: str = field("", "how to personalize, see `ibkit methods`; empty = the preset's")
     settings: dict = field({}, "of the method, such as {'n_steps': 400}; the rest is the preset's")
 
@@ -66,6 +81,7 @@ class Personalize(Measured):
         from ibkit.methods.records import find_method
         from ibkit.presets import preset_of
 
+        super().__post_init__()
         object.__setattr__(self, "method", self.method or preset_of(self.model).personalize)
         _check_settings(self, find_method(self.method, "personalize").name)
 
@@ -108,7 +124,7 @@ class RLFinetune(Measured):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Evaluate(Measured):
+class Evaluate(Drawn):
     """03_evaluate: the base model and the models of finished runs on the same prompts and seeds."""
 
     runs: list[str] = field([], "folders of finished 01 and 02 runs, of any methods and seeds; empty = the newest run")

@@ -5,12 +5,13 @@ them: no method knows which one it runs at.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 from ibkit.errors import ParameterError
+from ibkit.fields import fill
 from ibkit.methods.records import METHODS
 from ibkit.model.sample import Sampler
 from ibkit.train.guard import Guard
@@ -51,6 +52,20 @@ class Preset:
         """A method's settings at this scale, with the values that are given; see `Method.configure`."""
         return METHODS.find(method).configure(self.name, given)
 
+    def drawing(self, given: Mapping[str, Any]) -> Preset:
+        """This preset, whose two samplers have what a notebook's parameters give of a sampler.
+
+        Args:
+            given: n_inference_steps, where 0 leaves the preset's; guidance and eta, where -1 does.
+
+        Raises:
+            ParameterError: a value that no sampler has.
+        """
+        chosen = {"n_steps": given["n_inference_steps"] or -1, "guidance": given["guidance"], "eta": given["eta"]}
+        chosen = {name: value for name, value in chosen.items() if value != -1}
+        sampler, class_sampler = (fill(one, chosen, "The sampler") for one in (self.sampler, self.class_sampler))
+        return replace(self, sampler=sampler, class_sampler=class_sampler)
+
 
 POCKET = Preset(
     name="pocket",
@@ -89,7 +104,7 @@ PRESETS = {"pocket": POCKET, "sd15": SD15}
 
 
 def preset_of(model: str) -> Preset:
-    """The preset of a model: its own, or `sd15`'s for a local folder in diffusers format."""
+    """The preset of a model: its own, or `sd15`'s for any other of Stable Diffusion's kind."""
     return PRESETS.get(model, SD15)
 
 

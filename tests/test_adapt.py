@@ -12,7 +12,8 @@ from ibkit.adapt import KINDS, Adapted, attach, freeze, load_state, parameters_o
 from ibkit.device import generator
 from ibkit.errors import ArtifactError, ModelError
 from ibkit.job import export
-from ibkit.model.text_to_image import load_model, use_quick_attention
+from ibkit.model.loading import load_model
+from ibkit.model.text_to_image import use_quick_attention
 from ibkit.runs import Run, read_run
 
 
@@ -116,12 +117,13 @@ def test_an_error_inside_without_leaves_the_adapter_on(tiny):
 
 
 def test_names_and_kinds_that_do_not_fit_are_refused(tiny):
+    attach(tiny, "unet", "dreambooth", {}, generator(0))
     attach(tiny, "lora", "ddpo", {"rank": 2}, generator(0))
     with pytest.raises(ModelError, match="has a delta 'ddpo' already: give the second one another name"):
         attach(tiny, "lora", "ddpo", {"rank": 2}, generator(0))
-    with pytest.raises(ModelError, match="'dreambooth' trains the whole U-Net and cannot stand on ddpo"):
-        attach(tiny, "unet", "dreambooth", {}, generator(0))
-    assert list(tiny.deltas) == ["ddpo"]
+    with pytest.raises(ModelError, match="'second' trains the whole U-Net and cannot stand on dreambooth"):
+        attach(tiny, "unet", "second", {}, generator(0))
+    assert list(tiny.deltas) == ["dreambooth", "ddpo"]
 
 
 def test_below_a_whole_u_net_there_is_nothing_in_memory(tiny):

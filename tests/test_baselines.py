@@ -20,9 +20,10 @@ from ibkit.methods import neti
 from ibkit.methods import textual_inversion as ti
 from ibkit.methods.records import METHODS, Job, named
 from ibkit.model.attention import cross_attention_layers
+from ibkit.model.loading import load_model
 from ibkit.model.mapper import BYPASS, N_UNITS, Mapper
 from ibkit.model.sample import Sampler, sample_latents
-from ibkit.model.text_to_image import load_model, model_fingerprint
+from ibkit.model.text_to_image import model_fingerprint
 from ibkit.runs import Run
 from tests.tiny import tiny_model
 

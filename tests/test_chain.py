@@ -14,7 +14,8 @@ from ibkit.adapt import Adapted
 from ibkit.data.subject import PersonalizedSubject, demo_subject, world_photos
 from ibkit.device import generator
 from ibkit.job import run as main_job
-from ibkit.model.text_to_image import load_model, use_quick_attention
+from ibkit.model.loading import load_model
+from ibkit.model.text_to_image import use_quick_attention
 from ibkit.runs import project_root, read_run
 from tests.tiny import tiny_model
 

@@ -11,6 +11,7 @@ import time
 import tomllib
 from pathlib import Path
 
+import huggingface_hub.constants
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
@@ -19,6 +20,7 @@ from ibkit import __version__, cli
 from ibkit.errors import ArtifactError
 from ibkit.job import check
 from ibkit.job.check import Finding, Report
+from ibkit.model import hub
 
 ROOT = Path(cli.__file__).parent.parent
 HEAVY = ("torch", "numpy", "pandas", "matplotlib", "diffusers", "transformers", "papermill")
@@ -253,34 +255,39 @@ def test_check_names_missing_weights(tmp_path, monkeypatch):
     assert check.check_pocket_weights().stops == ()
 
 
-def test_check_does_not_ask_the_hub_when_told_to_stay_offline(monkeypatch):
-    monkeypatch.setattr(check, "_sd15_is_cached", lambda: False)
-    monkeypatch.setattr(check, "_answers", lambda url: pytest.fail("the network was used"))
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert "HF_HUB_OFFLINE" in check.check_hub().found
+@pytest.fixture
+def hub_cache(tmp_path, monkeypatch):
+    """The hub's client with an empty cache of its own, allowed online."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    return tmp_path
 
 
-def test_check_says_whether_the_hub_answers(monkeypatch):
-    monkeypatch.setattr(check, "_sd15_is_cached", lambda: False)
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
-    monkeypatch.setattr(check, "_answers", lambda url: True)
+def test_check_does_not_ask_the_hub_when_told_to_stay_offline(monkeypatch, hub_cache):
+    monkeypatch.setattr(hub, "answers", lambda url: pytest.fail("the network was used"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    finding = check.check_hub()
+    assert finding.found == f"HF_HUB_OFFLINE is set, and unet/config.json is not in {hub_cache}"
+    assert finding.stops == ("sd15",)
+
+
+def test_check_says_whether_the_hub_answers(monkeypatch, hub_cache):
+    monkeypatch.setattr(hub, "answers", lambda url: True)
     assert check.check_hub().stops == ()
-    monkeypatch.setattr(check, "_answers", lambda url: False)
+    monkeypatch.setattr(hub, "answers", lambda url: False)
     assert check.check_hub().stops == ("sd15",)
-    monkeypatch.setattr(check, "_sd15_is_cached", lambda: True)
-    assert check.check_hub().stops == ()
 
 
 def test_a_server_that_never_answers_does_not_hold_the_check_up(monkeypatch):
-    monkeypatch.setattr(check, "HUB_TIMEOUT_S", 0.05)
+    monkeypatch.setattr(hub, "TIMEOUT_S", 0.05)
 
     def never(*args, **kwargs):
-        check.threading.Event().wait(60)
+        hub.threading.Event().wait(60)
         raise TimeoutError
 
-    monkeypatch.setattr(check.urllib.request, "urlopen", never)
+    monkeypatch.setattr(hub.urllib.request, "urlopen", never)
     start = time.monotonic()
-    assert check._answers("https://example.invalid") is False
+    assert hub.answers("https://example.invalid") is False
     assert time.monotonic() - start < 30
 
 

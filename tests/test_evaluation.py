@@ -29,8 +29,8 @@ from ibkit.evaluate.score import (
     score,
 )
 from ibkit.evaluate.stats import METRICS, as_compared, check_scores, one_seed, pair_up, primary_metrics
+from ibkit.model.loading import load_model
 from ibkit.model.sample import Sampler, sample
-from ibkit.model.text_to_image import load_model
 from ibkit.runs import Run, read_run
 from ibkit.scorers import Scorer
 from ibkit.scorers.judge import THINGS_TAKEN, Judge, JudgeNet

@@ -19,8 +19,8 @@ from ibkit.adapt import state
 from ibkit.data.prompts import training_prompts
 from ibkit.data.subject import demo_subject, world_photos
 from ibkit.methods import ddpo, dreambooth
+from ibkit.model.loading import POCKET_PIPELINE, load_model
 from ibkit.model.sample import Sampler
-from ibkit.model.text_to_image import POCKET_PIPELINE, load_model
 from ibkit.presets import POCKET
 from ibkit.train.guard import Guard
 from ibkit.train.processes import start

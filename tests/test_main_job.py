@@ -310,6 +310,7 @@ def test_a_stage_is_done_only_with_the_same_parameters_inputs_and_files(places):
         (["--tune-seeds", "1", "1"], "--tune-seeds names something twice"),
         (["--prompts", " "], "'prompts' must be a list of texts that are not empty"),
         (["--subject", "/nowhere/photos"], "There is no folder of photos /nowhere/photos"),
+        (["--lora", "/nowhere/style.safetensors"], "There is no file /nowhere/style.safetensors; check --lora."),
         (["--name", "../x"], "--name '../x' must be made of letters"),
         (["--resume"], "to go on with; start one without --resume"),
         (["--resume", "--name", "x"], "to go on with; start it without --resume"),
@@ -358,10 +359,18 @@ def test_options_go_to_every_notebook_that_has_them(tmp_path, monkeypatch):
         "02_rl_finetune.clip_at_level": True,
         "02_rl_finetune.clip_subject_at_level": False,
     }
+    assert parsed("--n-inference-steps", "2", "--guidance", "1", "--eta", "0") == {
+        f"{notebook}.{name}": value
+        for notebook in ("01_personalize", "03_evaluate")
+        for name, value in (("n_inference_steps", 2), ("guidance", 1.0), ("eta", 0.0))
+    }
     (tmp_path / "photos").mkdir()
     assert parsed("--subject", "photos") == {"01_personalize.subject": str(tmp_path / "photos")}
+    assert parsed("--lora", "style.safetensors") == {"01_personalize.lora": str(tmp_path / "style.safetensors")}
     assert parsed("--subject", "") == {"01_personalize.subject": ""}
     assert parsed("--model", "photos")["01_personalize.model"] == str(tmp_path / "photos")
+    (tmp_path / "one.safetensors").touch()
+    assert parsed("--model", "one.safetensors")["03_evaluate.model"] == str(tmp_path / "one.safetensors")
     assert parsed("--model", "pocket")["01_personalize.model"] == "pocket"
 
 

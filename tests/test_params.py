@@ -6,6 +6,7 @@ import re
 import pytest
 
 from ibkit.errors import ParameterError
+from ibkit.model.sample import Sampler
 from ibkit.params import SCHEMAS, collect, make, schema
 from ibkit.presets import POCKET, SD15
 
@@ -107,6 +108,33 @@ def test_a_wrong_type_or_range_is_refused_with_what_is_allowed(changes, allowed)
     (name,) = changes
     with pytest.raises(ParameterError, match=f"'{name}' must be {allowed}"):
         collect("02_rl_finetune", cell("02_rl_finetune", **changes))
+
+
+@pytest.mark.parametrize("notebook", ["01_personalize", "03_evaluate"])
+def test_the_sampler_is_the_presets_but_for_what_is_given_and_zero_is_a_value(notebook):
+    as_shipped, given = make(notebook, {}), {"n_inference_steps": 4, "guidance": 0, "eta": 0.0}
+    assert POCKET.drawing(vars(as_shipped)) == POCKET
+    changed = POCKET.drawing(vars(make(notebook, given)))
+    assert changed.sampler == changed.class_sampler == Sampler(4, 0.0, 0.0)
+    only_eta = POCKET.drawing(vars(make(notebook, {"eta": 0.5})))
+    assert only_eta.class_sampler == dataclasses.replace(POCKET.class_sampler, eta=0.5)
+    assert dataclasses.replace(only_eta, sampler=POCKET.sampler, class_sampler=POCKET.class_sampler) == POCKET
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"guidance": -0.5}, "The sampler: setting 'guidance' must be a number from 0.0 to 50.0, not -0.5"),
+        ({"eta": -0.1}, "The sampler: setting 'eta' must be a number from 0.0 to 1.0, not -0.1"),
+        ({"eta": 1.5}, "'eta' must be a number from -1.0 to 1.0"),
+        ({"n_inference_steps": -1}, "'n_inference_steps' must be a whole number from 0 to 1000"),
+        ({"n_inference_step": 3}, "did you mean 'n_inference_steps'"),
+    ],
+)
+def test_a_sampler_that_cannot_be_is_refused(changes, said):
+    for notebook in ("01_personalize", "03_evaluate"):
+        with pytest.raises(ParameterError, match=re.escape(said)):
+            make(notebook, changes)
 
 
 @pytest.mark.parametrize(("name", "value"), [("reward", "image_rewad"), ("subject_reward", "image-reward")])

@@ -88,6 +88,16 @@ def test_the_evaluation_draws_for_every_method_and_seed():
     assert one.pictures == 2 * (5 * 2 * 2) and three.pictures == 2 * (9 * 2 * 2)  # drawn and scored; 2 activities
 
 
+def test_fewer_steps_and_no_guidance_are_counted():
+    usual, quick = small(), small("--n-inference-steps", "2", "--guidance", "1")
+    rows, drawn = POCKET.sampler.rows, (2 * 2 * 16 + costs.FIXED_PICTURES) * POCKET.sampler.rows
+    class_rows = usual["01_personalize"].forward - drawn
+    assert class_rows == 4 * POCKET.class_sampler.rows
+    assert quick["01_personalize"].forward == drawn / rows * 2 + 4 * 2
+    assert quick["03_evaluate"].forward == usual["03_evaluate"].forward / rows * 2
+    assert quick["02_rl_finetune"] == usual["02_rl_finetune"]
+
+
 def test_the_arithmetic():
     cost = Costs(1.0, 10.0, 100.0, 0.5, 7.0, 1000.0, 50.0, 2.0, 3.0, 1e9, "")
     assert cost.seconds(Work(forward=3, tuned=2, trained=1, pictures=4)) == 7 + 3 + 20 + 100 + 2

@@ -13,8 +13,8 @@ from ibkit.adapt import attach, state
 from ibkit.data.prompts import training_prompts
 from ibkit.errors import IbkitError, ParameterError, ScoreError, TrainingError
 from ibkit.methods import ddpo
+from ibkit.model.loading import POCKET_PIPELINE
 from ibkit.model.sample import Sampler
-from ibkit.model.text_to_image import POCKET_PIPELINE
 from ibkit.runs import Checkpoints
 from ibkit.train.kept import memory_advice
 from ibkit.train.processes import Processes, _joined, start

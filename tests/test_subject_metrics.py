@@ -22,7 +22,7 @@ from ibkit.experiments import subject_analysis as analysis
 from ibkit.experiments import subject_changes, subject_head, subject_metrics
 from ibkit.experiments.subject_changes import CHANGES, controlled_pairs, fold_of
 from ibkit.methods.engine.objectives import scorer_reward
-from ibkit.model.text_to_image import load_model
+from ibkit.model.loading import load_model
 from ibkit.pocket.build import subject as build
 from ibkit.pocket.draw import render, subject_mask
 from ibkit.pocket.world import CLASSES, DEMO_SUBJECTS, RARE_SUBJECT, SHAPES, Scene, doing, line_up, reference_scenes

@@ -12,8 +12,8 @@ import pandas as pd
 import pytest
 import torch
 
+from ibkit.model.loading import POCKET_PIPELINE, load_model
 from ibkit.model.sample import Sampler, sample
-from ibkit.model.text_to_image import POCKET_PIPELINE, load_model
 from ibkit.pocket.build import labels
 from ibkit.pocket.build.autoencoder import new_autoencoder
 from ibkit.pocket.build.card import reaches

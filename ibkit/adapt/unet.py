@@ -1,4 +1,4 @@
-"""The delta `unet`: every weight of the U-Net, as DreamBooth trains them. It can only be the first of a model."""
+"""The delta `unet`: every weight of the U-Net, as DreamBooth trains them. Below it, only adapters may lie."""
 
 from __future__ import annotations
 
@@ -14,11 +14,9 @@ from ibkit.model.text_to_image import TextToImage
 
 
 def attach(model: TextToImage, name: str, settings: Mapping[str, Any], stream: torch.Generator) -> None:
-    """Nothing is added: the base's own weights are what is trained, in place."""
-    if model.deltas:
-        raise ModelError(
-            f"{name!r} trains the whole U-Net and cannot stand on {', '.join(model.deltas)}: make it the first."
-        )
+    """Nothing is added: the base's own weights are what is trained, in place; an adapter stays beside them."""
+    if below := [other for other, delta in model.deltas.items() if delta.kind != "lora"]:
+        raise ModelError(f"{name!r} trains the whole U-Net and cannot stand on {', '.join(below)}: make it the first.")
 
 
 def parameters(model: TextToImage, name: str) -> dict[str, torch.nn.Parameter]:

@@ -7,21 +7,16 @@ import argparse
 import importlib
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import sys
-import threading
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+from ibkit.model import hub
 from ibkit.runs import project_root
 
-SD15_REPOSITORY = "stable-diffusion-v1-5/stable-diffusion-v1-5"
-HUB_TIMEOUT_S = 2.0
 POCKET_WEIGHTS = Path(__file__).parents[1] / "pocket" / "weights"
 POCKET_FILES = (
     "pipeline/model_index.json", "clip/model.safetensors", "dino/model.safetensors", "image_reward/model.safetensors",
@@ -274,42 +269,21 @@ def check_pocket_weights() -> Finding:
 
 
 def check_hub() -> Finding:
-    """Whether Stable Diffusion 1.5 can be had: it is in the hub's cache already, or the hub answers."""
-    if _sd15_is_cached():
-        return Finding("model hub", f"not needed: {SD15_REPOSITORY} is in the cache")
-    by_hand = "or copy a folder in diffusers format here and name it: --model FOLDER"
-    if os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "TRUE", "YES", "ON"):
-        return Finding("model hub", "HF_HUB_OFFLINE is set", f"unset it for sd15, {by_hand}", ("sd15",))
-    endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co")
-    if not _answers(endpoint):
+    """Whether Stable Diffusion 1.5 can be had: its files that are read are in the hub's cache, or the hub answers."""
+    if error := _import_error("huggingface_hub"):
+        return Finding("model hub", error, "run `make clean-venv test` to install everything anew", ("sd15",))
+    from huggingface_hub import constants
+
+    folder, missing = hub.in_cache(hub.HUB_NAMES["sd15"])
+    if not missing:
+        return Finding("model hub", f"not needed: {hub.HUB_NAMES['sd15']} is in the cache")
+    lacks = f"{missing[0]} is not in {folder}"
+    by_hand = "or copy a folder in diffusers format or a .safetensors file here and name it: --model PATH"
+    if constants.HF_HUB_OFFLINE:
+        return Finding("model hub", f"HF_HUB_OFFLINE is set, and {lacks}", f"unset it for sd15, {by_hand}", ("sd15",))
+    if not hub.answers(constants.ENDPOINT):
         advice = f"sd15 needs it once, to download the model; look at network and proxy, {by_hand}"
-        return Finding("model hub", f"{endpoint} did not answer within {HUB_TIMEOUT_S:g} s", advice, ("sd15",))
-    return Finding("model hub", f"{endpoint} answers")
-
-
-def _sd15_is_cached() -> bool:
-    try:
-        from huggingface_hub import try_to_load_from_cache
-    except ImportError:
-        return False
-    return isinstance(try_to_load_from_cache(SD15_REPOSITORY, "model_index.json"), str)
-
-
-def _answers(url: str) -> bool:
-    answered = threading.Event()
-
-    def ask() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=HUB_TIMEOUT_S).close()
-        except urllib.error.HTTPError:  # an answer all the same
-            answered.set()
-        except (OSError, ValueError):
-            pass
-        else:
-            answered.set()
-
-    # In a thread, because looking up a name has no time limit of its own.
-    thread = threading.Thread(target=ask, daemon=True)
-    thread.start()
-    thread.join(HUB_TIMEOUT_S)
-    return answered.is_set()
+        return Finding(
+            "model hub", f"{constants.ENDPOINT} did not answer within {hub.TIMEOUT_S:g} s", advice, ("sd15",)
+        )
+    return Finding("model hub", f"{constants.ENDPOINT} answers")

@@ -21,13 +21,13 @@ from ibkit.adapt import attach
 from ibkit.device import generator
 from ibkit.job.stages import Stage
 from ibkit.methods.records import METHODS, Work
-from ibkit.model.text_to_image import load_model
+from ibkit.model.loading import load_model
+from ibkit.model.single_file import SD15_UNET
 from ibkit.presets import POCKET, preset_of
 
 REPEATS = 4
 PICTURES = 8  # decoded and scored to time one
 FIXED_PICTURES = 32  # samples and checks of a notebook beside its work
-SD15_UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}  # the rest are diffusers' defaults
 SD15_TEXT = (77, 768)
 # fp32 bytes beside the U-Net at Stable Diffusion's scale: text encoder 123 M weights, autoencoder 84 M, and the
 # scorers of the RL stage (ImageReward 0.45 G, CLIP 0.15 G, DINO 0.02 G), from their published sizes
@@ -72,6 +72,8 @@ def count(stage: Stage) -> Work:
     """The work of a stage of the main job, from its parameters, its method and the model's preset."""
     given = stage.parameters
     preset = preset_of(given["model"])
+    if "n_inference_steps" in given:
+        preset = preset.drawing(given)
     picture_rows = preset.sampler.rows
     fixed = FIXED_PICTURES * picture_rows
     if "method" not in given:

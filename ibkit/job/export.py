@@ -30,7 +30,7 @@ def main(arguments: argparse.Namespace) -> int:
     adapted.export(building)
     building.rename(folder)
     print(f"pipeline = diffusers.StableDiffusionPipeline.from_pretrained({str(folder)!r})")
-    adapters = [delta.name for delta in adapted.deltas if delta.kind == "lora"]
+    adapters = [delta.name for delta in adapted.stack if delta.kind == "lora"]
     for name in adapters:
         print(f"pipeline.load_lora_weights({str(folder / name)!r}, adapter_name={name!r})")
     if len(adapters) > 1:

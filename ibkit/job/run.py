@@ -35,6 +35,7 @@ OUTPUTS = project_root() / "outputs"
 METAVARS = {
     "class_noun": "WORD", "identifier": "WORD", "subject": "FOLDER", "description": "TEXT", "seed": "N",
     "scorer_weights": "WEIGHTS", "processes": "N", "reward": "SCORER", "subject_reward": "SCORER",
+    "lora": "FILE", "n_inference_steps": "N", "guidance": "SCALE", "eta": "ETA",
 }  # fmt: skip
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 ORPHAN_S = 20  # the kernel of a killed job notices within a second, or when its longest C call ends

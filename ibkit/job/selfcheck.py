@@ -21,7 +21,8 @@ from ibkit.methods.ddpo import DDPOConfig, pair_loss, policy_loss
 from ibkit.methods.engine.advantages import PromptStats
 from ibkit.methods.engine.rollout import Trajectories, rollout
 from ibkit.model.ddim import Schedule, log_prob, step_mean
-from ibkit.model.text_to_image import TextToImage, load_model
+from ibkit.model.loading import load_model
+from ibkit.model.text_to_image import TextToImage
 from ibkit.presets import POCKET, PRESETS
 
 ADAPTER_STD = 0.02  # moves the policy by much more than rounding, and leaves it a policy

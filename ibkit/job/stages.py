@@ -22,6 +22,7 @@ JOB = ("01_personalize", "02_rl_finetune", "03_evaluate")
 SHARED = {
     "model": str, "revision": str, "subject": str, "class_noun": str, "identifier": str, "description": str,
     "prompts": list, "seed": int, "device": str, "scorer_weights": str, "processes": int,
+    "lora": str, "n_inference_steps": int, "guidance": float, "eta": float,
     "reward": str, "clip_at_level": bool, "subject_reward": str, "clip_subject_at_level": bool,
 }  # fmt: skip
 # Parameters that the job sets itself, and the option to use instead.
@@ -94,8 +95,8 @@ def given(arguments: Namespace) -> dict[str, Any]:
         if hasattr(arguments, name):
             value = getattr(arguments, name)
             # A notebook may run in another folder than the one in which the path was typed.
-            if (name == "subject" and value) or (
-                name in ("model", "scorer_weights") and Path(value).expanduser().is_dir()
+            if (name in ("subject", "lora") and value) or (
+                name in ("model", "scorer_weights") and Path(value).expanduser().exists()
             ):
                 value = str(Path(value).expanduser().resolve())
             settings |= {key: value for notebook in JOB if (key := f"{notebook}.{name}") in known}
@@ -193,6 +194,9 @@ def plan(settings: dict[str, Any], folder: Path, resume: bool = False) -> list[S
     subject = stages[0].parameters["subject"]
     if subject and not resolve(subject).is_dir():
         raise ArtifactError(f"There is no folder of photos {resolve(subject)}; check --subject.")
+    lora = stages[0].parameters["lora"]
+    if lora and not resolve(lora).is_file():
+        raise ArtifactError(f"There is no file {resolve(lora)}; check --lora.")
     return stages
 
 

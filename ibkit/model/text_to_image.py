@@ -1,6 +1,6 @@
 """A text-to-image model as the methods see it: predict noise, encode text and pictures, decode latents.
 
-One class serves the pocket model and Stable Diffusion: both are folders in diffusers format.
+One class serves the pocket model and Stable Diffusion; `ibkit.model.loading` makes it of their files.
 
 Shapes: B batch, L text tokens, D text width, C/H/W latent channels, height, width.
 """
@@ -20,19 +20,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError
 
-from ibkit.errors import ModelError, ParameterError
+from ibkit.errors import ParameterError
 
 if TYPE_CHECKING:
-    from diffusers import DDIMScheduler, ModelMixin, UNet2DConditionModel
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+    from transformers import PreTrainedTokenizerBase
 
     from ibkit.model.mapper import MappedText
-
-POCKET_PIPELINE = Path(__file__).parents[1] / "pocket" / "weights" / "pipeline"
-HUB_NAMES = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5"}
-OTHER_PARTS_OF_CLIP = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")  # read by no method
 
 
 @dataclass(frozen=True)
@@ -229,103 +224,6 @@ def model_fingerprint(model: TextToImage) -> str:
 def default_batch(image_px: int) -> int:
     """Default batch size to draw, encode or decode pictures: fits a laptop at 64 px, 12 GiB of GPU memory at 512."""
     return 32 if image_px <= 128 else 4
-
-
-def load_model(model: str = "pocket", revision: str = "", device: torch.device | str = "cpu") -> TextToImage:
-    """Load a text-to-image model for sampling and training, all weights fp32.
-
-    Args:
-        model: "pocket", "sd15" (from the hub), or a local folder in diffusers format.
-        revision: of the hub's repository; empty = its main branch.
-
-    Raises:
-        ModelError: no such folder, a damaged one, weights that do not fit their config or are not finite, or the hub
-            cannot be reached and nothing is cached.
-    """
-    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-    from transformers import AutoTokenizer, CLIPTextModel
-
-    device = torch.device(device)
-    local = model not in HUB_NAMES
-    source = HUB_NAMES.get(model) or str(POCKET_PIPELINE if model == "pocket" else Path(model).expanduser())
-    if local and not (Path(source) / "model_index.json").is_file():
-        raise ModelError(
-            f"model {model!r}: {source} is not a folder in diffusers format (it "
-            f"has no model_index.json); give 'pocket', 'sd15' or such a folder."
-        )
-    fp32 = torch.float32
-    options = {"revision": revision or None} if not local else {}
-    try:
-        unet = load_weights(UNet2DConditionModel, source, "unet", torch_dtype=fp32, **options)
-        vae = load_weights(AutoencoderKL, source, "vae", torch_dtype=fp32, **options)
-        text_encoder = load_weights(CLIPTextModel, source, "text_encoder", dtype=fp32, **options)
-        tokenizer = AutoTokenizer.from_pretrained(source, subfolder="tokenizer", **options)
-        scheduler = DDIMScheduler.from_pretrained(source, subfolder="scheduler", clip_sample=False, **options)
-    except (OSError, ValueError) as error:
-        first = str(error).splitlines()[0]
-        if local:
-            raise ModelError(f"model {model!r}: a part of {source} cannot be read: {first}") from error
-        raise ModelError(
-            f"model {model!r}: {source} is neither in the hub's cache nor can it be downloaded now "
-            f"({first}); go online once, or give a local diffusers-format folder as the model."
-        ) from error
-    if len(tokenizer) != text_encoder.config.vocab_size:
-        raise ModelError(
-            f"model {model!r}: the tokenizer has {len(tokenizer)} tokens and the text "
-            f"encoder {text_encoder.config.vocab_size}: its files are incomplete."
-        )
-    if scheduler.config.prediction_type != "epsilon":
-        raise ModelError(
-            f"model {model!r} predicts {scheduler.config.prediction_type}; ibkit's "
-            f"methods are written for noise prediction (epsilon), as in SD 1.x."
-        )
-    for part in (unet, vae, text_encoder):
-        part.to(device).eval().requires_grad_(False)
-    use_quick_attention(unet, device)
-    autocast = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
-    return TextToImage(model, unet, vae, text_encoder, tokenizer, scheduler, device, autocast)
-
-
-def load_weights(
-    architecture: type[ModelMixin] | type[PreTrainedModel], source: str, part: str, **options
-) -> torch.nn.Module:
-    """A part of a diffusers folder, every weight of which comes from its file; `from_pretrained` only logs what does
-    not fit and leaves the weights concerned random.
-
-    Raises:
-        ModelError: weights are missing, left over, of another shape or not finite, or the file is damaged.
-    """
-    where = f"the {part} in {source}"
-    try:
-        module, report = architecture.from_pretrained(
-            source, subfolder=part, output_loading_info=True, ignore_mismatched_sizes=True, **options
-        )
-    except SafetensorError as error:
-        raise ModelError(f"{where}: its weights file is damaged ({error}): restore it.") from error
-    missing = sorted(report["missing_keys"])
-    left_over = sorted(key for key in report["unexpected_keys"] if not key.startswith(OTHER_PARTS_OF_CLIP))
-    reshaped = sorted(key for key, *_ in report["mismatched_keys"])
-    wrapped = next((key for key in left_over if missing and key.endswith(f".{missing[0]}")), "")
-    prefix = wrapped.removesuffix(missing[0]) if wrapped else ""
-    if prefix and {prefix + key for key in missing} <= set(left_over):
-        raise ModelError(
-            f"{where}: the names of {len(missing)} weights begin with {prefix!r}, the first {wrapped}: they were saved "
-            "inside a wrapper; save the model inside it, or remove that prefix from the names."
-        )
-    found = {"missing": missing, "not of this model": left_over, "of another shape than its config says": reshaped}
-    if not (missing or reshaped):  # else some weights hold no values
-        found["not finite"] = [key for key, weight in module.state_dict().items() if not is_finite(weight)]
-    if wrong := [f"{len(keys)} {what} (first {keys[0]})" for what, keys in found.items() if keys]:
-        raise ModelError(
-            f"{where} has weights that cannot be used: {', '.join(wrong)}; restore or download its files "
-            "again, or save it again with save_pretrained."
-        )
-    return module
-
-
-def is_finite(weight: torch.Tensor) -> bool:
-    """Whether all values are finite; a finite sum proves it five times faster."""
-    return bool(weight.sum().isfinite()) or bool(weight.isfinite().all())
 
 
 def use_quick_attention(unet: torch.nn.Module, device: torch.device) -> None:

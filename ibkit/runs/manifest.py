@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1
 MANIFEST, JOURNAL = "manifest.json", "outputs.jsonl"
-INPUT_PATHS = {"subject", "run_in", "runs", "run_evaluate", "ratings"}  # compared by content
+INPUT_PATHS = {"subject", "lora", "run_in", "runs", "run_evaluate", "ratings"}  # compared by content
 HOW = {"device", "processes", "micro_batch"}  # parameters, and settings, that say how to run, not what
 NO_DEVICE = "nothing computed in this process"
 PACKAGES = (

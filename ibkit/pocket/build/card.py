@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ibkit.model.loading import load_model
 from ibkit.model.sample import sample
-from ibkit.model.text_to_image import load_model
 from ibkit.pocket import world
 from ibkit.pocket.build import labels, subject
 from ibkit.pocket.build.autoencoder import psnr, rebuilt

@@ -1,0 +1,172 @@
+"""Loading a text-to-image model: the pocket's, a folder in diffusers format, one on the hub, or a single file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError
+
+from ibkit.errors import ModelError
+from ibkit.model import hub
+from ibkit.model.text_to_image import TextToImage, use_quick_attention
+
+if TYPE_CHECKING:
+    from diffusers import ModelMixin
+    from transformers import PreTrainedModel
+
+POCKET_PIPELINE = Path(__file__).parents[1] / "pocket" / "weights" / "pipeline"
+OTHER_PARTS_OF_CLIP = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")  # read by no method
+
+
+def load_model(model: str = "pocket", revision: str = "", device: torch.device | str = "cpu") -> TextToImage:
+    """Load a text-to-image model for sampling and training, all weights fp32.
+
+    Args:
+        model: "pocket"; "sd15" or another name on the hub (SD 1.x, or 2.x that predicts noise); a local folder in
+            diffusers format, whose weights may be those of the variant fp16; or a .safetensors file of SD 1.x.
+        revision: of the hub's repository; empty = its main branch.
+
+    Raises:
+        ModelError: there is no such model, it cannot be had from the hub, is damaged or of another architecture, or
+            its weights do not fit their config or are not finite.
+    """
+    source = find(model, revision)
+    if source.is_file():
+        from ibkit.model.single_file import read
+
+        parts = read(source)
+    else:
+        parts = _read_folder(model, source)
+    unet, vae, text_encoder, tokenizer, scheduler = parts
+    config = unet.config
+    fits = config.in_channels == config.out_channels == vae.config.latent_channels
+    if not fits or config.cross_attention_dim != text_encoder.config.hidden_size or config.addition_embed_type:
+        raise ModelError(
+            f"model {model!r} is not a text-to-image model of Stable Diffusion 1.x or 2.x (an inpainting model, or "
+            "Stable Diffusion XL?): give one that is."
+        )
+    if len(tokenizer) != text_encoder.config.vocab_size:
+        raise ModelError(
+            f"model {model!r}: the tokenizer has {len(tokenizer)} tokens and the text "
+            f"encoder {text_encoder.config.vocab_size}: its files are incomplete."
+        )
+    if scheduler.config.prediction_type != "epsilon":
+        raise ModelError(
+            f"model {model!r} predicts {scheduler.config.prediction_type}; ibkit's "
+            f"methods are written for noise prediction (epsilon), as in SD 1.x and the base models of 2.x."
+        )
+    device = torch.device(device)
+    for part in (unet, vae, text_encoder):
+        part.to(device).eval().requires_grad_(False)
+    use_quick_attention(unet, device)
+    autocast = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported() else None
+    return TextToImage(model, unet, vae, text_encoder, tokenizer, scheduler, device, autocast)
+
+
+def find(model: str, revision: str = "") -> Path:
+    """The folder or file of a model; from the hub, it is downloaded where its cache lacks it.
+
+    Raises:
+        ModelError: see `load_model`.
+    """
+    if model in hub.HUB_NAMES:
+        return hub.obtain(hub.HUB_NAMES[model], revision)
+    path = POCKET_PIPELINE if model == "pocket" else Path(model).expanduser()
+    if path.is_file() and path.suffix != ".safetensors":
+        raise ModelError(
+            f"model {model!r}: only .safetensors is read of single files; one of another kind can hold a program: take "
+            "it in that format, or save it in diffusers format first."
+        )
+    if path.is_file() or (path / "unet" / "config.json").is_file():
+        return path
+    if path.exists():
+        raise ModelError(
+            f"model {model!r}: {path} is not a folder in diffusers format (it has no unet/config.json): give the "
+            "folder that holds unet, vae, text_encoder, tokenizer and scheduler."
+        )
+    if hub.is_name(model):
+        return hub.obtain(model, revision)
+    raise ModelError(
+        f"model {model!r} is not there: give 'pocket', 'sd15', a name on the hub such as 'some-org/some-model', a "
+        "folder in diffusers format, or a .safetensors file."
+    )
+
+
+def _read_folder(model: str, folder: Path) -> tuple:
+    """U-Net, autoencoder, text encoder, tokenizer and scheduler of a folder in diffusers format."""
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import AutoTokenizer, CLIPTextModel
+
+    fp32 = torch.float32
+    try:
+        return (
+            load_weights(UNet2DConditionModel, folder, "unet", torch_dtype=fp32),
+            load_weights(AutoencoderKL, folder, "vae", torch_dtype=fp32),
+            load_weights(CLIPTextModel, folder, "text_encoder", dtype=fp32),
+            AutoTokenizer.from_pretrained(folder / "tokenizer"),
+            DDIMScheduler.from_pretrained(folder, subfolder="scheduler", clip_sample=False),
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).splitlines()[0]
+        raise ModelError(f"model {model!r}: a part of {folder} cannot be read: {first}") from error
+
+
+def load_weights(
+    architecture: type[ModelMixin] | type[PreTrainedModel], folder: Path, part: str, **options
+) -> torch.nn.Module:
+    """A part of a diffusers folder, every weight of which comes from its file; `from_pretrained` only logs what does
+    not fit and leaves the weights concerned random. Where there are weights of the variant fp16 alone, they are read.
+
+    Raises:
+        ModelError: weights are missing, left over, of another shape or not finite, or the file is damaged.
+    """
+    where = f"the {part} in {folder}"
+    files = [path.name for path in (folder / part).glob("*.safetensors*")]
+    only_fp16 = files and all(".fp16." in name for name in files)
+    try:
+        module, report = architecture.from_pretrained(
+            folder, subfolder=part, output_loading_info=True, ignore_mismatched_sizes=True,
+            variant="fp16" if only_fp16 else None, **options,
+        )  # fmt: skip
+    except SafetensorError as error:
+        raise ModelError(f"{where}: its weights file is damaged ({error}): restore it.") from error
+    missing = sorted(report["missing_keys"])
+    left_over = sorted(key for key in report["unexpected_keys"] if not key.startswith(OTHER_PARTS_OF_CLIP))
+    wrapped = next((key for key in left_over if missing and key.endswith(f".{missing[0]}")), "")
+    prefix = wrapped.removesuffix(missing[0]) if wrapped else ""
+    if prefix and {prefix + key for key in missing} <= set(left_over):
+        raise ModelError(
+            f"{where}: the names of {len(missing)} weights begin with {prefix!r}, the first {wrapped}: they were saved "
+            "inside a wrapper; save the model inside it, or remove that prefix from the names."
+        )
+    return require_whole(module, where, missing, left_over, sorted(key for key, *_ in report["mismatched_keys"]))
+
+
+def require_whole(
+    module: torch.nn.Module, where: str, missing: list[str], left_over: list[str], reshaped: list[str]
+) -> torch.nn.Module:
+    """The module, if every weight came from its file and is finite.
+
+    Args:
+        where: for the message, such as "the unet in my_model".
+        missing, left_over, reshaped: names of weights that the file lacks, has too much, or has in another shape.
+
+    Raises:
+        ModelError: else.
+    """
+    found = {"missing": missing, "not of this model": left_over, "of another shape than its config says": reshaped}
+    if not (missing or reshaped):  # else some weights hold no values
+        found["not finite"] = [key for key, weight in module.state_dict().items() if not is_finite(weight)]
+    if wrong := [f"{len(keys)} {what} (first {keys[0]})" for what, keys in found.items() if keys]:
+        raise ModelError(
+            f"{where} has weights that cannot be used: {', '.join(wrong)}; restore or download its files "
+            "again, or save it again with save_pretrained."
+        )
+    return module
+
+
+def is_finite(weight: torch.Tensor) -> bool:
+    """Whether all values are finite; a finite sum proves it five times faster."""
+    return bool(weight.sum().isfinite()) or bool(weight.isfinite().all())
