@@ -23,6 +23,11 @@ class Keeps(Protocol):
 class Kept:
     """One part of a training's state. The loop saves its tensors and facts, and restores them on resume."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors in a checkpoint, known before the first step."""
+        return 0
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """By name, on the CPU."""
         return {}
@@ -55,6 +60,10 @@ class Weights(Kept):
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter]):
         self.parameters = parameters
+
+    @property
+    def nbytes(self) -> int:
+        return sum(p.nbytes for p in self.parameters.values())
 
     def now(self) -> list[torch.Tensor]:
         """A copy of the weights as they are."""
@@ -111,10 +120,14 @@ class Average(Copy):
 
 
 class Optimizer(Kept):
-    """An optimizer's moments, without its learning rate and other settings."""
+    """The two moments of an AdamW, without its learning rate and other settings."""
 
     def __init__(self, optimizer: torch.optim.Optimizer):
         self.optimizer = optimizer
+
+    @property
+    def nbytes(self) -> int:
+        return 2 * sum(p.nbytes for group in self.optimizer.param_groups for p in group["params"])
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {
