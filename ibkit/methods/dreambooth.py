@@ -30,7 +30,7 @@ import torch
 from PIL import Image
 
 from ibkit.adapt import attach, freeze
-from ibkit.device import generator
+from ibkit.device import generator, working
 from ibkit.errors import TrainingError
 from ibkit.fields import field
 from ibkit.methods.records import Method, Work
@@ -38,8 +38,10 @@ from ibkit.model.text_to_image import TextToImage, model_fingerprint
 from ibkit.runs import hash_json
 from ibkit.train.kept import Average, Optimizer, Weights, memory_advice
 from ibkit.train.loop import hash_pictures, loop, settings_origin
+from ibkit.train.resources import Resources
 
-MAY_CHANGE = ("n_steps", "checkpoint_every", "n_class_images")  # may differ on resume; the pictures have a hash
+# may differ on resume: length, those that affect memory and speed only, and the pictures, which have a hash
+MAY_CHANGE = ("n_steps", "checkpoint_every", "n_class_images", "micro_batch", "resources")
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,12 @@ class DreamBoothConfig:
         low=0.0,
         high=0.9999,
     )
+    micro_batch: int = field(
+        0, "photos in a pass, with as many class pictures: gradients add up to the batch; memory only; 0 = all",
+        "ours", low=0,
+    )  # fmt: skip
     checkpoint_every: int = field(200, "steps between checkpoints", "ours", low=1)
+    resources: Resources = Resources()
 
 
 def add_noise(z0: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
@@ -120,12 +127,13 @@ def train(
     alphas = model.alphas_cumprod.float().to(model.device)
     latents = model.encode_images(photos)
     prior_latents = model.encode_images(class_pictures) if with_prior else None
-    prompts = [prompt] * config.batch + [class_prompt] * config.batch * with_prior
     origin = settings_origin(config, MAY_CHANGE) | {"model": model_fingerprint(model), "seed": str(seed)}
     origin |= {"prompts": hash_json([prompt, class_prompt]), "photos": hash_pictures(photos)}
     origin["class pictures"] = hash_pictures(class_pictures if with_prior else [])
+    origin |= config.resources.origin
     weights = attach(model, kind, name, kind_settings, generator(seed, name))
-    optimizer = torch.optim.AdamW(
+    config.resources.prepare(model)
+    optimizer = config.resources.adamw(
         weights.values(),
         lr=config.learning_rate,
         betas=config.betas,
@@ -141,20 +149,28 @@ def train(
             z0 = torch.cat([z0, prior_latents[torch.randint(len(prior_latents), (config.batch,), generator=stream)]])
         t = torch.randint(len(alphas), (len(z0),), generator=stream).to(model.device)
         noise = torch.randn(z0.shape, generator=stream).to(model.device)
-        with memory_advice(f"lower batch (now {config.batch}) or use smaller pictures"):
-            eps_hat = model.predict_noise(add_noise(z0, noise, alphas[t]), t, prompts)
-            loss, instance, prior = prior_preservation_loss(eps_hat, noise, config.prior_weight)
-            loss.backward()
-        terms = torch.stack([loss, instance, prior]).tolist()  # waits for the GPU once
-        if not math.isfinite(terms[0]):
+        z_t, terms = add_noise(z0, noise, alphas[t]), torch.zeros(3, device=model.device)
+        with memory_advice(
+            f"lower micro_batch (now {config.micro_batch or config.batch}) or set resources.checkpointing"
+        ):
+            for members in torch.arange(config.batch).split(config.micro_batch or config.batch):
+                rows = torch.cat([members, members + config.batch]) if with_prior else members
+                asked = [prompt if row < config.batch else class_prompt for row in rows.tolist()]
+                eps_hat = model.predict_noise(z_t[rows], t[rows], asked)
+                losses = prior_preservation_loss(eps_hat, noise[rows], config.prior_weight)
+                share = len(members) / config.batch
+                (losses[0] * share).backward()
+                terms += share * torch.stack(losses).detach()
+        loss, instance, prior = terms.tolist()  # waits for the GPU once
+        if not math.isfinite(loss):
             raise TrainingError(
-                f"step {number}: the loss is {terms[0]}; lower the learning rate ({config.learning_rate:g})."
+                f"step {number}: the loss is {loss}; lower the learning rate ({config.learning_rate:g})."
             )
         torch.nn.utils.clip_grad_norm_(weights.values(), config.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average.follow(at_most=(number + 1) / (number + 11))  # the first weights are soon forgotten
-        return {"step": number, **dict(zip(("loss", "loss_instance", "loss_prior"), terms, strict=True))}
+        return {"step": number, "loss": loss, "loss_instance": instance, "loss_prior": prior}
 
     kept = {"weights": Weights(weights), "average": average, "optimizer": Optimizer(optimizer)}
     history = loop(
@@ -170,19 +186,20 @@ def personalize(
     model, job, settings, *, on_row=None, monitor=None, processes=None, **delta: Any
 ) -> list[dict[str, float]]:
     """DreamBooth as a stage; see `records.Train`. `delta`: kind and settings of what is trained."""
-    return train(
-        model,
-        job.photos,
-        job.subject.instance_prompt,
-        job.subject.class_prompt,
-        job.class_pictures,
-        settings,
-        job.folder,
-        job.seed,
-        on_step=lambda row: on_row(row, model) if on_row else None,
-        name=job.name,
-        **delta,
-    )
+    with working(model.unet):
+        return train(
+            model,
+            job.photos,
+            job.subject.instance_prompt,
+            job.subject.class_prompt,
+            job.class_pictures,
+            settings,
+            job.folder,
+            job.seed,
+            on_step=lambda row: on_row(row, model) if on_row else None,
+            name=job.name,
+            **delta,
+        )
 
 
 def class_pictures(settings: DreamBoothConfig) -> int:

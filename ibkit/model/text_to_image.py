@@ -21,6 +21,7 @@ import torch
 from PIL import Image
 from safetensors import SafetensorError
 
+from ibkit.device import working
 from ibkit.errors import ModelError, ParameterError
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ class TextToImage:
             ids = self.tokenizer(
                 prompt, padding="max_length", max_length=self.tokenizer.model_max_length, return_tensors="pt"
             )["input_ids"]
-            with torch.set_grad_enabled(trained and torch.is_grad_enabled()):
+            with working(self.text_encoder), torch.set_grad_enabled(trained and torch.is_grad_enabled()):
                 known[prompt] = self.text_encoder(ids.to(self.device)).last_hidden_state[0].float()
         return torch.stack([known[p] for p in prompts])
 
@@ -118,7 +119,8 @@ class TextToImage:
         It takes prompts as text, so that a method may train the text encoder.
         """
         text = self.encode_text(prompts)
-        with torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext():
+        autocast = torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
+        with working(self.unet), autocast:
             eps_hat = self.unet(x_t, t, encoder_hidden_states=text).sample
         return eps_hat.float()
 
@@ -138,7 +140,8 @@ class TextToImage:
         """
         pixels = torch.stack([torch.from_numpy(np.array(i.convert("RGB"))).permute(2, 0, 1) for i in images])
         parts = pixels.split(default_batch(self.image_px))
-        posteriors = [self.vae.encode(part.to(self.device).float() / 127.5 - 1).latent_dist for part in parts]
+        with working(self.vae):
+            posteriors = [self.vae.encode(part.to(self.device).float() / 127.5 - 1).latent_dist for part in parts]
         z = torch.cat([posterior.mean for posterior in posteriors])
         if generator is not None:  # drawn at once: the noise does not depend on the batches
             std = torch.cat([posterior.std for posterior in posteriors])
@@ -147,15 +150,18 @@ class TextToImage:
 
     def decode_pixels(self, latents: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, height, width) in [-1, 1], fp32, of scaled latents (B, C, H, W), with their gradient."""
-        return self.vae.decode(latents.to(self.device) / self.vae.config.scaling_factor).sample.float().clamp(-1, 1)
+        with working(self.vae):
+            pixels = self.vae.decode(latents.to(self.device) / self.vae.config.scaling_factor).sample
+        return pixels.float().clamp(-1, 1)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         """Pictures of scaled latents (B, C, H, W), in batches of `default_batch`."""
         images = []
-        for part in latents.split(default_batch(self.image_px)):
-            pixels = ((self.decode_pixels(part) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-            images += [Image.fromarray(p) for p in pixels]
+        with working(self.vae):
+            for part in latents.split(default_batch(self.image_px)):
+                pixels = ((self.decode_pixels(part) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+                images += [Image.fromarray(p) for p in pixels]
         return images
 
     def save_pipeline(self, folder: str | Path) -> None:

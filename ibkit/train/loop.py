@@ -58,7 +58,7 @@ def loop(
     checkpoints, history = Checkpoints(folder / CHECKPOINTS), []
     if (found := processes.share(checkpoints.latest() if processes.first else None)) is not None:
         _, tensors, state = found
-        if other := [word for word in origin if state["origin"].get(word) != origin[word]]:
+        if other := [word for word in origin | state["origin"] if state["origin"].get(word) != origin.get(word)]:
             raise ArtifactError(
                 f"the checkpoints in {checkpoints.folder} are of a training with another {', another '.join(other)}: "
                 "go on with what it was started with, or train in another folder."
