@@ -209,7 +209,7 @@ def train(
     )
     average, best = Average(adapter, config.ema_decay), Copy(adapter)
     kept: dict[str, Kept] = {"policy": Weights(adapter), "average": average, "best": best}
-    kept |= {"optimizer": Optimizer(optimizer), "stats": Facts(objectives)}
+    kept |= {"optimizer": Optimizer(optimizer, config.resources.moment_bytes), "stats": Facts(objectives)}
     judged = best.values
 
     def step(epoch: int) -> dict[str, float]:

@@ -172,7 +172,11 @@ def train(
         average.follow(at_most=(number + 1) / (number + 11))  # the first weights are soon forgotten
         return {"step": number, "loss": loss, "loss_instance": instance, "loss_prior": prior}
 
-    kept = {"weights": Weights(weights), "average": average, "optimizer": Optimizer(optimizer)}
+    kept = {
+        "weights": Weights(weights),
+        "average": average,
+        "optimizer": Optimizer(optimizer, config.resources.moment_bytes),
+    }
     history = loop(
         step, config.n_steps, kept, folder, config.checkpoint_every, origin,
         on_row=lambda history: on_step(history[-1]) if on_step else None,

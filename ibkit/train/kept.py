@@ -120,27 +120,33 @@ class Average(Copy):
 
 
 class Optimizer(Kept):
-    """The two moments of an AdamW, without its learning rate and other settings."""
+    """An optimizer's moments, without its learning rate and other settings.
 
-    def __init__(self, optimizer: torch.optim.Optimizer):
-        self.optimizer = optimizer
+    Args:
+        moment_bytes: of a weight; 8 for AdamW's two.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, moment_bytes: int = 8):
+        self.optimizer, self.moment_bytes = optimizer, moment_bytes
+        self.weights = [p for group in optimizer.param_groups for p in group["params"]]
 
     @property
     def nbytes(self) -> int:
-        return 2 * sum(p.nbytes for group in self.optimizer.param_groups for p in group["params"])
+        return self.moment_bytes * sum(p.numel() for p in self.weights)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {
             f"{i}.{name}": torch.as_tensor(v).cpu()
-            for i, slot in self.optimizer.state_dict()["state"].items()
-            for name, v in slot.items()
+            for i, weight in enumerate(self.weights)
+            for name, v in self.optimizer.state.get(weight, {}).items()
         }
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        slots: dict[int, dict[str, torch.Tensor]] = {}
+        slots: dict[int, dict[str, Any]] = {}
         for key, value in tensors.items():
             i, name = key.split(".", 1)
-            slots.setdefault(int(i), {})[name] = value
+            # bitsandbytes counts steps by a number
+            slots.setdefault(int(i), {})[name] = value.item() if value.dtype == torch.int64 else value
         self.optimizer.load_state_dict({"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 

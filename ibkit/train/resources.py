@@ -39,6 +39,11 @@ class Resources:
         """What a checkpoint can only be continued with; see `train.loop`."""
         return {"optimizer": "8-bit AdamW"} if self.adam_8bit else {}
 
+    @property
+    def moment_bytes(self) -> int:
+        """Of AdamW's two moments of a weight."""
+        return 2 if self.adam_8bit else 8
+
     def prepare(self, model: TextToImage) -> None:
         """Apply to a model whose delta is attached: what has a gradient now is what is trained.
 
