@@ -1,10 +1,12 @@
-"""The machine under the kit: device, independent random streams, CPU threads, memory that is kept."""
+"""The machine under the kit: device, networks parked off it, random streams, CPU threads, memory that is kept."""
 
 import ctypes
 import hashlib
 import json
 import os
 import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -70,6 +72,27 @@ def generator(seed: int, *names: str | int) -> "torch.Generator":
 
     digest = hashlib.sha256(json.dumps([seed, *names]).encode()).digest()
     return torch.Generator("cpu").manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+def park(*modules: "torch.nn.Module") -> None:
+    """Let networks wait in the machine's memory instead of the GPU's until they are `working`; on a CPU, nothing."""
+    for module in modules:
+        place = next((parameter.device for parameter in module.parameters()), None)
+        if place is not None and place.type != "cpu":
+            module.to("cpu").place = place
+
+
+@contextmanager
+def working(*modules: "torch.nn.Module") -> Iterator[None]:
+    """Inside, networks that are parked are back on the GPU; the others stay where they are."""
+    waiting = [module for module in modules if getattr(module, "place", None)]
+    for module in waiting:
+        module.to(module.place)
+        module.place = None  # so that a `working` inside this one moves nothing
+    try:
+        yield
+    finally:
+        park(*waiting)
 
 
 def available_cpus() -> int:

@@ -61,8 +61,11 @@ class Drawn(Measured):
 def _check_settings(parameters: Any, method: str) -> None:
     """Refuse a setting that a method does not have."""
     from ibkit.presets import preset_of  # torch: who asks for no training need not wait for it
+    from ibkit.train.resources import Resources, require_bitsandbytes
 
-    preset_of(parameters.model).settings(method, parameters.settings)
+    settings = preset_of(parameters.model).settings(method, parameters.settings)
+    if getattr(settings, "resources", Resources()).adam_8bit:
+        require_bitsandbytes()  # before class pictures are drawn
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,7 +17,8 @@ from PIL import Image
 
 from ibkit import runs
 from ibkit.errors import ArtifactError
-from ibkit.runs import Checkpoints, Run, files, hash_file, hash_json, hash_tree, read_run, writing
+from ibkit.runs import CHECKPOINTS, Checkpoints, Run, files, hash_file, hash_json, hash_tree, read_run, writing
+from ibkit.runs import checkpoints as checkpoints_module
 
 ROOT = Path(runs.__file__).parents[2]
 PARAMETERS = {"seed": 0, "n_steps": 10, "prompts": ["playing soccer"], "resume": False, "run_out": ""}
@@ -719,6 +720,37 @@ def test_only_the_newest_are_kept_and_none_from_a_future_that_was_left(tmp_path)
     assert checkpoints.steps() == [30, 1_000_000]
     checkpoints.save(40, {}, {})
     assert checkpoints.steps() == [30, 40]
+
+
+def test_the_disk_never_holds_more_than_are_kept(tmp_path, monkeypatch):
+    """Those of Stable Diffusion's size are 10 GiB each."""
+    on_disk, save = [], checkpoints_module.save_tensors
+
+    def counted(tensors, path):
+        save(tensors, path)
+        on_disk.append(len(list(tmp_path.rglob("*.safetensors"))))
+
+    monkeypatch.setattr(checkpoints_module, "save_tensors", counted)
+    for step in (1, 2, 3, 4):
+        Checkpoints(tmp_path).save(step, {"w": torch.zeros(2)}, {})
+    assert on_disk == [1, 2, 2, 2]
+
+
+def test_a_finished_run_has_no_checkpoints_and_leaves_those_of_others(tmp_path):
+    run = open_run(tmp_path / "run")
+    other = open_run(tmp_path / "run" / "another")
+    for one in (run, other):
+        Checkpoints(one.folder / "arm" / CHECKPOINTS).save(1, {"w": torch.zeros(2)}, {})
+    run.finish()
+    assert not (run.folder / "arm" / CHECKPOINTS).exists() and read_run(run.folder)
+    assert Checkpoints(other.folder / "arm" / CHECKPOINTS).steps() == [1]
+
+
+def test_a_run_by_hand_keeps_them_because_its_cells_may_run_again(tmp_path):
+    run = Run.open(tmp_path, "01_personalize", PARAMETERS, by_hand=True)
+    Checkpoints(run.folder / CHECKPOINTS).save(1, {"w": torch.zeros(2)}, {})
+    run.finish()
+    assert Checkpoints(run.folder / CHECKPOINTS).steps() == [1]
 
 
 def test_a_picture_is_written_and_noted(tmp_path):

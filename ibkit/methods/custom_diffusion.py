@@ -30,13 +30,14 @@ from ibkit.data.subject import PersonalizedSubject
 from ibkit.device import generator
 from ibkit.errors import ModelError
 from ibkit.fields import field
+from ibkit.methods.engine import photos as engine
 from ibkit.methods.engine.photos import Examples, PhotoConfig, fit, mirrored_latents
 from ibkit.methods.records import Method, Work
 from ibkit.model.text_to_image import TextToImage, model_fingerprint
 from ibkit.runs import hash_json
 from ibkit.train.loop import hash_pictures, settings_origin
 
-MAY_CHANGE = ("n_steps", "checkpoint_every", "n_class_images")
+MAY_CHANGE = (*engine.MAY_CHANGE, "n_class_images")  # the pictures have a hash
 SMALL, LARGE = ("a far away ", "very small "), ("zoomed in ", "close up ")
 GREY = (128, 128, 128)
 

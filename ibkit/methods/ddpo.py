@@ -24,7 +24,7 @@ from PIL import Image
 
 from ibkit.adapt import attach, freeze, without
 from ibkit.data.prompts import Prompt
-from ibkit.device import generator
+from ibkit.device import generator, working
 from ibkit.errors import ParameterError, TrainingError
 from ibkit.fields import field
 from ibkit.methods.engine.objectives import COMBINATIONS, Objectives, Parts, Reward
@@ -39,9 +39,10 @@ from ibkit.train.guard import Guard
 from ibkit.train.kept import Average, Copy, Facts, Kept, Optimizer, Weights, memory_advice
 from ibkit.train.loop import kept_of, loop, settings_origin
 from ibkit.train.processes import Processes
+from ibkit.train.resources import Resources
 
 # settings that may differ on resume: length, and those that affect memory only
-MAY_CHANGE = ("n_epochs", "checkpoint_every", "micro_batch")
+MAY_CHANGE = ("n_epochs", "checkpoint_every", "micro_batch", "resources")
 
 
 @dataclass(frozen=True)
@@ -97,6 +98,7 @@ class DDPOConfig:
     )
     stats_min_count: int = field(16, "fewer, and all prompts of the kind make the mean", "DDPO's code", low=1)
     checkpoint_every: int = field(5, "epochs between checkpoints", "ours", low=1)
+    resources: Resources = Resources()
 
     def n_trained_steps(self, n_steps: int) -> int:
         """How many of `n_steps` denoising steps are trained, at least one."""
@@ -193,6 +195,7 @@ def train(
         objective.levels(prompts)  # a clip at a level that nobody knows is refused before anything is drawn
     origin |= {"model": model_fingerprint(model), "prompts": hash_json([p.text for p in prompts]), "seed": str(seed)}
     origin["rewards"] = hash_json(objectives.facts)
+    origin |= config.resources.origin
     schedule = config.sampler.schedule(model)
     if not bool((schedule.std[: config.n_trained_steps(len(schedule))] > 0).all()):
         raise ParameterError(
@@ -200,12 +203,13 @@ def train(
             "log-probability is not defined: train with an eta above 0, such as 1."
         )
     adapter = attach(model, "lora", name, {"rank": config.lora_rank}, generator(seed, "lora"))
-    optimizer = torch.optim.AdamW(
+    config.resources.prepare(model)
+    optimizer = config.resources.adamw(
         adapter.values(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
     )
     average, best = Average(adapter, config.ema_decay), Copy(adapter)
     kept: dict[str, Kept] = {"policy": Weights(adapter), "average": average, "best": best}
-    kept |= {"optimizer": Optimizer(optimizer), "stats": Facts(objectives)}
+    kept |= {"optimizer": Optimizer(optimizer, config.resources.moment_bytes), "stats": Facts(objectives)}
     judged = best.values
 
     def step(epoch: int) -> dict[str, float]:
@@ -262,7 +266,7 @@ def best_policy(folder: Path) -> dict[str, torch.Tensor]:
 @contextmanager
 def _own_share(processes: Processes, config: DDPOConfig) -> Iterator[None]:
     """Inside, a process works on its share; where it fails, for lack of memory too, all processes say why."""
-    advice = f"lower micro_batch (now {config.micro_batch}), which changes nothing but memory and speed"
+    advice = f"lower micro_batch (now {config.micro_batch}) or set resources.offload, which only cost time"
     with processes.agree(), memory_advice(advice):
         yield
 
@@ -396,11 +400,13 @@ def pair_loss(
 
 def tune(model, job, settings, *, on_row=None, monitor=None, processes=None) -> list[dict[str, float]]:
     """DDPO as a stage; see `records.Train`."""
-    text, subject = (spec and spec.load(model.device, job.photos) for spec in (job.reward, job.subject_reward))
-    return train(
-        model, job.prompts, text, settings, job.folder, job.seed, monitor, job.guard, on_row, processes, subject,
-        job.name,
-    )  # fmt: skip
+    parked = settings.resources.offload
+    text, subject = (spec and spec.load(model.device, job.photos, parked) for spec in (job.reward, job.subject_reward))
+    with working(model.unet):
+        return train(
+            model, job.prompts, text, settings, job.folder, job.seed, monitor, job.guard, on_row, processes, subject,
+            job.name,
+        )  # fmt: skip
 
 
 def work(settings: DDPOConfig) -> Work:

@@ -31,13 +31,14 @@ from PIL import Image
 from ibkit.adapt import attach, freeze
 from ibkit.device import generator
 from ibkit.fields import field
+from ibkit.methods.engine import photos as engine
 from ibkit.methods.engine.photos import Examples, PhotoConfig, fit
 from ibkit.methods.records import Method, Work
 from ibkit.model.text_to_image import TextToImage, model_fingerprint
 from ibkit.runs import hash_json
 from ibkit.train.loop import hash_pictures, settings_origin
 
-MAY_CHANGE = ("n_steps", "checkpoint_every", "n_class_images")  # may differ on resume; the pictures have a hash
+MAY_CHANGE = (*engine.MAY_CHANGE, "n_class_images")  # the pictures have a hash
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,14 @@ from ibkit.data.templates import TEMPLATES
 from ibkit.device import generator
 from ibkit.errors import ArtifactError, ParameterError
 from ibkit.fields import field
+from ibkit.methods.engine import photos as engine
 from ibkit.methods.engine.photos import Examples, PhotoConfig, fit, mirrored_latents
 from ibkit.methods.records import Job, Method, Work
 from ibkit.model.text_to_image import TextToImage, model_fingerprint
 from ibkit.runs import hash_json
 from ibkit.train.loop import hash_pictures, settings_origin
 
-MAY_CHANGE = ("n_steps", "checkpoint_every", "start_file")  # the file's rows have a hash
+MAY_CHANGE = (*engine.MAY_CHANGE, "start_file")  # the file's rows have a hash
 
 
 @dataclass(frozen=True)

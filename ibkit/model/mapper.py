@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import nn
 
+from ibkit.device import working
 from ibkit.errors import ParameterError
 from ibkit.model.attention import cross_attention_layers
 
@@ -120,6 +121,7 @@ class MappedText:
     def __init__(self, mapper: Mapper, word: int, capacity: int = 128):
         self.mapper, self.word, self.capacity = mapper, word, capacity
         self._kept: OrderedDict[tuple[str, int], LayerText] = OrderedDict()
+        self._hooks = ExitStack()
 
     def forget(self) -> None:
         """Compute all texts anew."""
@@ -128,6 +130,7 @@ class MappedText:
     @contextmanager
     def read(self, model: TextToImage, t: torch.Tensor, prompts: Sequence[str], text: torch.Tensor) -> Iterator[None]:
         """Inside, the U-Net's cross-attentions read the layers' own text; `text` (B, L, D) is that without a mapper."""
+        self._hooks.close()
         pairs = list(zip(prompts, t.tolist(), strict=True))
         found = self.texts(model, list(dict.fromkeys(pair for pair in pairs if self.place(model, pair[0]) is not None)))
         if not found:
@@ -147,6 +150,8 @@ class MappedText:
                 for projection, own in ((layer.to_k, keys), (layer.to_v, values)):
                     handle = projection.register_forward_pre_hook(lambda _, args, own=own: (own.to(args[0]), *args[1:]))
                     stack.callback(handle.remove)
+            if getattr(model.unet, "is_gradient_checkpointing", False) and torch.is_grad_enabled():
+                self._hooks = stack.pop_all()  # the backward pass runs the layers again: until the next pass
             yield
 
     def place(self, model: TextToImage, prompt: str) -> int | None:
@@ -195,12 +200,13 @@ class MappedText:
             encoder.get_input_embeddings().register_forward_hook(splice),
             norm.register_forward_pre_hook(lambda _, args: before.append(args[0])),
         ]
-        try:
-            keys = encoder(ids).last_hidden_state.float()
-        finally:
-            for hook in hooks:
-                hook.remove()
-        h = before[0][rows, place]
-        moved = h + BYPASS * h.norm(dim=1, keepdim=True) * bypass / bypass.norm(dim=1, keepdim=True)
-        values = norm(moved).float()
+        with working(encoder):
+            try:
+                keys = encoder(ids).last_hidden_state.float()
+            finally:
+                for hook in hooks:
+                    hook.remove()
+            h = before[0][rows, place]
+            moved = h + BYPASS * h.norm(dim=1, keepdim=True) * bypass / bypass.norm(dim=1, keepdim=True)
+            values = norm(moved).float()
         return [LayerText(k, v, p) for k, v, p in zip(keys.split(n), values.split(n), places.tolist(), strict=True)]

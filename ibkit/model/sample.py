@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from PIL import Image
 
-from ibkit.device import generator
+from ibkit.device import generator, working
 from ibkit.fields import field
 from ibkit.model.ddim import Schedule, log_prob, make_schedule, step_mean
 from ibkit.model.text_to_image import TextToImage, default_batch
@@ -86,13 +86,14 @@ def denoise(
         return torch.stack([torch.randn(model.latent_shape, generator=g) for g in generators]).to(model.device)
 
     x = noise()
-    for i in range(len(schedule)):
-        t, std = schedule.timesteps[i].expand(len(x)), schedule.std[i]
-        eps_hat = model.guided_noise(x, t, prompts, guidance)
-        mean = step_mean(x, eps_hat, schedule.alpha_bar[i], schedule.alpha_bar_prev[i], std)
-        x_prev = mean + std * noise() if std > 0 else mean
-        yield Step(t, x, eps_hat, mean, std, x_prev)
-        x = x_prev
+    with working(model.unet):
+        for i in range(len(schedule)):
+            t, std = schedule.timesteps[i].expand(len(x)), schedule.std[i]
+            eps_hat = model.guided_noise(x, t, prompts, guidance)
+            mean = step_mean(x, eps_hat, schedule.alpha_bar[i], schedule.alpha_bar_prev[i], std)
+            x_prev = mean + std * noise() if std > 0 else mean
+            yield Step(t, x, eps_hat, mean, std, x_prev)
+            x = x_prev
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ibkit.device import working
 from ibkit.errors import ParameterError
 
 if TYPE_CHECKING:
@@ -123,7 +124,8 @@ class TextToImage:
         return torch.stack([states[p] for p in prompts])
 
     def _hidden_states(self, ids: torch.Tensor) -> torch.Tensor:
-        return self.text_encoder(ids).last_hidden_state.float()
+        with working(self.text_encoder):
+            return self.text_encoder(ids).last_hidden_state.float()
 
     def padded_ids(self, prompt: str) -> torch.Tensor:
         """Token ids of a prompt with start, end and padding, (1, L)."""
@@ -151,7 +153,8 @@ class TextToImage:
         """
         text = self.encode_text(prompts)
         mapped = self.mapped.read(self, t, prompts, text) if self.mapped else nullcontext()
-        with mapped, torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext():
+        autocast = torch.autocast(self.device.type, self.autocast) if self.autocast else nullcontext()
+        with working(self.unet), mapped, autocast:
             eps_hat = self.unet(x_t, t, encoder_hidden_states=text).sample
         return eps_hat.float()
 
@@ -171,7 +174,8 @@ class TextToImage:
         """
         pixels = torch.stack([torch.from_numpy(np.array(i.convert("RGB"))).permute(2, 0, 1) for i in images])
         parts = pixels.split(default_batch(self.image_px))
-        posteriors = [self.vae.encode(part.to(self.device).float() / 127.5 - 1).latent_dist for part in parts]
+        with working(self.vae):
+            posteriors = [self.vae.encode(part.to(self.device).float() / 127.5 - 1).latent_dist for part in parts]
         z = torch.cat([posterior.mean for posterior in posteriors])
         if generator is not None:  # drawn at once: the noise does not depend on the batches
             std = torch.cat([posterior.std for posterior in posteriors])
@@ -180,15 +184,18 @@ class TextToImage:
 
     def decode_pixels(self, latents: torch.Tensor) -> torch.Tensor:
         """Pixels (B, 3, height, width) in [-1, 1], fp32, of scaled latents (B, C, H, W), with their gradient."""
-        return self.vae.decode(latents.to(self.device) / self.vae.config.scaling_factor).sample.float().clamp(-1, 1)
+        with working(self.vae):
+            pixels = self.vae.decode(latents.to(self.device) / self.vae.config.scaling_factor).sample
+        return pixels.float().clamp(-1, 1)
 
     @torch.no_grad()
     def decode(self, latents: torch.Tensor) -> list[Image.Image]:
         """Pictures of scaled latents (B, C, H, W), in batches of `default_batch`."""
         images = []
-        for part in latents.split(default_batch(self.image_px)):
-            pixels = ((self.decode_pixels(part) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-            images += [Image.fromarray(p) for p in pixels]
+        with working(self.vae):
+            for part in latents.split(default_batch(self.image_px)):
+                pixels = ((self.decode_pixels(part) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+                images += [Image.fromarray(p) for p in pixels]
         return images
 
     def save_pipeline(self, folder: str | Path) -> None:

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 SCHEMA = 1
+CHECKPOINTS = "checkpoints"  # below a training's folder
 
 
 class Checkpoints:
@@ -23,7 +24,8 @@ class Checkpoints:
 
     Args:
         folder: where they are kept; made when it is not there.
-        keep: how many are kept; at least two, so that a damaged one has one before it.
+        keep: how many are kept; at least two, so that a damaged one has one before it. While one is written the oldest
+            is gone already, so the disk holds `keep` of them at most.
     """
 
     TENSORS, STATE = "tensors.safetensors", "state.json"
@@ -35,7 +37,7 @@ class Checkpoints:
         self.keep = keep
 
     def save(self, step: int, tensors: Mapping[str, "torch.Tensor"], state: Mapping[str, Any]) -> None:
-        """Save a state in full or not at all; then drop the oldest, and any from a later step than this one.
+        """Save a state in full or not at all; drop the oldest before, and any from a later step than this one after.
 
         Args:
             step: how many steps are done.
@@ -47,12 +49,13 @@ class Checkpoints:
         """
         tensors = savable(tensors)
         text = json.dumps(dict(state), default=plain)
-        require_disk(self.folder, sum(tensor.nbytes for tensor in tensors.values()) + len(text))
         target = self.folder / f"step-{step:06d}"
         building, replaced = (target.with_name(f".{target.name}.{suffix}") for suffix in ("new", "old"))
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             self._clear_leftovers()
+            self._drop([s for s in self.steps() if s < step][: 1 - self.keep])
+            require_disk(self.folder, sum(tensor.nbytes for tensor in tensors.values()) + len(text))
             building.mkdir()
             save_tensors(tensors, building / self.TENSORS)
             head = {"schema": SCHEMA, "step": step, "tensors_sha256": hash_file(building / self.TENSORS)}
@@ -65,9 +68,7 @@ class Checkpoints:
                 os.rename(target, replaced)
             os.rename(building, target)
             sync(self.folder)
-            steps = self.steps()
-            for other in [s for s in steps if s > step] + [s for s in steps if s <= step][: -self.keep]:
-                os.rename(self.folder / f"step-{other:06d}", self.folder / f".step-{other:06d}.drop")
+            self._drop([s for s in self.steps() if s > step])
             self._clear_leftovers()
         except OSError as error:
             raise ArtifactError(f"Cannot save a checkpoint in {self.folder}: {error.strerror or error}.") from error
@@ -104,6 +105,12 @@ class Checkpoints:
         if hash_file(folder / self.TENSORS) != head["tensors_sha256"]:
             raise ValueError("its tensors were altered")
         return load_file(folder / self.TENSORS), json.loads(head["state"])
+
+    def _drop(self, steps: Sequence[int]) -> None:
+        for step in steps:
+            leftover = self.folder / f".step-{step:06d}.drop"
+            os.rename(self.folder / f"step-{step:06d}", leftover)
+            shutil.rmtree(leftover)
 
     def _clear_leftovers(self) -> None:
         """Remove what a killed `save` left behind, after putting back a state it had moved aside but not replaced."""

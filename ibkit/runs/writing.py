@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ibkit.errors import ArtifactError
+from ibkit.runs.checkpoints import CHECKPOINTS
 from ibkit.runs.files import (
     TEMPORARY_SUFFIX,
     files_of,
@@ -281,7 +283,11 @@ class Run:
             self._write_manifest()
 
     def finish(self) -> None:
-        """Mark the run complete and release its folder. A complete run that was only read stays as it is."""
+        """Mark the run complete, drop its trainings' checkpoints, and release its folder.
+
+        A complete run that was only read stays as it is. One made by hand keeps its checkpoints, so that its cells can
+        run again without training again.
+        """
         if self._lock is None and self.by_hand and self.complete:
             return  # the last cell, run again
         self._require_open()
@@ -293,6 +299,10 @@ class Run:
             self.manifest["status"] = "complete"
             self._write_manifest()
             (self.folder / JOURNAL).unlink(missing_ok=True)
+        if not self.by_hand:
+            for checkpoints in list(self.folder.rglob(CHECKPOINTS)):
+                if next(f for f in checkpoints.parents if (f / MANIFEST).exists()) == self.folder:  # no other run's
+                    shutil.rmtree(checkpoints)
         self._close()
 
     def fail(self, reason: str) -> None:

@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ibkit.device import park, working
 from ibkit.errors import ModelError, ScoreError
 from ibkit.fields import fill
 from ibkit.registry import Registry
@@ -97,7 +98,7 @@ class Scorer(ABC):
         texts = None if texts is None else list(texts)
         references = None if references is None else list(references)
         self._check(images, texts, references)
-        with torch.inference_mode():
+        with torch.inference_mode(), working(*networks(self)):
             scored = self._score(images, texts, references)
         scores, parts = scored if isinstance(scored, tuple) else (scored, {})
         scores = scores.float().cpu()
@@ -119,6 +120,10 @@ class Scorer(ABC):
             ModelError: The weights are missing, damaged, or do not fit the model.
         """
         raise NotImplementedError(f"{cls.__name__} does not say how it is made: give it a class method `load`.")
+
+    def park(self) -> None:
+        """Keep its networks off the GPU but for the time of a call; see `ibkit.device.park`."""
+        park(*networks(self))
 
     def level(self, text: str) -> Level | None:
         """The scores of true pictures for a text without the identifier; None where they were not measured."""
@@ -147,6 +152,17 @@ class Scorer(ABC):
                     raise ScoreError(f"{self.name}: text {index} is {text!r}: pass a text with at least one word.")
         if "references" in self.needs and not references:
             raise ScoreError(f"{self.name} compares with photos of the subject and got none: pass references.")
+
+
+def networks(holder: Any) -> list[torch.nn.Module]:
+    """The networks of a scorer, and of the encoders and scorers it stands on: whatever of it has an `evaluator`."""
+    found = []
+    for value in vars(holder).values():
+        if isinstance(value, torch.nn.Module):
+            found.append(value)
+        elif hasattr(value, "evaluator"):
+            found += networks(value)
+    return found
 
 
 def rgb_square(image: Image.Image, resize_px: int, crop_px: int) -> Image.Image:

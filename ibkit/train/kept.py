@@ -23,6 +23,11 @@ class Keeps(Protocol):
 class Kept:
     """One part of a training's state. The loop saves its tensors and facts, and restores them on resume."""
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors in a checkpoint, known before the first step."""
+        return 0
+
     def tensors(self) -> dict[str, torch.Tensor]:
         """By name, on the CPU."""
         return {}
@@ -55,6 +60,10 @@ class Weights(Kept):
 
     def __init__(self, parameters: Mapping[str, torch.nn.Parameter]):
         self.parameters = parameters
+
+    @property
+    def nbytes(self) -> int:
+        return sum(p.nbytes for p in self.parameters.values())
 
     def now(self) -> list[torch.Tensor]:
         """A copy of the weights as they are."""
@@ -111,23 +120,33 @@ class Average(Copy):
 
 
 class Optimizer(Kept):
-    """An optimizer's moments, without its learning rate and other settings."""
+    """An optimizer's moments, without its learning rate and other settings.
 
-    def __init__(self, optimizer: torch.optim.Optimizer):
-        self.optimizer = optimizer
+    Args:
+        moment_bytes: of a weight; 8 for AdamW's two.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, moment_bytes: int = 8):
+        self.optimizer, self.moment_bytes = optimizer, moment_bytes
+        self.weights = [p for group in optimizer.param_groups for p in group["params"]]
+
+    @property
+    def nbytes(self) -> int:
+        return self.moment_bytes * sum(p.numel() for p in self.weights)
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return {
             f"{i}.{name}": torch.as_tensor(v).cpu()
-            for i, slot in self.optimizer.state_dict()["state"].items()
-            for name, v in slot.items()
+            for i, weight in enumerate(self.weights)
+            for name, v in self.optimizer.state.get(weight, {}).items()
         }
 
     def load(self, tensors: Mapping[str, torch.Tensor]) -> None:
-        slots: dict[int, dict[str, torch.Tensor]] = {}
+        slots: dict[int, dict[str, Any]] = {}
         for key, value in tensors.items():
             i, name = key.split(".", 1)
-            slots.setdefault(int(i), {})[name] = value
+            # bitsandbytes counts steps by a number
+            slots.setdefault(int(i), {})[name] = value.item() if value.dtype == torch.int64 else value
         self.optimizer.load_state_dict({"state": slots, "param_groups": self.optimizer.state_dict()["param_groups"]})
 
 

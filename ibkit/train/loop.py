@@ -17,12 +17,12 @@ import torch
 from PIL import Image
 
 from ibkit.errors import ArtifactError
-from ibkit.runs import Checkpoints, hash_json
+from ibkit.runs import CHECKPOINTS, Checkpoints, hash_json
+from ibkit.runs.files import require_disk
 from ibkit.train.kept import Kept, part
 from ibkit.train.processes import Processes
 
 Row = dict[str, float]
-CHECKPOINTS = "checkpoints"  # below a training's folder
 
 
 def loop(
@@ -51,13 +51,14 @@ def loop(
         processes: that train together; rank 0 reads and writes checkpoints.
 
     Raises:
-        ArtifactError: the checkpoints in `folder` are of another training, or one cannot be written.
+        ArtifactError: the checkpoints in `folder` are of another training, one cannot be written, or the disk has no
+            room for those to come.
     """
     processes = processes or Processes()
     checkpoints, history = Checkpoints(folder / CHECKPOINTS), []
     if (found := processes.share(checkpoints.latest() if processes.first else None)) is not None:
         _, tensors, state = found
-        if other := [word for word in origin if state["origin"].get(word) != origin[word]]:
+        if other := [word for word in origin | state["origin"] if state["origin"].get(word) != origin.get(word)]:
             raise ArtifactError(
                 f"the checkpoints in {checkpoints.folder} are of a training with another {', another '.join(other)}: "
                 "go on with what it was started with, or train in another folder."
@@ -66,6 +67,9 @@ def loop(
             one.load(part(tensors, name))
             one.recall(state["facts"][name])
         history = state["history"]
+    if processes.first and len(history) < n:
+        size = sum(one.nbytes for one in kept.values())
+        require_disk(checkpoints.folder, size * (checkpoints.keep - len(checkpoints.steps())))
     while len(history) < n and not stop(history):
         started = time.perf_counter()
         row = step(len(history))

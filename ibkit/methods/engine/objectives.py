@@ -126,9 +126,17 @@ class RewardSpec:
             raise ParameterError(f"There is no reward {self.name!r}{nearest(self.name, SCORERS)}")
         check_options(self.name, self.options)
 
-    def load(self, device: torch.device | str = "cpu", references: Sequence[Image.Image] = ()) -> Objective:
-        """Make its scorer, see `make_scorer`, and with it the objective, see `scorer_reward`."""
+    def load(
+        self, device: torch.device | str = "cpu", references: Sequence[Image.Image] = (), parked: bool = False
+    ) -> Objective:
+        """Make its scorer, see `make_scorer`, and with it the objective, see `scorer_reward`.
+
+        Args:
+            parked: whether its networks are on the device only while it scores.
+        """
         scorer = make_scorer(self.name, self.weights, device, self.options)
+        if parked:
+            scorer.park()
         return scorer_reward(scorer, references, self.clip_at_level)
 
 

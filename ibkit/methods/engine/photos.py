@@ -15,12 +15,16 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageOps
 
-from ibkit.device import generator
+from ibkit.device import generator, working
 from ibkit.errors import TrainingError
 from ibkit.fields import field
 from ibkit.model.text_to_image import TextToImage
 from ibkit.train.kept import Average, Optimizer, Weights, memory_advice
 from ibkit.train.loop import loop
+from ibkit.train.resources import Resources
+
+# may differ on resume: length, and what affects memory and speed only
+MAY_CHANGE = ("n_steps", "checkpoint_every", "micro_batch", "resources")
 
 
 @dataclass(frozen=True)
@@ -40,22 +44,32 @@ class PhotoConfig:
         low=0.0,
         high=0.9999,
     )
+    micro_batch: int = field(
+        0, "photos in a pass, with as many class pictures: gradients add up to the batch; memory only; 0 = all",
+        "ours", low=0,
+    )  # fmt: skip
     checkpoint_every: int = field(200, "steps between checkpoints", "ours", low=1)
+    resources: Resources = Resources()
 
 
 @dataclass(frozen=True)
 class Examples:
-    """What one step learns from.
+    """What one step learns from: B photos, or B photos and then B class pictures.
 
     Attributes:
-        z_0: latents (B, C, H, W).
-        prompts: B captions.
-        mask: (B, 1, H, W), where the loss counts; None = everywhere.
+        z_0: latents (B or 2B, C, H, W).
+        prompts: a caption for each.
+        mask: (B, 1, H, W), where the loss of the photos counts; None = everywhere.
     """
 
     z_0: torch.Tensor
     prompts: Sequence[str]
     mask: torch.Tensor | None = None
+
+    def part(self, rows: torch.Tensor, photos: torch.Tensor) -> Examples:
+        """These rows, of which some are photos."""
+        mask = None if self.mask is None else self.mask[photos]
+        return Examples(self.z_0[rows], [self.prompts[row] for row in rows.tolist()], mask)
 
 
 def add_noise(z_0: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
@@ -97,7 +111,8 @@ def fit(
         ArtifactError: the checkpoints in `folder` are of another training.
     """
     alphas = model.alphas_cumprod.float().to(model.device)
-    optimizer = torch.optim.AdamW(
+    settings.resources.prepare(model)
+    optimizer = settings.resources.adamw(
         weights.values(),
         lr=settings.learning_rate,
         betas=settings.betas,
@@ -106,17 +121,24 @@ def fit(
     )
     average = Average(weights, settings.ema_decay)
 
+    micro_batch = settings.micro_batch or settings.batch
+
     def step(number: int) -> dict[str, float]:
         own = generator(*stream, number)
-        with memory_advice(f"lower batch (now {settings.batch}) or use smaller pictures"):
-            examples = draw(own)
-            t = torch.randint(len(alphas), (len(examples.z_0),), generator=own).to(model.device)
-            noise = torch.randn(examples.z_0.shape, generator=own).to(model.device)
-            eps_hat = model.predict_noise(add_noise(examples.z_0, noise, alphas[t]), t, examples.prompts)
-            terms = loss(eps_hat, noise, examples)
-            terms["loss"].backward()
-        values = torch.stack(list(terms.values())).tolist()  # waits for the GPU once
-        row = {"step": number, **dict(zip(terms, values, strict=True))}
+        sums: dict[str, torch.Tensor] = {}
+        with memory_advice(f"lower micro_batch (now {micro_batch}) or set resources.checkpointing"):
+            whole = draw(own)
+            t = torch.randint(len(alphas), (len(whole.z_0),), generator=own).to(model.device)
+            noise = torch.randn(whole.z_0.shape, generator=own).to(model.device)
+            z_t = add_noise(whole.z_0, noise, alphas[t])
+            for photos in torch.arange(settings.batch).split(micro_batch):
+                rows = torch.cat([photos + first for first in range(0, len(z_t), settings.batch)])
+                part, share = whole.part(rows, photos), len(photos) / settings.batch
+                terms = loss(model.predict_noise(z_t[rows], t[rows], part.prompts), noise[rows], part)
+                (share * terms["loss"]).backward()
+                sums = {name: sums.get(name, 0) + share * term.detach() for name, term in terms.items()}
+        values = torch.stack([*sums.values()]).tolist()  # waits for the GPU once
+        row = {"step": number, **dict(zip(sums, values, strict=True))}
         if not math.isfinite(row["loss"]):
             raise TrainingError(
                 f"step {number}: the loss is {row['loss']}; lower the learning rate ({settings.learning_rate:g})."
@@ -128,10 +150,12 @@ def fit(
         average.follow(at_most=(number + 1) / (number + 11))  # the first weights are soon forgotten
         return row
 
-    kept = {"weights": Weights(weights), "average": average, "optimizer": Optimizer(optimizer)}
-    history = loop(
-        step, settings.n_steps, kept, folder, settings.checkpoint_every, origin,
-        on_row=lambda history: on_step(history[-1]) if on_step else None,
-    )  # fmt: skip
+    moments = Optimizer(optimizer, settings.resources.moment_bytes)
+    kept = {"weights": Weights(weights), "average": average, "optimizer": moments}
+    with working(model.unet):
+        history = loop(
+            step, settings.n_steps, kept, folder, settings.checkpoint_every, {**origin, **settings.resources.origin},
+            on_row=lambda history: on_step(history[-1]) if on_step else None,
+        )  # fmt: skip
     average.put_on()
     return history

@@ -1,0 +1,168 @@
+"""What Stable Diffusion v1.5 takes of a GPU, counted on any machine.
+
+A fake tensor has a shape and no values. On fake tensors the kit's own passes run as on a GPU, under bf16 autocast with
+fused attention, and every storage is noted when it is made and when it is freed: weights, gradients, moments, the graph
+that a backward pass needs, transients. Operations are counted in the same passes; a multiplication and an addition are
+two. A row is one latent in a pass; guidance makes two of a picture.
+"""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from functools import cache
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
+
+from ibkit.adapt import attach, parameters_of
+from ibkit.device import generator
+from ibkit.model.text_to_image import TextToImage
+from ibkit.train.resources import Resources
+
+UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}  # the rest are diffusers' defaults
+TEXT = (77, 768)
+VAE = {
+    "block_out_channels": (128, 256, 512, 512),
+    "down_block_types": ("DownEncoderBlock2D",) * 4,
+    "up_block_types": ("UpDecoderBlock2D",) * 4,
+    "layers_per_block": 2,
+    "sample_size": 512,
+}
+PICTURE_PX = 512
+# PyTorch counts the operations of a GPU's fused attention, and not of the CPU's, which fake tensors take.
+OPERATIONS = flop_registry | {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *rest, **named: sdpa_flop_count(
+        q.shape, k.shape, v.shape
+    ),
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda gradient, q, k, v, *rest, **named: (
+        sdpa_backward_flop_count(gradient.shape, q.shape, k.shape, v.shape)
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Counted:
+    """Most bytes that a piece of work has at a time beside the weights, and its operations."""
+
+    nbytes: int
+    flop: int
+
+
+class Counter(TorchDispatchMode):
+    """Bytes of the storages made inside, those alive `now` and the most at a time, `peak`; and operations, `flop`."""
+
+    def __init__(self):
+        super().__init__()
+        self.now = self.peak = self.flop = 0
+        self._known: weakref.WeakSet = weakref.WeakSet()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if function._overloadpacket in OPERATIONS:
+            self.flop += OPERATIONS[function._overloadpacket](*args, **(kwargs or {}), out_val=result)
+        for tensor in tree_iter(result):
+            if isinstance(tensor, torch.Tensor) and (storage := tensor.untyped_storage()) not in self._known:
+                self._known.add(storage)
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, storage.nbytes())
+        return result
+
+    def _freed(self, nbytes: int) -> None:
+        self.now -= nbytes
+
+
+def as_on_cuda(unet: torch.nn.Module) -> None:
+    """Let it normalise in fp32 under autocast, as on CUDA: the CPU's autocast, which fake tensors see, does not."""
+    for part in unet.modules():
+        if isinstance(part, torch.nn.GroupNorm | torch.nn.LayerNorm):
+            part.register_forward_pre_hook(lambda part, arguments: (arguments[0].float(),))
+
+
+def fake(module: torch.nn.Module) -> None:
+    """Give a module on the meta device fake tensors on the CPU; call it inside a `FakeTensorMode`."""
+    for part in module.modules():
+        for name, weight in part._parameters.items():
+            if weight is not None:
+                empty = torch.empty(weight.shape, dtype=weight.dtype)
+                part._parameters[name] = torch.nn.Parameter(empty, requires_grad=weight.requires_grad)
+        for name, buffer in part._buffers.items():
+            if buffer is not None:
+                part._buffers[name] = torch.empty(buffer.shape, dtype=buffer.dtype)
+
+
+def sd15_unet() -> torch.nn.Module:
+    """Its U-Net on the meta device, frozen."""
+    from diffusers import UNet2DConditionModel
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(**UNET).eval().requires_grad_(False)
+    as_on_cuda(unet)
+    return unet
+
+
+def _model(unet: torch.nn.Module) -> TextToImage:
+    nothing = torch.nn.Identity()  # the text is given, and no picture is encoded or decoded
+    cpu = torch.device("cpu")
+    return TextToImage("sd15", unet, nothing, nothing, None, None, cpu, torch.bfloat16)  # type: ignore[arg-type]
+
+
+@cache
+def step(kind: str, rank: int, rows: int, checkpointing: bool, frozen_bf16: bool) -> Counted:
+    """A training step of a delta: the graph, gradients, transients and the optimizer's, beside weights and moments."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = _model(sd15_unet())
+    attach(model, kind, "counted", {"rank": rank}, generator(0, "counted"))
+    resources = Resources(checkpointing=checkpointing, frozen_bf16=frozen_bf16)
+    resources.prepare(model)
+    with FakeTensorMode():
+        fake(model.unet)
+        weights = list(parameters_of(model, "counted").values())
+        model._embeddings["a cat"] = torch.empty(TEXT)
+        x, t = torch.empty(rows, *model.latent_shape), torch.empty(rows, dtype=torch.long)
+        with Counter() as counter:
+            loss = model.predict_noise(x, t, ["a cat"] * rows).square().mean()
+            loss.backward()
+            del loss
+            backward = counter.peak
+            optimizer = resources.adamw(weights, lr=0.0, fused=True)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        moments = sum(value.nbytes for slot in optimizer.state.values() for value in slot.values())
+    return Counted(max(backward, counter.peak - moments), counter.flop)
+
+
+@cache
+def forward(rows: int) -> Counted:
+    """A pass without gradient."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    model = _model(sd15_unet())
+    with FakeTensorMode(), torch.no_grad():
+        fake(model.unet)
+        model._embeddings["a cat"] = torch.empty(TEXT)
+        x, t = torch.empty(rows, *model.latent_shape), torch.empty(rows, dtype=torch.long)
+        with Counter() as counter:
+            model.predict_noise(x, t, ["a cat"] * rows)
+    return Counted(counter.peak, counter.flop)
+
+
+@cache
+def autoencoder(part: str, pictures: int) -> Counted:
+    """`encode` or `decode` of pictures at a time, fp32 as everywhere in the kit."""
+    from diffusers import AutoencoderKL
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with torch.device("meta"):
+        vae = AutoencoderKL(**VAE).eval().requires_grad_(False)
+    with FakeTensorMode(), torch.no_grad():
+        fake(vae)
+        shape = (4, 64, 64) if part == "decode" else (3, PICTURE_PX, PICTURE_PX)
+        given = torch.empty(pictures, *shape)
+        with Counter() as counter:
+            getattr(vae, part)(given)
+    return Counted(counter.peak, counter.flop)
