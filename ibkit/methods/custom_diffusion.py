@@ -277,6 +277,7 @@ METHOD = Method(
     source="Kumari et al. 2022, arXiv 2212.04488",
     names=new_word,
     pocket={
+        "flip": (0.0, "the pocket world's places are never mirrored: a mirrored photo has six times the loss"),
         "scale_augmentation": (False, "the pocket model knows no words for sizes"),
         "n_class_images": (64, "minutes"),
     },

@@ -54,6 +54,7 @@ METHOD = Method(
     source="Alaluf et al. 2023, arXiv 2305.15391",
     names=textual_inversion.learned_word,
     pocket={
+        "flip": (0.0, "the pocket world's places are never mirrored: a mirrored photo has six times the loss"),
         "templates": ("plain", "captions of words that the pocket model knows"),
     },
     work=textual_inversion.work,

@@ -167,6 +167,7 @@ METHOD = Method(
     source="Gal et al. 2022, arXiv 2208.01618",
     names=learned_word,
     pocket={
+        "flip": (0.0, "the pocket world's places are never mirrored: a mirrored photo has six times the loss"),
         "templates": ("plain", "captions of words that the pocket model knows"),
     },
     work=work,
