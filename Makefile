@@ -1,4 +1,5 @@
 # make run      set up if needed, then the main job: personalize, RL, evaluate, report   (make run ARGS="--help")
+#               on photos of yours: make run MODEL=sd15 SUBJECT=my_dog/ CLASS_NOUN=dog
 # make weights  set up if needed, then build the pocket models                          (make weights ARGS="--help")
 # make test     set up if needed, then the tests, on two cores                          (make test ARGS="-k photos -n 0")
 # make check    set up if needed, then the linter, its formatter and the type checker
@@ -19,10 +20,14 @@ endif
 .PHONY: help run weights test check clean-venv
 
 help:
-	@sed -n 's/^# //p' Makefile | sed -n '1,6p'
+	@sed -n 's/^# //p' Makefile | sed -n '1,7p'
+
+# An option where a variable is given on make's command line; one of the environment is somebody else's.
+option = $(if $(findstring command line,$(origin $(1))),--$(2) '$($(1))')
 
 run: $(STAMP)
-	@$(VENV)/bin/ibkit run $(ARGS)
+	@$(VENV)/bin/ibkit run $(call option,MODEL,model) $(call option,SUBJECT,subject) \
+	    $(call option,CLASS_NOUN,class-noun) $(ARGS)
 
 weights: $(STAMP)
 	@$(VENV)/bin/python -m ibkit.pocket.build $(ARGS)

@@ -65,7 +65,7 @@ def run_photos(outputs, tokenizer, folder):
     for i, photo in enumerate(world_photos(demo_subject("dog"), 3)):
         photo.resize((300, 200)).save(folder / "my dog" / f"{i}.jpg")
     chain = ["--model", folder / "model", "--subject", folder / "my dog", "--class-noun", "dog", "--device", "cpu"]
-    chain += small("dreambooth")
+    chain += [*small("dreambooth"), "--n-inference-steps", 3, "--guidance", 1, "--eta", 0]
     name = outputs.name
     offline = ibkit("run", "--name", f"{name}-offline", *chain, HF_HUB_OFFLINE=1, HF_HOME=folder / "cache")
     return offline, ibkit("run", "--name", f"{name}-photos", "--scorer-weights", "pocket", *chain)
@@ -179,7 +179,11 @@ def test_your_own_photos_on_a_local_folder_in_sd_format(jobs, outputs):
     assert result.returncode == 0, result.stdout + result.stderr
     run = main_job.OUTPUTS / f"{outputs.name}-photos"
     scores = read_run(run / "03_evaluate").table("scores.csv")
+    sampler = read_run(run / "03_evaluate").manifest["metrics"]["sampler"]
+    assert sampler == "DDIM, 3 steps, guidance 1, eta 0"
     assert set(scores["subject"]) == {"my dog"} and scores["dino"].notna().all()
+    measured = read_run(run / "01_personalize").table("measured.csv")  # nobody knows the truth: both axes by scorers
+    assert set(measured) == {"model", "monitor", "clip_t", "image_reward"} and measured.notna().all().all()
     assert "judge_activity" not in scores or scores["judge_activity"].isna().all()
     assert json.loads(ibkit("claims", run, "--json").stdout)
 

@@ -6,6 +6,7 @@ from torch.distributions import Normal
 
 from ibkit.errors import ParameterError
 from ibkit.model.ddim import log_prob, make_schedule, predict_x0, step_mean, step_weight
+from ibkit.runs import project_root
 from tests.tiny import scheduler
 
 ALPHAS = scheduler().alphas_cumprod
@@ -75,3 +76,14 @@ def test_a_steps_weight_is_the_variance_of_its_score():
         log_prob((mean + schedule.std[i] * noise).detach(), mean, schedule.std[i]).sum().backward()
         torch.testing.assert_close(eps.grad.var(), weights[i], rtol=0.05, atol=0)
     assert weights[13] > weights[:13].sum()  # why `trained_share` exists
+
+
+@pytest.mark.parametrize(("n_steps", "t", "percent"), [(10, 101, 86), (50, 21, 49)])
+def test_the_last_step_but_one_outweighs_the_others(n_steps, t, percent):
+    """What notebook 02 says of the pocket's preset and of the paper's."""
+    schedule = make_schedule(scheduler().alphas_cumprod, n_steps, 1.0)
+    shares = step_weight(schedule) / step_weight(schedule).sum()
+    assert shares.argmax() == n_steps - 2 and schedule.timesteps[-2] == t
+    assert round(100 * shares.max().item()) == percent
+    notebook = (project_root() / "notebooks" / "02_rl_finetune.ipynb").read_text(encoding="utf-8")
+    assert f"{percent} % of" in notebook

@@ -93,6 +93,15 @@ def settings(*words):
     return given(parser.parse_args(words))
 
 
+@pytest.mark.parametrize(("subject", "noun"), [("cat", "cat"), ("thing3", "toy")])
+def test_the_protocol_knows_what_its_subject_is(folder, subject, noun):  # noqa: F811
+    words = ["--protocol", "dreambench", "--subject", str(folder / "dataset" / subject)]
+    found = settings(*words)
+    assert found["01_personalize.class_noun"] == noun and found["03_evaluate.n_images"] == 4
+    assert len(found["03_evaluate.prompts"]) == 25 and len(found["02_rl_finetune.prompts"]) == 2
+    assert settings(*words, "--class-noun", "thing")["01_personalize.class_noun"] == "thing"  # the user's word wins
+
+
 def test_the_main_job_trains_and_evaluates_on_a_protocol():
     found = settings("--protocol", "pocket_actions", "--class-noun", "dog", "-p", "03_evaluate.n_images=3")
     assert found["02_rl_finetune.prompts"] == ["playing soccer", "dancing"]

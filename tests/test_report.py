@@ -16,9 +16,11 @@ from PIL import Image, ImageDraw
 
 from ibkit.errors import ArtifactError
 from ibkit.evaluate import figures
+from ibkit.evaluate.identity import identity_strip
 from ibkit.evaluate.stats import as_compared, check_scores
 from ibkit.report import _results, build_report
 from ibkit.runs import Run
+from ibkit.scorers.dino import Dino
 
 PROMPTS = {"soccer": "a cat playing soccer", "bike": "a cat riding a bike", "forest": "a cat reading in the forest"}
 # Share of images with the right activity and with the right subject.
@@ -112,6 +114,8 @@ def make_run(folder):
         scene(row.arm, row.prompt_id, row.image_seed).save(third.path(row.image))
     third.note_output("images")
     third.save_figure(*swap(figures.picture_grid(compared, third.folder), "figures/grid"))
+    shown = compared[compared["image_seed"] < 4]
+    third.save_figure(*swap(identity_strip(shown, third.folder, photos, Dino.load("pocket")), "figures/identity"))
     third.save_figure(*swap(figures.fidelity_plane(compared), "figures/plane"))
     third.save_figure(*swap(figures.prompt_bars(compared), "figures/bars"))
     third.save_figure(*swap(figures.prompt_bars(compared, "clip_t"), "figures/clip_by_prompt"))
@@ -199,10 +203,11 @@ def test_a_metric_that_was_not_measured_is_named(page):
 
 def test_page_holds_all_figures_once_in_the_order_of_the_story(page):
     alts = [image["alt"] for image in page.all("img")]
-    assert len(alts) == 6  # the 36 generated images are outputs too, but no figures
-    assert [alt.split()[0] for alt in alts] == ["3", "Generated", "Plane", "Bars", "Curves", "A"]
+    assert len(alts) == 7  # the 36 generated images are outputs too, but no figures
+    assert [alt.split()[0] for alt in alts] == ["3", "Generated", "Enlarged", "Plane", "Bars", "Curves", "A"]
     assert "Base model, DreamBooth, InstructBooth" in alts[1] and "riding a bike" in alts[1]
-    assert "judge activity from" in alts[4] and "epochs 0 to 29" in alts[4]
+    assert "3 of Real photos; 6 of Base model; 6 of DreamBooth; 6 of InstructBooth" in alts[2]
+    assert "judge activity from" in alts[5] and "epochs 0 to 29" in alts[5]
 
 
 def test_page_says_what_stands_in_the_run(page):
@@ -262,6 +267,35 @@ def test_grid_pairs_the_smallest_shared_seeds():
     assert len(data) == 3 * 3 * 3
     assert data.groupby(["arm", "prompt_id"])["image_seed"].agg(list).map(tuple).unique().tolist() == [(0, 2, 3)]
     assert data["arm"].drop_duplicates().tolist() == ["base", "dreambooth", "dreambooth+ddpo"]
+
+
+def widths_in_a_report(figure):
+    """CSS px of each picture of a figure in a report, which shrinks what is wider than its text, 68rem less margins."""
+    content = figure.get_tightbbox().width * 100
+    return [
+        axis.get_position().width * figure.get_figwidth() * 100 * min(1, 1048 / content)
+        for axis in figure.axes
+        if axis.images
+    ]
+
+
+@pytest.mark.parametrize(("arms", "n_seeds"), [(["base"], 4), (["base", "dreambooth"], 3), (list("abc"), 2)])
+def test_pictures_of_photo_size_are_shown_large(arms, n_seeds):
+    photo = Image.effect_noise((512, 512), 50)
+    rows = [
+        {"arm": arm, "prompt_id": "p", "text": "a cat", "image_seed": seed, "image": photo}
+        for arm in arms
+        for seed in range(4)
+    ]
+    figure, data = figures.picture_grid(pd.DataFrame(rows))
+    figure.draw_without_rendering()
+    assert len(data) == len(arms) * n_seeds and min(widths_in_a_report(figure)) > 135
+    small = [row | {"image": photo.resize((64, 64))} for row in rows]
+    assert len(figures.picture_grid(pd.DataFrame(small))[1]) == 4 * len(arms)
+    strip, data = figures.reference_strip([photo] * 8, list("abcdefgh"))
+    strip.draw_without_rendering()
+    assert len(data) == 8 and min(widths_in_a_report(strip)) > 190
+    assert [axis.get_xlabel() for axis in strip.axes if axis.images] == list("abcdefgh")
 
 
 def test_curves_keep_every_point_and_average_seeds():
@@ -372,7 +406,7 @@ def test_report_in_a_browser(report, tmp_path):
         browser.call("Page.navigate", url=report.as_uri())
         browser.wait_for("Page.loadEventFired")
         widths = browser.evaluate("[...document.images].map(image => image.complete ? image.naturalWidth : 0)")
-        assert len(widths) == 6 and min(widths) > 100
+        assert len(widths) == 7 and min(widths) > 100
         assert browser.evaluate("document.images[0].getBoundingClientRect().width") > 100
         for width in (360, 1280):  # a phone and a desktop: the page itself never scrolls sideways
             browser.call(

@@ -7,6 +7,7 @@ backend is chosen, and the same call works in JupyterLab, in a batch run and in 
 """
 
 import io
+import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -27,6 +28,7 @@ from ibkit.evaluate.arms import BLUE, GREEN, GREY, ORANGE, arms_of
 from ibkit.evaluate.stats import METRICS, summarise
 
 INK, FAINT = "#1f2328", "#d8dbe0"
+LARGE_IN_ROW = 6  # large pictures of a grid; a report is some 1,050 px wide
 HOUSE_STYLE = seaborn.axes_style("whitegrid") | {
     "figure.facecolor": "white",
     "axes.edgecolor": FAINT,
@@ -86,7 +88,7 @@ def house_figure(
 def reference_strip(
     photos: Sequence[Image.Image], names: Sequence[str] | None = None, title: str = ""
 ) -> tuple[Figure, pd.DataFrame]:
-    """Show the subject's photos side by side.
+    """Show pictures side by side, such as the subject's photos; large ones at most five in a row.
 
     Args:
         names: a caption for each photo, such as the file names.
@@ -95,10 +97,15 @@ def reference_strip(
         The figure, and one row a photo: position, name, width_px, height_px.
     """
     names = names if names is not None else [""] * len(photos)
-    with house_figure(1.6 * max(len(photos), 3), 2.1, title) as figure:
-        axes = figure.subplots(1, len(photos), squeeze=False)[0]
-        for axis, photo, name in zip(axes, photos, names, strict=True):
-            _draw_picture(axis, photo)
+    size, most = (2.0, 5) if is_large(photos[0]) else (1.6, len(photos))
+    n_rows = math.ceil(len(photos) / most)
+    columns = math.ceil(len(photos) / n_rows)
+    with house_figure(size * max(columns, 3), (size + 0.3) * n_rows + 0.2, title) as figure:
+        axes = figure.subplots(n_rows, columns, squeeze=False).ravel()
+        for axis in axes[len(photos) :]:
+            axis.set_axis_off()
+        for axis, photo, name in zip(axes, photos, names, strict=False):
+            draw_picture(axis, photo)
             axis.set_xlabel(name, fontsize=8)
     rows = [(i, name, *photo.size) for i, (name, photo) in enumerate(zip(names, photos, strict=True))]
     return figure, pd.DataFrame(rows, columns=["position", "name", "width_px", "height_px"])
@@ -114,18 +121,19 @@ def picture_wall(columns: Mapping[str, Sequence[Image.Image]], title: str = "") 
         The figure, and one row a picture: column, row.
     """
     n_rows = max(map(len, columns.values()))
-    with house_figure(1.25 * len(columns), 1.2 * n_rows + 0.6, title) as figure:
+    size = 2.0 if is_large(next(iter(columns.values()))[0]) else 1.2
+    with house_figure((size + 0.05) * len(columns), size * n_rows + 0.6, title) as figure:
         axes = figure.subplots(n_rows, len(columns), squeeze=False)
         for (name, pictures), column in zip(columns.items(), axes.T, strict=True):
             column[0].set_title(name, loc="center", fontsize=9)
             for picture, axis in zip(pictures, column, strict=True):
-                _draw_picture(axis, picture)
+                draw_picture(axis, picture)
     places = [(name, row) for name, pictures in columns.items() for row in range(len(pictures))]
     return figure, pd.DataFrame(places, columns=["column", "row"])
 
 
 def picture_grid(
-    images: pd.DataFrame, root: str | Path = ".", n_seeds: int = 4, title: str = ""
+    images: pd.DataFrame, root: str | Path = ".", n_seeds: int = 0, title: str = ""
 ) -> tuple[Figure, pd.DataFrame]:
     """Show every arm on the same prompts and the same noise: a row for each prompt, a block for each arm.
 
@@ -133,13 +141,16 @@ def picture_grid(
         images: one row per image with arm, prompt_id, text, image_seed, and image: a path below `root`, or a
             picture. Give one row for each (arm, prompt_id, image_seed), of one subject (`stats.one_seed`).
         root: folder the paths are relative to.
-        n_seeds: pictures an arm gets for a prompt; the smallest seeds that all arms have.
+        n_seeds: pictures an arm gets for a prompt, the smallest seeds that all arms have; 0 = four, or of large
+            pictures as many as leave them large in a report.
 
     Returns:
         The figure, and one row a picture: row, column, arm, prompt_id, text, image_seed, image.
     """
     arms = arms_of(images["arm"].unique())
     prompts = images.drop_duplicates("prompt_id").set_index("prompt_id")["text"]
+    large = is_large(opened(images["image"].iloc[0], root))
+    n_seeds = n_seeds or (max(LARGE_IN_ROW // len(arms), 1) if large else 4)
     n_arms = images.groupby("prompt_id")["arm"].transform("nunique")
     shared = images[images.groupby(["prompt_id", "image_seed"])["arm"].transform("nunique") == n_arms]
     place = shared.groupby(["arm", "prompt_id"])["image_seed"].rank(method="first").astype(int) - 1
@@ -151,7 +162,7 @@ def picture_grid(
     data = shared.loc[place < n_seeds, names].sort_values(["row", "column"], ignore_index=True)
 
     # A label column, then for each arm its pictures and a gap; every length is in inches.
-    label, picture, gap, head = 1.4, 0.74, 0.1, 0.55 if title else 0.3
+    label, picture, gap, head = 1.4, 1.6 if large else 0.74, 0.1, 0.55 if title else 0.3
     widths = [label] + ([picture] * n_seeds + [gap]) * len(arms)
     between = 0.06 * sum(widths) / len(widths)
     height = (picture + between) * len(prompts) + head
@@ -167,11 +178,10 @@ def picture_grid(
         for cell in data.itertuples():
             block, place_in_block = divmod(cell.column, n_seeds)
             axis = figure.add_subplot(grid[cell.row, 1 + cell.column + block])
-            is_picture = isinstance(cell.image, Image.Image)
-            _draw_picture(axis, cell.image if is_picture else read_rgb(Path(root) / cell.image))
+            draw_picture(axis, opened(cell.image, root))
             if cell.row == 0 and place_in_block == 0:
-                arm = arms[cell.arm]
-                axis.set_title(textwrap.fill(arm.label, 10 * n_seeds), color=arm.colour, fontsize=10, pad=5)
+                arm, letters = arms[cell.arm], round(13.5 * picture * n_seeds)
+                axis.set_title(textwrap.fill(arm.label, letters), color=arm.colour, fontsize=10, pad=5)
     data["image"] = [str(value) if isinstance(value, str | Path) else "" for value in data["image"]]
     return figure, data
 
@@ -242,16 +252,22 @@ def trajectory(
         "Ratio, new over old policy": {"ratio": BLUE},
         "Gradient cut, share of episodes": {"clip_high": BLUE, "clip_low": ORANGE},
     }
-    with house_figure(9.6, 4.2, title) as figure:
-        above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=(1, 1.9)).flat
-        axes = above.subplots(1, len(beliefs), squeeze=False)[0]
-        for axis, (t, picture) in zip(axes, beliefs.items(), strict=True):
-            _draw_picture(axis, picture)
+    large = is_large(next(iter(beliefs.values())))
+    n_rows = 2 if large and len(beliefs) > 1 else 1
+    heights = (2.1 * n_rows if large else 1.45, 2.75)
+    with house_figure(9.6, sum(heights), title) as figure:
+        above, below = figure.subfigures(2, 1, squeeze=False, height_ratios=heights).flat
+        axes = above.subplots(n_rows, math.ceil(len(beliefs) / n_rows), squeeze=False).ravel()
+        for axis in axes[len(beliefs) :]:
+            axis.set_axis_off()
+        for axis, (t, picture) in zip(axes, beliefs.items(), strict=False):
+            draw_picture(axis, picture)
             axis.set_xlabel(f"t = {t}", fontsize=8)
         for axis, (name, lines) in zip(below.subplots(1, len(panels)), panels.items(), strict=True):
             for column, colour in lines.items():
                 label = column if len(lines) > 1 else None
-                seaborn.lineplot(steps, x="t", y=column, marker="o", color=colour, label=label, ax=axis)
+                size = 6 if len(steps) <= 20 else 3  # 50 points of the usual size hide their line
+                seaborn.lineplot(steps, x="t", y=column, marker="o", ms=size, color=colour, label=label, ax=axis)
             axis.set(title=name, xlabel="t, from noise to picture", ylabel="")
             axis.invert_xaxis()
             if "ratio" in lines:
@@ -330,9 +346,19 @@ def prompt_bars(scores: pd.DataFrame, metric: str = "judge_text", title: str = "
     return figure, data.merge(texts, left_on="prompt_id", right_index=True)
 
 
-def _draw_picture(axis: Axes, picture: Image.Image) -> None:
+def is_large(picture: Image.Image) -> bool:
+    """Whether a picture has detail to show, as photos have and pictures of the pocket world do not."""
+    return min(picture.size) > 128
+
+
+def opened(image: Image.Image | str | Path, root: str | Path) -> Image.Image:
+    """A picture, or the one at a path below `root`."""
+    return image if isinstance(image, Image.Image) else read_rgb(Path(root) / image)
+
+
+def draw_picture(axis: Axes, picture: Image.Image) -> None:
     """Show a picture without ticks or frame; small pictures keep their pixels sharp."""
-    smooth = "antialiased" if min(picture.size) > 128 else "nearest"
+    smooth = "antialiased" if is_large(picture) else "nearest"
     axis.imshow(np.asarray(picture.convert("RGB")), interpolation=smooth)
     axis.set(xticks=[], yticks=[])
     axis.grid(False)

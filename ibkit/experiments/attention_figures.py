@@ -20,7 +20,7 @@ from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
 from ibkit.evaluate.arms import GREY, label_of
-from ibkit.evaluate.figures import FAINT, INK, house_figure, whiskers
+from ibkit.evaluate.figures import FAINT, INK, house_figure, is_large, whiskers
 from ibkit.evaluate.stats import METRICS, metrics_in
 from ibkit.model.attention import AttentionRecord
 
@@ -96,7 +96,7 @@ def _draw_map(axis: Axes, picture: Image.Image, values: torch.Tensor, top: float
 
 
 def _smooth(picture: Image.Image) -> str:
-    return "antialiased" if min(picture.size) > 128 else "nearest"
+    return "antialiased" if is_large(picture) else "nearest"
 
 
 def _places(label: str, column: str, values: torch.Tensor) -> pd.DataFrame:

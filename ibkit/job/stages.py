@@ -119,6 +119,7 @@ def given(arguments: Namespace) -> dict[str, Any]:
         about = known | settings
         chosen = read_protocol(arguments.protocol, about["01_personalize.class_noun"], about["01_personalize.subject"])
         settings = {
+            "01_personalize.class_noun": chosen.class_noun,
             "02_rl_finetune.prompts": list(chosen.train),
             "03_evaluate.prompts": list(chosen.evaluate),
             "03_evaluate.n_images": chosen.images_per_prompt,

@@ -85,6 +85,11 @@ def _describe_grid(table: pd.DataFrame) -> str:
     return f"Generated pictures by {arms}, each on the same noise, for the prompts: {prompts}."
 
 
+def _describe_cuts(table: pd.DataFrame) -> str:
+    rows = [f"{len(part)} of {label_of(arm)}" for arm, part in table.groupby("arm", sort=False)]
+    return f"Enlarged cuts of pictures, a row for each: {'; '.join(rows)}."
+
+
 def _describe_curves(table: pd.DataFrame) -> str:
     parts = []
     for series, points in table.groupby("series", sort=False):
@@ -120,6 +125,13 @@ FIGURE_KINDS = (
         "Pictures in the same place of each block start from the same noise. Look for two things: does the picture "
         "show what the prompt says, and is it still the subject of the photos?",
         _describe_grid,
+    ),
+    FigureKind(
+        "identity",
+        "Closer: is it the same one?",
+        "The part of each picture that stands out from its border, enlarged; the photos come first. Compare markings, "
+        "colours and shape.",
+        _describe_cuts,
     ),
     FigureKind(
         "plane",

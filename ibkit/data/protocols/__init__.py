@@ -26,6 +26,7 @@ class Protocol:
     Attributes:
         name: of the file, such as "actions".
         title: in words, with the numbers of subjects, prompts and images.
+        class_noun: what the subject is, as the prompts call it.
         train: activities to train RL on.
         evaluate: activities, or templates (see `ibkit.data.prompts.make_prompt`), to draw pictures for.
         images_per_prompt: pictures for each prompt and method.
@@ -33,6 +34,7 @@ class Protocol:
 
     name: str
     title: str
+    class_noun: str
     train: tuple[str, ...]
     evaluate: tuple[str, ...]
     images_per_prompt: int
@@ -66,7 +68,7 @@ def read_protocol(name: str, class_noun: str = "", photos: str | Path = "") -> P
     for group in data["group"]:
         if class_noun in group["class_nouns"]:
             prompts = (tuple(group["train"]), tuple(group["evaluate"]))
-            return Protocol(name, data["title"], *prompts, data["images_per_prompt"])
+            return Protocol(name, data["title"], class_noun, *prompts, data["images_per_prompt"])
     raise ParameterError(
         f"protocol {name!r} has no prompts for {class_noun!r}: it knows {', '.join(class_nouns(name))}."
     )
@@ -87,4 +89,5 @@ def _dreambench(photos: Path | None) -> Protocol:
         raise ParameterError(f"{photos} is not one of DreamBench's subjects; `ibkit data dreambench` lists them.")
     prompts = bench.live_prompts if subject.live else bench.object_prompts
     title = "DreamBench: 30 subjects x 25 prompts x 4 images"
-    return Protocol(DREAMBENCH, title, DREAMBENCH_TRAIN[subject.live], prompts, dreambench.IMAGES_PER_PROMPT)
+    train = DREAMBENCH_TRAIN[subject.live]
+    return Protocol(DREAMBENCH, title, subject.class_noun, train, prompts, dreambench.IMAGES_PER_PROMPT)
