@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Resources:
-    """Each is off unless asked for; `ibkit plan` says which of them a GPU needs, and `ibkit run` sets those."""
+    """Each is off unless asked for. `ibkit plan` says which of the first four a GPU needs; `ibkit run` sets them."""
 
     offload: bool = field(
         False, "text encoder, autoencoder and scorers wait in the machine's memory until they are used", "ours"
