@@ -35,7 +35,7 @@ LORA, _, _ = stages("--personalize", "lora_dreambooth")
 
 
 def test_storages_and_operations_by_hand():
-    with Counter() as counter:
+    with Counter(torch.nn.Identity()) as counter:
         x = torch.ones(100)
         y = x + 1
         del x
@@ -60,10 +60,9 @@ def test_the_count_is_what_autograd_keeps(tiny):
             kept[storage._cdata] = storage.nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), Counter() as counter:
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor), Counter(tiny.unet) as counter:
         loss = tiny.predict_noise(x, t, ["a cat"] * 2).square().mean()
-    assert counter.now == pytest.approx(sum(kept.values()), rel=0.02)
-    assert loss.requires_grad
+    assert loss.requires_grad and counter.now == pytest.approx(sum(kept.values()), rel=0.01)
 
 
 def test_counts_at_stable_diffusions_shape():
@@ -80,6 +79,7 @@ def test_counts_at_stable_diffusions_shape():
     assert fit.fit(stages("--set", "ddpo.micro_batch=1")[1]).gib == pytest.approx(10, rel=0.25)
 
 
+@pytest.mark.slow
 def test_a_row_takes_the_same_between_the_rows_counted():
     assert step("lora", 4, 4).nbytes == pytest.approx(memory._step("lora", 4, 4, False, False).nbytes, rel=0.01)
 
@@ -119,10 +119,8 @@ def test_the_readme_has_the_ladder(capsys):
 
 
 def test_what_the_user_set_is_left_alone():
-    tune = stages("--set", "ddpo.micro_batch=4", "--set", "ddpo.resources.offload=False")[1]
-    settings, sentences = fit.settings_for([tune], 8)
-    assert settings.keys() == {"set.ddpo.resources.frozen_bf16", "set.ddpo.resources.checkpointing"}
-    assert sentences == [] or "02_rl_finetune takes" in sentences[0]
+    tune = stages("--set", "ddpo.micro_batch=1", "--set", "ddpo.resources.offload=False")[1]
+    assert fit.settings_for([tune], 8) == ({"set.ddpo.resources.frozen_bf16": True}, [])
 
 
 def test_plan_for_a_gpu_that_is_not_here(capsys):
@@ -139,13 +137,22 @@ def test_plan_for_a_gpu_that_is_not_here(capsys):
 
 
 def test_plan_says_that_a_cpu_is_not_for_it(capsys, monkeypatch):
-    monkeypatch.setattr(costs, "REPEATS", 1)
+    """At a speed of 80 GFLOP/s; that of this machine is timed in tests/test_plan.py."""
+    timed = costs.Costs(0.01, 0.02, 0.03, 0.01, 5.0, 8e8, "timed")
+    monkeypatch.setattr(costs, "_pocket", lambda device: timed)
     assert main(["plan", "--model", "sd15", "--device", "cpu"]) == 0
     out = capsys.readouterr().out
-    assert "scaled from the pocket model by operations" in out and "Not for a CPU" in out
+    assert "scaled from the pocket model by operations, 1004 times as many a row" in out and "Not for a CPU" in out
+    assert "(0.08 TFLOP/s)" in out
 
 
-def test_a_run_on_a_gpu_sets_what_it_needs(monkeypatch, capsys):
+@pytest.fixture
+def bitsandbytes(monkeypatch):
+    """As if it were installed."""
+    monkeypatch.setattr("ibkit.train.resources.find_spec", lambda name: name)
+
+
+def test_a_run_on_a_gpu_sets_what_it_needs(monkeypatch, capsys, bitsandbytes):
     monkeypatch.setattr(fit, "card_gib", lambda device: 12.0)
     monkeypatch.setattr(main_job, "require_disk", lambda folder, nbytes: None)
     settings = main_job._fitted([FULL, TUNE, EVALUATE])
@@ -164,6 +171,7 @@ def test_a_run_on_a_gpu_sets_what_it_needs(monkeypatch, capsys):
 def test_a_run_asks_for_the_disk_that_it_will_take(monkeypatch):
     moments = 2 * 4 * WEIGHTS["unet"]
     adapter = 4 * step("lora", 4, 2).trained
+    assert f"takes {fit.disk_bytes([FULL]) / GIB:.1f} GiB of the disk" in (project_root() / "README.md").read_text()
     assert fit.disk_bytes([FULL, TUNE]) == 4 * WEIGHTS["unet"] + adapter + 2 * (4 * WEIGHTS["unet"] + moments)
     of_models = 4 * sum(WEIGHTS[name] for name in ("unet", "vae", "text_encoder", "image_reward", "clip", "dino"))
     assert fit.disk_bytes([FULL, TUNE]) + of_models < check.SD15_DISK_GIB * GIB
@@ -176,7 +184,7 @@ def test_check_asks_for_the_least_gpu_of_the_ladder():
     assert check.SD15_GPU_GIB == fit.LADDER_GIB[0] and fit.fit(LORA, check.SD15_GPU_GIB).fits
 
 
-def test_resources_that_were_set_count():
+def test_resources_that_were_set_count(bitsandbytes):
     with_it = stages("--set", "dreambooth.resources.adam_8bit=True", "--set", "dreambooth.resources.offload=True")[0]
     less = fit.fit(FULL).phases["training"] - fit.fit(with_it).phases["training"]
     assert less == 6 * WEIGHTS["unet"] + fit.PARTS
@@ -186,9 +194,8 @@ def test_resources_that_were_set_count():
 
 def test_the_numbers_of_weights_are_those_of_the_architectures():
     import open_clip
+    import transformers
     from diffusers import AutoencoderKL
-    from transformers import AlignConfig, AlignModel, CLIPConfig, CLIPModel, CLIPTextConfig, CLIPTextModel
-    from transformers import ViTConfig, ViTModel
 
     from ibkit.scorers.image_reward import ImageRewardModel, RewardConfig
 
@@ -200,14 +207,17 @@ def test_the_numbers_of_weights_are_those_of_the_architectures():
         found = {
             "unet": memory.sd15_unet(),
             "vae": AutoencoderKL(**memory.VAE),
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**text)),
+            "text_encoder": transformers.CLIPTextModel(transformers.CLIPTextConfig(**text)),
             "image_reward": ImageRewardModel(RewardConfig()),
             "clip": open_clip.create_model("ViT-B-32-quickgelu", pretrained=None, device="meta"),
-            "dino": ViTModel(
-                ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536), add_pooling_layer=False
+            "dino": transformers.ViTModel(
+                transformers.ViTConfig(hidden_size=384, num_attention_heads=6, intermediate_size=1536),
+                add_pooling_layer=False,
             ),
-            "pick_score": CLIPModel(CLIPConfig(text_config=of_text, vision_config=of_image, projection_dim=1024)),
-            "align": AlignModel(AlignConfig()),
+            "pick_score": transformers.CLIPModel(
+                transformers.CLIPConfig(text_config=of_text, vision_config=of_image, projection_dim=1024)
+            ),
+            "align": transformers.AlignModel(transformers.AlignConfig()),
         }
     assert {name: sum(p.numel() for p in model.parameters()) for name, model in found.items()} == WEIGHTS
     # the largest scorers' vision towers at their batch of 32: what scoring takes beside the weights
@@ -216,7 +226,7 @@ def test_the_numbers_of_weights_are_those_of_the_architectures():
         with memory.FakeTensorMode(), torch.no_grad():
             memory.fake(tower)
             pixels = torch.empty(32, 3, px, px)
-            with Counter() as counter:
+            with Counter(tower) as counter:
                 tower(pixels)
         assert counter.peak < fit.SCORING_BYTES
 

@@ -26,7 +26,7 @@ DRAWN_ROWS = 8  # of a pass that draws 4 pictures, with guidance
 KEPT_CHECKPOINTS = 2  # of a training, see `runs.checkpoints`
 # Assumed: what the CUDA context, libraries' workspaces and fragmentation take of a card; no tensor, so not counted.
 RESERVED_GIB, RESERVED_SHARE = 1.0, 0.08
-SCORING_BYTES = 0.5 * GIB  # above the activations of the largest official scorer, by tests/test_fit.py
+SCORING_BYTES = 0.7 * GIB  # above the activations of the largest official scorer, by tests/test_fit.py
 NETWORK_OF = {"clip_t": "clip", "clip_i": "clip", "subject": "dino", "weak_reward": "image_reward"} | dict.fromkeys(
     ("align_t", "align_i", "harmonic"), "align"
 )

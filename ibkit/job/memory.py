@@ -69,12 +69,16 @@ class Counted:
 
 
 class Counter(TorchDispatchMode):
-    """Bytes of the storages made inside, those alive `now` and the most at a time, `peak`; and operations, `flop`."""
+    """Bytes of the storages made inside, those alive `now` and the most at a time, `peak`; and operations, `flop`.
 
-    def __init__(self):
+    Args:
+        outside: a network whose weights are not counted.
+    """
+
+    def __init__(self, outside: torch.nn.Module):
         super().__init__()
         self.now = self.peak = self.flop = 0
-        self._known: weakref.WeakSet = weakref.WeakSet()
+        self._known = weakref.WeakSet(weight.untyped_storage() for weight in outside.parameters())
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -150,7 +154,7 @@ def _step(kind: str, rank: int, rows: int, checkpointing: bool, frozen_bf16: boo
         weights = list(parameters_of(model, "counted").values())
         model._embeddings["a cat"] = torch.empty(TEXT)
         x, t = torch.empty(rows, *model.latent_shape), torch.empty(rows, dtype=torch.long)
-        with Counter() as counter:
+        with Counter(model.unet) as counter:
             loss = model.predict_noise(x, t, ["a cat"] * rows).square().mean()
             loss.backward()
             del loss
@@ -172,7 +176,7 @@ def forward(rows: int) -> Counted:
         fake(model.unet)
         model._embeddings["a cat"] = torch.empty(TEXT)
         x, t = torch.empty(rows, *model.latent_shape), torch.empty(rows, dtype=torch.long)
-        with Counter() as counter:
+        with Counter(model.unet) as counter:
             model.predict_noise(x, t, ["a cat"] * rows)
     return Counted(counter.peak, counter.flop, 4 * WEIGHTS["unet"])
 
@@ -188,6 +192,6 @@ def autoencoder(part: str) -> Counted:
         fake(vae)
         shape = (4, 64, 64) if part == "decode" else (3, PICTURE_PX, PICTURE_PX)
         given = torch.empty(pictures_at_once(PICTURE_PX), *shape)
-        with Counter() as counter:
+        with Counter(vae) as counter:
             getattr(vae, part)(given)
     return Counted(counter.peak, counter.flop, 4 * WEIGHTS["vae"])
