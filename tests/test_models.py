@@ -111,7 +111,7 @@ def test_large_pictures_are_encoded_a_few_at_a_time(tiny, monkeypatch, px, batch
 
 
 def test_pictures_encoded_in_batches_are_those_encoded_alone(tiny, monkeypatch):
-    monkeypatch.setattr("ibkit.model.text_to_image.default_batch", lambda image_px: 2)
+    monkeypatch.setattr("ibkit.model.text_to_image.pictures_at_once", lambda image_px: 2)
     drawn = torch.randint(256, (5, 16, 16, 3), dtype=torch.uint8, generator=generator(0))
     pictures = [Image.fromarray(p) for p in drawn.numpy()]
     alone = torch.cat([tiny.encode_images([picture]) for picture in pictures])

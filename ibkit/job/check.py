@@ -22,9 +22,10 @@ POCKET_FILES = (
     "pipeline/model_index.json", "clip/model.safetensors", "dino/model.safetensors", "image_reward/model.safetensors",
     "judge",
 )  # fmt: skip
-# What a preset needs: the main job's peak memory, the runs it writes, and for sd15 the model, its tuned copy and LoRA.
+# What a preset needs: the main job's peak memory and the runs it writes; for sd15 the least that any method takes of a
+# GPU (`ibkit plan --ladder`), and of the disk model, scorers, and DreamBooth's result and checkpoints.
 POCKET_RAM_GIB, POCKET_DISK_GIB = 4, 1
-SD15_GPU_GIB, SD15_RAM_GIB, SD15_DISK_GIB = 16, 16, 20
+SD15_GPU_GIB, SD15_RAM_GIB, SD15_DISK_GIB = 8, 16, 30
 COMPARED = ("torch", "torchvision", "transformers", "diffusers", "peft", "accelerate", "open-clip-torch", "papermill")
 IMPORTED = ("transformers", "diffusers", "peft", "accelerate", "open_clip")
 BOTH = ("pocket", "sd15")
@@ -215,7 +216,7 @@ def check_gpu() -> Finding:
     import torch
 
     if not torch.cuda.is_available():
-        advice = f"sd15 needs an NVIDIA GPU with {SD15_GPU_GIB} GiB; pocket runs on the CPU"
+        advice = f"sd15 needs an NVIDIA GPU with {SD15_GPU_GIB} GiB at least; pocket runs on the CPU"
         if torch.version.cuda is None and shutil.which("nvidia-smi"):
             advice = "this torch is built without CUDA though there is an NVIDIA driver: install torch's CUDA build"
         return Finding("GPU", "none", advice, ("sd15",))
@@ -227,8 +228,10 @@ def check_gpu() -> Finding:
     except RuntimeError as error:
         advice = f"this torch cannot compute on it ({str(error).splitlines()[0]}): update the driver or torch"
         return Finding("GPU", found, advice, ("sd15",))
+    if not torch.cuda.is_bf16_supported(False):
+        return Finding("GPU", found, "sd15 needs a GPU that computes in bf16: Ampere (2020) or newer", ("sd15",))
     if gib < SD15_GPU_GIB - 0.5:  # a card sold as 16 GiB shows a little less
-        return Finding("GPU", found, f"sd15 needs {SD15_GPU_GIB} GiB", ("sd15",))
+        return Finding("GPU", found, f"sd15 needs {SD15_GPU_GIB} GiB at least", ("sd15",))
     return Finding("GPU", found)
 
 

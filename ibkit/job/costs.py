@@ -1,8 +1,9 @@
 """What `ibkit run` will cost on this machine, before it starts; `ibkit plan` prints it.
 
 The U-Net's passes of every stage are counted from the same parameters that the run would have; a few of each kind are
-timed here. A model that is too large to try is scaled from the pocket model by its floating-point operations, and its
-memory by the bytes that its graph keeps. Shapes: a row is one latent in a pass; guidance makes two of a picture.
+timed here. Stable Diffusion's operations are counted (`job.memory`): on a GPU a pass is timed and the others follow by
+operations, for a GPU that is not here a speed is assumed, and on a CPU the pocket model's passes are scaled. Shapes: a
+row is one latent in a pass; guidance makes two of a picture.
 """
 
 from __future__ import annotations
@@ -19,26 +20,26 @@ import torch
 
 from ibkit.adapt import attach
 from ibkit.device import generator
+from ibkit.job.memory import TEXT, UNET, VAE, WEIGHTS, autoencoder, forward, step
 from ibkit.job.stages import Stage
 from ibkit.methods.records import METHODS, Work
 from ibkit.model.loading import load_model
-from ibkit.model.single_file import SD15_UNET
 from ibkit.presets import POCKET, preset_of
 
 REPEATS = 4
 PICTURES = 8  # decoded and scored to time one
 FIXED_PICTURES = 32  # samples and checks of a notebook beside its work
-SD15_TEXT = (77, 768)
-# fp32 bytes beside the U-Net at Stable Diffusion's scale: text encoder 123 M weights, autoencoder 84 M, and the
-# scorers of the RL stage (ImageReward 0.45 G, CLIP 0.15 G, DINO 0.02 G), from their published sizes
-SD15_BESIDE_BYTES = 4 * (123e6 + 84e6 + 450e6 + 150e6 + 22e6)
+# Assumed of a GPU that is not here, as operations and bytes a second that are kept up: a third of the bf16 peak that is
+# published for an A100 (312 TFLOP/s). A card of half the speed takes twice as long.
+BF16_FLOP, FP32_FLOP, MEMORY_BYTES = 100e12, 10e12, 0.5e12
+UPDATE_BYTES = 28  # of a weight in an optimizer step: weight, gradient and moments read, all but the gradient written
 # On a CPU a backward pass needs about as much again as the graph: temporary gradients and allocator overhead.
 GRADIENTS_IN_FLIGHT = 2.0
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds a row of each kind, a picture, and a notebook's start; bytes that stay and bytes of a graph's row.
+    """Seconds a row of each kind, a picture, an update of all weights, and a notebook's start.
 
     Attributes:
         how: where the numbers come from, in words.
@@ -50,17 +51,25 @@ class Costs:
     trained: float
     picture: float
     start: float
-    resident: float
-    weights: float
-    tuned_row_bytes: float
-    trained_row_bytes: float
     flop: float
     how: str
+    update: float = 0.0  # where it is a part of the rows' seconds
 
     def seconds(self, work: Work) -> float:
         """Predicted duration of a stage."""
         rows = work.forward * self.forward + work.tuned * self.tuned + work.trained * self.trained
-        return self.start + rows + work.pictures * self.picture
+        updates = work.trained / max(work.graph_rows, 1)
+        return self.start + rows + work.pictures * self.picture + updates * self.update
+
+
+@dataclass(frozen=True, kw_only=True)
+class PocketCosts(Costs):
+    """And bytes: those that stay, of all weights, and of a row's graph."""
+
+    resident: float
+    weights: float
+    tuned_row_bytes: float
+    trained_row_bytes: float
 
     def peak_bytes(self, work: Work) -> float:
         """Predicted peak memory of a stage; training all weights keeps a second model, gradients and two moments."""
@@ -85,7 +94,7 @@ def count(stage: Stage) -> Work:
     if method.stage == "personalize":
         measured = 2 * 2 * 16 if preset.world else 2 * 2 * 4
         forward = method.class_pictures(settings) * preset.class_sampler.rows + measured * picture_rows
-        pictures = FIXED_PICTURES + measured
+        pictures = FIXED_PICTURES + measured + method.class_pictures(settings)
     else:
         every = given["sample_every"] or preset.sample_every
         prompts = (2 if given["use_class_prompts"] else 1) * len(given["prompts"] or preset.activities)
@@ -97,20 +106,14 @@ def count(stage: Stage) -> Work:
 # ---------------------------------------------------------------------------------------------------- costs
 
 
-def costs(model: str, device: torch.device) -> Costs:
-    """What a model's passes cost here.
-
-    They are timed on the pocket model, and on a GPU on Stable Diffusion's shape with random weights. On a CPU that one
-    is scaled from the pocket model by operations. Any other folder counts as Stable Diffusion v1.5.
-    """
+def costs(model: str, device: torch.device, elsewhere: bool = False) -> Costs:
+    """What a model's passes cost here, or on a GPU that is `elsewhere`; any folder counts as Stable Diffusion v1.5."""
     if model == "pocket":
         return _pocket(device)
-    if device.type == "cuda":
-        return _large(device, None)
-    return _large(torch.device("meta"), _pocket(device))
+    return _assumed() if elsewhere else _timed_large(device) if device.type == "cuda" else _scaled(_pocket(device))
 
 
-def _pocket(device: torch.device) -> Costs:
+def _pocket(device: torch.device) -> PocketCosts:
     import ipykernel.kernelapp  # noqa: F401, with the next two what every notebook's process holds, too
     import ipywidgets  # noqa: F401
     import seaborn  # noqa: F401
@@ -138,7 +141,7 @@ def _pocket(device: torch.device) -> Costs:
     trained_row_bytes = in_flight * passes.graph_bytes("all")
     attach(model, "lora", "plan", {"rank": POCKET.settings("ddpo").lora_rank}, generator(0, "plan"))
     adapted = Passes(model.unet, model.latent_shape, text, device)
-    return Costs(
+    return PocketCosts(
         forward=forward,
         tuned=adapted.seconds(rows, "adapter"),
         trained=trained,
@@ -153,29 +156,54 @@ def _pocket(device: torch.device) -> Costs:
     )
 
 
-def _large(device: torch.device, pocket: Costs | None) -> Costs:
-    """Stable Diffusion v1.5's U-Net with random weights: timed on a GPU, or scaled from the pocket model's costs."""
-    from diffusers import UNet2DConditionModel
+def _assumed() -> Costs:
+    row, tuned, trained = _operations()
+    return Costs(
+        forward=row / BF16_FLOP,
+        tuned=tuned / BF16_FLOP,
+        trained=trained / BF16_FLOP,
+        picture=autoencoder("decode").flop / FP32_FLOP,
+        start=60.0,
+        flop=row,
+        how=(
+            f"operations are counted and speeds assumed, not measured: {BF16_FLOP / 1e12:.0f} TFLOP/s in bf16, "
+            f"{FP32_FLOP / 1e12:.0f} in fp32, {MEMORY_BYTES / 1e12:g} TB/s"
+        ),
+        update=UPDATE_BYTES * WEIGHTS["unet"] / MEMORY_BYTES,
+    )
+
+
+def _timed_large(device: torch.device) -> Costs:
+    """A pass and a decoded picture are timed with random weights; those with gradient follow by operations."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
 
     with torch.device(device):
-        unet = UNet2DConditionModel(**SD15_UNET)
-        text = torch.zeros(SD15_TEXT)
-    unet.eval().requires_grad_(False)
-    passes = Passes(unet, (4, 64, 64), text, device)
-    beside = SD15_BESIDE_BYTES
-    if pocket is None:
-        forward, trained = passes.seconds(2, "none"), passes.seconds(2, "all")
-        tuned = (forward + trained) / 2  # without the gradients of the weights, half of the backward pass
-        how, start, resident = "passes timed at Stable Diffusion's shape", 60.0, beside + passes.weight_bytes
-    else:
-        scale = passes.flop() / pocket.flop
-        forward, tuned, trained = pocket.forward * scale, pocket.tuned * scale, pocket.trained * scale
-        how = f"scaled from the pocket model by operations, {scale:.0f} times as many a row"
-        start, resident = pocket.start, beside + passes.weight_bytes
-    row_bytes = passes.graph_bytes("all") * (1.0 if device.type == "cuda" else GRADIENTS_IN_FLIGHT)
-    return Costs(
-        forward, tuned, trained, forward, start, resident, passes.weight_bytes, row_bytes, row_bytes, passes.flop(), how
-    )
+        unet, vae = UNet2DConditionModel(**UNET), AutoencoderKL(**VAE)
+        text, latents = torch.zeros(TEXT), torch.zeros(1, 4, 64, 64)
+    for part in (unet, vae):
+        part.eval().requires_grad_(False)
+    forward = Passes(unet, (4, 64, 64), text, device).seconds(2, "none")
+    with torch.no_grad():
+        picture = _timed(lambda: vae.decode(latents), device)
+    how = "a pass and a decoded picture timed at Stable Diffusion's shape, those with gradient by operations"
+    return _by_operations(forward, picture, 60.0, how)
+
+
+def _scaled(pocket: Costs) -> Costs:
+    scale = _operations()[0] / pocket.flop
+    how = f"scaled from the pocket model by operations, {scale:.0f} times as many a row"
+    forward = pocket.forward * scale
+    return _by_operations(forward, forward * autoencoder("decode").flop / _operations()[0], pocket.start, how)
+
+
+def _by_operations(forward: float, picture: float, start: float, how: str) -> Costs:
+    row, tuned, trained = _operations()
+    return Costs(forward, forward * tuned / row, forward * trained / row, picture, start, row, how)
+
+
+def _operations() -> tuple[float, float, float]:
+    """Of a row: forward, with the gradient of an adapter, with that of all weights."""
+    return forward(2).flop / 2, step("lora", 4, 2).flop / 2, step("unet", 0, 2).flop / 2
 
 
 class Passes:

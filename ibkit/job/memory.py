@@ -9,17 +9,18 @@ two. A row is one latent in a pass; guidance makes two of a picture.
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
 from ibkit.adapt import attach, parameters_of
 from ibkit.device import generator
-from ibkit.model.text_to_image import TextToImage
+from ibkit.model.text_to_image import TextToImage, pictures_at_once
 from ibkit.train.resources import Resources
 
 UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}  # the rest are diffusers' defaults
@@ -43,21 +44,41 @@ OPERATIONS = flop_registry | {
 }
 
 
+WEIGHTS = {  # numbers of weights; of the scorers, of the official ones
+    "unet": 859_520_964, "vae": 83_653_863, "text_encoder": 123_060_480,
+    "image_reward": 446_206_689, "clip": 151_277_313, "dino": 21_665_664, "pick_score": 986_109_441,
+    "align": 172_117_841,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Counted:
-    """Most bytes that a piece of work has at a time beside the weights, and its operations."""
+    """What a piece of work takes.
 
-    nbytes: int
-    flop: int
+    Attributes:
+        nbytes: the most at a time, beside weights and an optimizer's moments.
+        flop: operations.
+        weights: bytes of the network that works.
+        trained: number of weights in training.
+    """
+
+    nbytes: float
+    flop: float
+    weights: int
+    trained: int = 0
 
 
 class Counter(TorchDispatchMode):
-    """Bytes of the storages made inside, those alive `now` and the most at a time, `peak`; and operations, `flop`."""
+    """Bytes of the storages made inside, those alive `now` and the most at a time, `peak`; and operations, `flop`.
 
-    def __init__(self):
+    Args:
+        outside: a network whose weights are not counted.
+    """
+
+    def __init__(self, outside: torch.nn.Module):
         super().__init__()
         self.now = self.peak = self.flop = 0
-        self._known: weakref.WeakSet = weakref.WeakSet()
+        self._known = weakref.WeakSet(weight.untyped_storage() for weight in outside.parameters())
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -107,14 +128,23 @@ def sd15_unet() -> torch.nn.Module:
 def _model(unet: torch.nn.Module) -> TextToImage:
     nothing = torch.nn.Identity()  # the text is given, and no picture is encoded or decoded
     cpu = torch.device("cpu")
-    return TextToImage("sd15", unet, nothing, nothing, None, None, cpu, torch.bfloat16)  # type: ignore[arg-type]
+    return TextToImage("sd15", unet, nothing, nothing, None, None, cpu, torch.bfloat16)
+
+
+def step(kind: str, rank: int, rows: int, checkpointing: bool = False, frozen_bf16: bool = False) -> Counted:
+    """A training step of a delta: graph, gradients and transients, beside weights and moments.
+
+    Counted with 2 and 8 rows, between and beyond which the bytes of a row are the same.
+    """
+    two = _step(kind, rank, 2, checkpointing, frozen_bf16)
+    if rows == 2:
+        return two
+    of_a_row = (_step(kind, rank, 8, checkpointing, frozen_bf16).nbytes - two.nbytes) / 6
+    return replace(two, nbytes=two.nbytes + (rows - 2) * of_a_row, flop=two.flop * rows / 2)
 
 
 @cache
-def step(kind: str, rank: int, rows: int, checkpointing: bool, frozen_bf16: bool) -> Counted:
-    """A training step of a delta: the graph, gradients, transients and the optimizer's, beside weights and moments."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
+def _step(kind: str, rank: int, rows: int, checkpointing: bool, frozen_bf16: bool) -> Counted:
     model = _model(sd15_unet())
     attach(model, kind, "counted", {"rank": rank}, generator(0, "counted"))
     resources = Resources(checkpointing=checkpointing, frozen_bf16=frozen_bf16)
@@ -124,7 +154,7 @@ def step(kind: str, rank: int, rows: int, checkpointing: bool, frozen_bf16: bool
         weights = list(parameters_of(model, "counted").values())
         model._embeddings["a cat"] = torch.empty(TEXT)
         x, t = torch.empty(rows, *model.latent_shape), torch.empty(rows, dtype=torch.long)
-        with Counter() as counter:
+        with Counter(model.unet) as counter:
             loss = model.predict_noise(x, t, ["a cat"] * rows).square().mean()
             loss.backward()
             del loss
@@ -133,36 +163,35 @@ def step(kind: str, rank: int, rows: int, checkpointing: bool, frozen_bf16: bool
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         moments = sum(value.nbytes for slot in optimizer.state.values() for value in slot.values())
-    return Counted(max(backward, counter.peak - moments), counter.flop)
+    size = sum(p.nbytes for p in model.unet.parameters())
+    n_trained = sum(p.numel() for p in weights)
+    return Counted(max(backward, counter.peak - moments), counter.flop, size, n_trained)
 
 
 @cache
 def forward(rows: int) -> Counted:
     """A pass without gradient."""
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
     model = _model(sd15_unet())
     with FakeTensorMode(), torch.no_grad():
         fake(model.unet)
         model._embeddings["a cat"] = torch.empty(TEXT)
         x, t = torch.empty(rows, *model.latent_shape), torch.empty(rows, dtype=torch.long)
-        with Counter() as counter:
+        with Counter(model.unet) as counter:
             model.predict_noise(x, t, ["a cat"] * rows)
-    return Counted(counter.peak, counter.flop)
+    return Counted(counter.peak, counter.flop, 4 * WEIGHTS["unet"])
 
 
 @cache
-def autoencoder(part: str, pictures: int) -> Counted:
-    """`encode` or `decode` of pictures at a time, fp32 as everywhere in the kit."""
+def autoencoder(part: str) -> Counted:
+    """`encode` or `decode` of as many pictures as the kit takes at a time, one; fp32 as everywhere in the kit."""
     from diffusers import AutoencoderKL
-    from torch._subclasses.fake_tensor import FakeTensorMode
 
     with torch.device("meta"):
         vae = AutoencoderKL(**VAE).eval().requires_grad_(False)
     with FakeTensorMode(), torch.no_grad():
         fake(vae)
         shape = (4, 64, 64) if part == "decode" else (3, PICTURE_PX, PICTURE_PX)
-        given = torch.empty(pictures, *shape)
-        with Counter() as counter:
+        given = torch.empty(pictures_at_once(PICTURE_PX), *shape)
+        with Counter(vae) as counter:
             getattr(vae, part)(given)
-    return Counted(counter.peak, counter.flop)
+    return Counted(counter.peak, counter.flop, 4 * WEIGHTS["vae"])

@@ -4,39 +4,60 @@ import argparse
 import json
 
 from ibkit.device import describe_device, keep_memory, pick_device, threads
+from ibkit.errors import ParameterError
 from ibkit.job import run as main_job
-from ibkit.job.stages import defaults, given, plan
+from ibkit.job.stages import JOB, Stage, defaults, given, plan
 from ibkit.progress import duration
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `ibkit plan`: those of `ibkit run` that say what is run."""
     main_job.add_settings(parser)
+    parser.add_argument("--gpu", type=float, metavar="GIB", help="plan for a GPU of so much memory that is not here")
+    parser.add_argument("--ladder", action="store_true", help="what runs at Stable Diffusion's size on which GPU")
     parser.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def main(arguments: argparse.Namespace) -> int:
-    """Print the prediction; returns 0."""
-    from ibkit.job.costs import costs, count
+    """Print the prediction, or the ladder; returns 0.
 
+    Raises:
+        ParameterError: --gpu for the pocket model.
+    """
+    from ibkit.job import fit
+    from ibkit.job.costs import PocketCosts, costs, count
+
+    if arguments.ladder:
+        both = {f"{notebook}.model": "sd15" for notebook in JOB} | {"personalize": ["dreambooth", "lora_dreambooth"]}
+        full, tuned, lora, _, evaluation = plan(defaults() | both, main_job.OUTPUTS / "plan")
+        print(fit.ladder([full, lora, tuned, evaluation]))
+        return 0
     keep_memory()
     threads()
     stages = plan(defaults() | given(arguments), main_job.OUTPUTS / "plan")
     works = [count(stage) for stage in stages]
     wanted = stages[0].parameters
     device = pick_device(wanted["device"])
-    cost = costs(wanted["model"], device)
-    rows = [
-        (stage.name, cost.seconds(work), cost.peak_bytes(work) / 2**30)
-        for stage, work in zip(stages, works, strict=True)
-    ]
+    card, where = arguments.gpu or fit.card_gib(device), describe_device(device)
+    if arguments.gpu and wanted["model"] == "pocket":
+        raise ParameterError("--gpu plans for Stable Diffusion: add --model sd15; the pocket model needs no GPU.")
+    if arguments.gpu:
+        where = f"a GPU of {arguments.gpu:g} GiB"
+    cost = costs(wanted["model"], device, elsewhere=bool(arguments.gpu))
+    notes: list[str] = []
+    if isinstance(cost, PocketCosts):
+        gibs = [cost.peak_bytes(work) / fit.GIB for work in works]
+    else:
+        gibs = [fit.fit(stage, card).gib for stage in stages]
+        notes = _notes(stages, card)
+    rows = [(stage.name, cost.seconds(work), gib) for stage, work, gib in zip(stages, works, gibs, strict=True)]
     total, peak = sum(seconds for _, seconds, _ in rows), max(gib for *_, gib in rows)
     if arguments.json:
         table = [{"stage": name, "seconds": seconds, "peak_gib": gib} for name, seconds, gib in rows]
-        result = {"device": describe_device(device), "how": cost.how, "stages": table, "seconds": total}
-        print(json.dumps(result | {"peak_gib": peak}))
+        result = {"device": where, "how": cost.how, "stages": table, "seconds": total, "peak_gib": peak}
+        print(json.dumps(result | {"notes": notes}))
         return 0
-    print(f"predicted for {wanted['model']} on {describe_device(device)}; {cost.how}\n")
+    print(f"predicted for {wanted['model']} on {where}; {cost.how}\n")
     print(f"{'stage':<26}{'time':>14}{'peak memory':>14}")
     for name, seconds, gib in [*rows, ("all", total, peak)]:
         print(f"{name:<26}{duration(seconds):>14}{gib:>10.2f} GiB")
@@ -45,4 +66,18 @@ def main(arguments: argparse.Namespace) -> int:
         f"({cost.flop / cost.forward / 1e12:.2g} TFLOP/s), {1e3 * cost.tuned:.3g} ms with the adapter's gradient, "
         f"{1e3 * cost.trained:.3g} ms with that of all weights"
     )
+    for note in notes:
+        print(note)
     return 0
+
+
+def _notes(stages: list[Stage], card: float | None) -> list[str]:
+    """What to know beside the table: the disk, what is set on this card, what does not fit."""
+    from ibkit.job import fit
+
+    disk = f"disk: {fit.disk_bytes(stages) / fit.GIB:.1f} GiB for trained weights and the checkpoints of a training"
+    if card is None:
+        return [disk, "Not for a CPU: the memory is what it takes of a GPU; `--gpu 24` plans for one of 24 GiB."]
+    settings, sentences = fit.settings_for(stages, card)
+    words = " ".join(f"--set {name.removeprefix('set.')}={value}" for name, value in settings.items())
+    return [disk, f"`ibkit run` adds on this GPU: {words}" if words else "nothing need be set on this GPU", *sentences]

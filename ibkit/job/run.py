@@ -29,6 +29,7 @@ from ibkit.job.stages import JOB, SHARED, Stage, defaults, given, plan, spell
 from ibkit.params import schema
 from ibkit.progress import duration
 from ibkit.runs import MANIFEST, Run, held_by, project_root, read_manifest
+from ibkit.runs.files import require_disk
 
 KIND = "run"
 OUTPUTS = project_root() / "outputs"
@@ -101,6 +102,9 @@ def main(arguments: Namespace) -> int:
         folder = _folder(arguments.name or f"run-{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
         settings = defaults() | wanted
     stages = plan(settings, folder, arguments.resume)
+    if not arguments.resume and stages[0].parameters["model"] != "pocket":
+        settings |= _fitted(stages)
+        stages = plan(settings, folder)
     again = f"go on with:  ibkit run --resume --name {folder.name}"
     with _sigterm_is_ctrl_c():
         try:
@@ -122,6 +126,27 @@ def main(arguments: Namespace) -> int:
             run.fail("It was interrupted.")
             print(f"interrupted; {again}", file=sys.stderr)
             return EXIT_INTERRUPTED
+
+
+def _fitted(stages: list[Stage]) -> dict[str, Any]:
+    """What must be set so that a large model fits on this machine's GPU; none on a CPU.
+
+    Raises:
+        ArtifactError: the disk has no room for what the job will write.
+    """
+    from ibkit.device import pick_device
+    from ibkit.job.fit import card_gib, disk_bytes, settings_for
+
+    require_disk(OUTPUTS, int(disk_bytes(stages)))
+    card = card_gib(pick_device(stages[0].parameters["device"]))
+    if card is None:
+        return {}
+    settings, sentences = settings_for(stages, card)
+    for name, value in settings.items():
+        print(f"to fit on {card:.1f} GiB: {name.removeprefix('set.')}={value}")
+    for sentence in sentences:
+        print(f"warning: {sentence}", file=sys.stderr)
+    return settings
 
 
 def _launched() -> dict[str, Any] | None:

@@ -150,8 +150,9 @@ def class_pictures(settings: DreamBoothConfig) -> int:
 
 
 def work(settings: DreamBoothConfig) -> Work:
-    rows = settings.batch * (2 if settings.prior_weight else 1)
-    return Work(trained=settings.n_steps * rows, graph_rows=rows)
+    kinds = 2 if settings.prior_weight else 1
+    rows = settings.n_steps * settings.batch * kinds
+    return Work(trained=rows, graph_rows=min(settings.micro_batch or settings.batch, settings.batch) * kinds)
 
 
 METHOD = Method(

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Resources:
-    """Each is off unless asked for; `ibkit plan` says which of them a GPU needs, and `ibkit run` sets those."""
+    """Each is off unless asked for. `ibkit plan` says which of the first four a GPU needs; `ibkit run` sets them."""
 
     offload: bool = field(
         False, "text encoder, autoencoder and scorers wait in the machine's memory until they are used", "ours"
@@ -28,7 +28,7 @@ class Resources:
         False, "keep the U-Net's frozen layers in bf16, as autocast reads them; what is trained stays fp32", "ours"
     )
     checkpointing: bool = field(
-        False, "gradient checkpointing: a third more operations, and little is kept for the backward pass", "ours"
+        False, "gradient checkpointing: a quarter to a third more operations, and little is kept", "ours"
     )
     adam_8bit: bool = field(False, "AdamW with moments of 8 bits, by bitsandbytes", "ours")
     channels_last: bool = field(False, "convolutions with the channels innermost; speed only", "ours")

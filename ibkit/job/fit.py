@@ -1,0 +1,191 @@
+"""Whether a job at Stable Diffusion's size fits on a GPU and a disk, and what must be set for that.
+
+`ibkit plan` prints it, `ibkit run` sets it; `ibkit plan --ladder` is the table of GPUs in the README.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from ibkit.fields import fill
+from ibkit.job.costs import costs, count
+from ibkit.job.memory import WEIGHTS, Counted, autoencoder, forward, step
+from ibkit.job.stages import Stage
+from ibkit.methods.records import METHODS
+from ibkit.presets import preset_of
+from ibkit.train.resources import Resources
+
+GIB = 2**30
+LADDER_GIB = (8, 12, 16, 24, 40, 80)
+DRAWN_ROWS = 8  # of a pass that draws 4 pictures, with guidance
+KEPT_CHECKPOINTS = 2  # of a training, see `runs.checkpoints`
+# Assumed: what the CUDA context, libraries' workspaces and fragmentation take of a card; no tensor, so not counted.
+RESERVED_GIB, RESERVED_SHARE = 1.0, 0.08
+SCORING_BYTES = 0.7 * GIB  # above the activations of the largest official scorer, by tests/test_fit.py
+NETWORK_OF = {"clip_t": "clip", "clip_i": "clip", "subject": "dino", "weak_reward": "image_reward"} | dict.fromkeys(
+    ("align_t", "align_i", "harmonic"), "align"
+)
+PARTS = 4 * (WEIGHTS["vae"] + WEIGHTS["text_encoder"])
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A stage on a GPU.
+
+    Attributes:
+        phases: bytes of each.
+        knobs: settings beside those that the user gave, "resources.offload" -> True.
+        fits: whether these are enough; where none are, they are those that take least.
+    """
+
+    phases: dict[str, float]
+    knobs: dict[str, Any]
+    fits: bool
+
+    @property
+    def gib(self) -> float:
+        return max(self.phases.values()) / GIB
+
+
+def card_gib(device: torch.device) -> float | None:
+    """Memory of a GPU; None of another device."""
+    return torch.cuda.get_device_properties(device).total_memory / GIB if device.type == "cuda" else None
+
+
+def usable_gib(card: float | None) -> float:
+    """What tensors may take of a card."""
+    return card - max(RESERVED_GIB, RESERVED_SHARE * card) if card else math.inf
+
+
+def fit(stage: Stage, card: float | None = None) -> Fit:
+    """The stage with the settings that cost least time among those that fit on a card of so many GiB."""
+    given, room = stage.parameters, usable_gib(card) * GIB
+    if "method" not in given:
+        phases = _evaluation(given)
+        return Fit(phases, {}, max(phases.values()) <= room)
+    settings = preset_of(given["model"]).settings(given["method"], given["settings"])
+    phases_of = _personalization if METHODS[given["method"]].stage == "personalize" else _tuning
+    for knobs in _candidates(given["method"], settings, set(given["settings"])):
+        phases = phases_of(given, fill(settings, knobs, given["method"]))
+        if fits := max(phases.values()) <= room:
+            break
+    return Fit(phases, knobs, fits)
+
+
+def settings_for(stages: Sequence[Stage], card: float) -> tuple[dict[str, Any], list[str]]:
+    """What to set so that a job fits on a card, "set.METHOD.NAME" -> value; and a sentence for a stage that cannot."""
+    settings: dict[str, Any] = {}
+    sentences = []
+    for stage in stages:
+        found = fit(stage, card)
+        settings |= {f"set.{stage.parameters['method']}.{name}": value for name, value in found.knobs.items()}
+        if not found.fits:
+            sentences.append(
+                f"{stage.name} takes {found.gib:.1f} GiB at least and {usable_gib(card):.1f} of this GPU's {card:.1f} "
+                "are counted on: choose a method that takes less (--personalize lora_dreambooth), or a larger GPU."
+            )
+    return settings, sentences
+
+
+def disk_bytes(stages: Sequence[Stage]) -> float:
+    """Bytes of a job's trained weights, and of the checkpoints of the training that has the largest."""
+    results = checkpoints = 0.0
+    for given in (stage.parameters for stage in stages if "method" in stage.parameters):
+        settings = preset_of(given["model"]).settings(given["method"], given["settings"])
+        counted, moments = _training(given["method"], settings)
+        weights = 4 * counted.trained
+        results += weights
+        average = weights if getattr(settings, "ema_decay", 0) else 0
+        checkpoints = max(checkpoints, KEPT_CHECKPOINTS * (weights + average + moments))
+    return results + checkpoints
+
+
+def ladder(stages: Sequence[Stage]) -> str:
+    """A Markdown table: what each of the stages takes on GPUs of several sizes, and what must be set."""
+    cost = costs("sd15", torch.device("cpu"), elsewhere=True)
+    names = [stage.parameters.get("method", "evaluation") for stage in stages]
+    minutes = [f"{cost.seconds(count(stage)) / 60:.0f} min" for stage in stages]
+    lines = ["| GPU | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
+    for card in LADDER_GIB:
+        cells = []
+        for found in (fit(stage, card) for stage in stages):
+            words = [
+                name.removeprefix("resources.") + ("" if v is True else f" {v}") for name, v in found.knobs.items()
+            ]
+            cells.append(f"{found.gib:.1f} GiB{''.join(f', {word}' for word in words)}" if found.fits else "no")
+        lines.append(f"| {card} GiB | " + " | ".join(cells) + " |")
+    return "\n".join([*lines, "| time | " + " | ".join(minutes) + " |", "", f"Time: {cost.how}."])
+
+
+def _candidates(method: str, settings: Any, taken: set[str]) -> list[dict[str, Any]]:
+    """Settings to try, those that cost least first, without any that the user gave."""
+    if not hasattr(settings, "resources"):
+        return [{}]
+    offload, bf16, checkpointing, bits = (
+        {f"resources.{name}": True} for name in ("offload", "frozen_bf16", "checkpointing", "adam_8bit")
+    )
+    least: dict[str, Any] = offload | checkpointing
+    smaller = [{"micro_batch": n} for n in (4, 2, 1) if n < _micro_batch(settings)]
+    if METHODS[method].work(settings).trained:  # no weight is frozen
+        tries = [{}, offload, least, offload | bits, least | bits, *(least | bits | one for one in smaller)]
+    else:
+        in_parts = [bf16 | offload | one for one in smaller]
+        tries = [{}, bf16, bf16 | offload, *in_parts, bf16 | least | {"micro_batch": 1}]
+    return [{name: value for name, value in one.items() if name not in taken} for one in tries]
+
+
+def _micro_batch(settings: Any) -> int:
+    return getattr(settings, "micro_batch", 0) or getattr(settings, "batch", 1)
+
+
+def _training(method: str, settings: Any) -> tuple[Counted, float]:
+    """A training step, and bytes of the moments; a method that trains a part of the model counts as a LoRA."""
+    work, resources = METHODS[method].work(settings), getattr(settings, "resources", Resources())
+    kind, rank = ("unet", 0) if work.trained else ("lora", getattr(settings, "lora_rank", 4))
+    counted = step(kind, rank, work.graph_rows, resources.checkpointing, resources.frozen_bf16)
+    return counted, counted.trained * resources.moment_bytes
+
+
+def _personalization(given: dict[str, Any], settings: Any) -> dict[str, float]:
+    counted, moments = _training(given["method"], settings)
+    likeness = _scorer(preset_of(given["model"]).monitor)
+    offload = getattr(settings, "resources", Resources()).offload
+    # the gradients of one part of a batch wait while the next is in work
+    waiting = 4 * counted.trained if _micro_batch(settings) < getattr(settings, "batch", 1) else 0
+    training = counted.weights + moments + counted.nbytes + waiting + likeness + (0 if offload else PARTS)
+    return {"drawing class pictures": _drawing() + likeness, "training": training}
+
+
+def _tuning(given: dict[str, Any], settings: Any) -> dict[str, float]:
+    counted, moments = _training(given["method"], settings)
+    offload = getattr(settings, "resources", Resources()).offload
+    rewards = [_scorer(name) for name in (given["reward"], given["subject_reward"]) if name]
+    trajectories = 4 * 4 * 64 * 64 * settings.images_per_epoch * (settings.sampler.n_steps + 1)
+    stay = counted.weights + moments + trajectories + (0 if offload else PARTS + sum(rewards))
+    return {
+        "drawing before training": _drawing(),
+        "scoring": 4 * WEIGHTS["unet"] + PARTS + max(rewards) + SCORING_BYTES,
+        "drawing an epoch": stay + forward(DRAWN_ROWS).nbytes + autoencoder("decode").nbytes,
+        "a gradient step": stay + counted.nbytes,
+    }
+
+
+def _evaluation(given: dict[str, Any]) -> dict[str, float]:
+    scorers = given["scorers"] or ["image_reward"]  # the largest of the default ones
+    return {"drawing": _drawing(), "scoring": max(map(_scorer, scorers)) + SCORING_BYTES}
+
+
+def _drawing() -> float:
+    """Pictures by a model that is whole on the GPU."""
+    passes = (forward(DRAWN_ROWS), autoencoder("decode"), autoencoder("encode"))
+    return 4 * WEIGHTS["unet"] + PARTS + max(one.nbytes for one in passes)
+
+
+def _scorer(name: str) -> float:
+    """Bytes of its network; one that is not known counts as the largest."""
+    return 4 * WEIGHTS.get(NETWORK_OF.get(name, name), WEIGHTS["pick_score"])
