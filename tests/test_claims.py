@@ -262,7 +262,11 @@ def test_other_arms_can_play_the_roles_and_give_the_sentences_their_names():
         ({"base", "dreambooth", "dreambooth+ddpo", "real"}, {}),
         ({"base", "neti"}, {"personalized": "neti"}),
         ({"base", "neti", "neti+ddpo"}, {"personalized": "neti", "tuned": "neti+ddpo"}),
-        ({"base", "dreambooth", "neti+ddpo"}, {"tuned": "neti+ddpo"}),
+        ({"base", "dreambooth", "neti+ddpo"}, {}),  # a tuning of a system that the paper compares with
+        (
+            {"base", "lora_dreambooth", "neti", "neti+ddpo", "lora_dreambooth+ddpo"},
+            {"personalized": "lora_dreambooth", "tuned": "lora_dreambooth+ddpo"},
+        ),
         ({"base", "neti", "custom_diffusion"}, {}),  # nobody can say which
         ({"base", "neti+ddpo", "neti+dpok"}, {}),
     ],
@@ -284,9 +288,58 @@ def test_a_tuning_is_compared_with_the_personalization_it_started_from():
     assert only_first["C8"].verdict == "not tested"  # the tunings are of the other personalization
 
 
+def line_up(**changes):
+    """The arms of the paper's table 2: text and subject, in its order unless changed."""
+    arms = {
+        "dreambooth": (0.4, 1.0), "textual_inversion": (0.1, 0.5), "custom_diffusion": (0.8, 0.2), "neti": (0.5, 0.7),
+        "dreambooth+ddpo": (0.95, 0.9),
+    } | changes  # fmt: skip
+    rows = [images("base", False, 1.0, 0.0)]
+    rows += [images(arm, True, *shares, tune_seed=0 if "+" in arm else None) for arm, shares in arms.items() if shares]
+    return pd.concat(rows)
+
+
+def test_the_order_of_table_2_is_supported_where_it_holds():
+    found = by_id(line_up())
+    assert {name: found[name].verdict for name in ("B1", "B2", "B3", "B4", "B5")} == dict.fromkeys(
+        ("B1", "B2", "B3", "B4", "B5"), "supported"
+    )
+    assert (
+        found["B1"].value == pytest.approx(0.3) and "of the difference from NeTI" in found["B1"].reason
+    )  # the nearest
+    assert found["B4"].value == pytest.approx(-0.3) and "− DreamBooth −30.0 [" in found["B4"].detail
+    assert found["B5"].value == pytest.approx(0.15) and found["B5"].claim.startswith("InstructBooth follows the text")
+
+
+@pytest.mark.parametrize(
+    ("changes", "claim", "verdict"),
+    [
+        ({"neti": (1.0, 0.7)}, "B1", "contradicted"),  # one that is better is enough, however far the others are
+        ({"neti": (0.8, 0.7)}, "B1", "undecided"),
+        ({"textual_inversion": (0.1, 0.0)}, "B2", "contradicted"),
+        ({"neti": (0.5, 1.0)}, "B3", "undecided"),
+        ({"dreambooth": (0.0, 1.0)}, "B4", "contradicted"),
+        ({"dreambooth+ddpo": (0.5, 0.9)}, "B5", "contradicted"),
+        ({"dreambooth+ddpo": None}, "B5", "not tested"),
+        ({"custom_diffusion": None}, "B1", "not tested"),
+        ({"custom_diffusion": None}, "B3", "supported"),
+    ],
+)
+def test_each_order_of_table_2_can_fail(changes, claim, verdict):
+    assert by_id(line_up(**changes))[claim].verdict == verdict
+
+
+def test_runs_without_a_baseline_do_not_list_their_claims():
+    assert not {"B1", "B2", "B3", "B4", "B5"} & by_id(story()).keys()
+    lora = {"dreambooth": "lora_dreambooth", "dreambooth+ddpo": "lora_dreambooth+ddpo"}
+    found = by_id(line_up().replace({"arm": lora}))  # the only ones that are no baseline of the paper's
+    assert found["B3"].verdict == "supported" and found["B3"].claim.startswith("DreamBooth (LoRA) keeps most")
+
+
 def test_every_claim_has_a_place_of_its_own():
     ids = [(claim.paper, claim.id) for claim in all_claims()]
-    assert len(set(ids)) == len(ids) and ids == [("InstructBooth", f"C{i}") for i in range(1, 10)]
+    expected = [f"C{i}" for i in range(1, 10)] + [f"B{i}" for i in range(1, 6)]
+    assert len(set(ids)) == len(ids) and ids == [("InstructBooth", name) for name in expected]
 
 
 # --- claims that other notebooks test ------------------------------------------------------------------------------

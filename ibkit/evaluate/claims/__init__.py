@@ -35,6 +35,7 @@ SCORES = "scores.csv"
 FEW_PROMPTS = 5  # below this many prompts × subjects the intervals are wide, and a claim says so
 INSTRUCTBOOTH = "InstructBooth"
 ROLES = {"base": BASE, "personalized": "dreambooth", "tuned": "dreambooth+ddpo"}  # the arms of InstructBooth
+COMPARED = ("textual_inversion", "custom_diffusion", "neti")  # methods that it is compared with; no role of `ROLES`
 
 
 class CannotTest(Exception):
@@ -81,6 +82,7 @@ class Claim:
         file, notebook: the table to read, and the notebook that makes it.
         test: (claim, table, role -> arm) -> `Outcome`, where the figure is not treatment − control.
         roles: role -> arm, as in the paper.
+        only_with: arms without any of which a run is not about the claim, and does not list it; empty = always.
     """
 
     id: str
@@ -100,6 +102,7 @@ class Claim:
     notebook: str = "03_evaluate"
     test: Callable[["Claim", pd.DataFrame, Mapping[str, str]], Outcome] | None = None
     roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
+    only_with: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -152,15 +155,19 @@ class Finding:
 CLAIMS: Registry[Sequence[Claim]] = Registry(
     "ibkit.claims",
     "set of claims",
-    {"instructbooth": "ibkit.evaluate.claims.instructbooth:CLAIMS", "experiments": "ibkit.experiments.claims:CLAIMS"},
+    {
+        "instructbooth": "ibkit.evaluate.claims.instructbooth:CLAIMS",
+        "experiments": "ibkit.experiments.claims:CLAIMS",
+        "baselines": "ibkit.evaluate.claims.baselines:CLAIMS",
+    },
 )
 
 
 def all_claims() -> list[Claim]:
-    """Every claim there is, paper by paper, by its id."""
+    """Every claim there is, paper by paper, by its id; those that few runs are about come last."""
     found = [claim for name in CLAIMS for claim in CLAIMS.find(name)]
     papers = list(dict.fromkeys(claim.paper for claim in found))
-    return sorted(found, key=lambda claim: (papers.index(claim.paper), len(claim.id), claim.id))
+    return sorted(found, key=lambda claim: (papers.index(claim.paper), bool(claim.only_with), len(claim.id), claim.id))
 
 
 def evidence_files() -> dict[str, str]:
@@ -231,15 +238,22 @@ def claims_from(tables: Mapping[str, pd.DataFrame], arms: Mapping[str, str] | No
         if role not in roles:
             raise ParameterError(f"No claim has the role {role!r}{nearest(role, roles)}")
     there = set(tables[SCORES]["arm"]) if SCORES in tables else set()
-    return [_test(claim, tables, stand_ins(there) | dict(arms or {})) for claim in all_claims()]
+    cast = stand_ins(there) | dict(arms or {})
+    return [_test(claim, tables, cast) for claim in all_claims() if _listed(claim, there)]
+
+
+def _listed(claim: Claim, there: Collection[str]) -> bool:
+    return not claim.only_with or any(arm in there for arm in claim.only_with)
 
 
 def stand_ins(there: Collection[str]) -> dict[str, str]:
-    """Role -> arm, for roles whose paper's arm is missing in a run that has only one other candidate.
+    """Role -> arm, for roles whose paper's arm is missing in a run that has only one other candidate; the methods that
+    InstructBooth is compared with are none while there are others.
 
     A tuned arm is a chain of two or more methods; the personalized arm is what it started from, else the only method.
     """
     arms = set(there) - {BASE, REAL}
+    arms = {arm for arm in arms if arm.partition("+")[0] not in COMPARED} or arms
     tuned = [arm for arm in arms if "+" in arm]
     cast = {}
     if ROLES["tuned"] not in arms and len(tuned) == 1:
@@ -253,8 +267,8 @@ def stand_ins(there: Collection[str]) -> dict[str, str]:
 
 def claims_from_scores(scores: pd.DataFrame, arms: Mapping[str, str] | None = None) -> list[Finding]:
     """Test those claims that read nothing but the score table, which must be checked."""
-    findings = zip(all_claims(), claims_from({SCORES: scores}, arms), strict=True)
-    return [found for claim, found in findings if claim.file == SCORES]
+    files = {(claim.paper, claim.id): claim.file for claim in all_claims()}
+    return [found for found in claims_from({SCORES: scores}, arms) if files[found.paper, found.id] == SCORES]
 
 
 def _test(claim: Claim, tables: Mapping[str, pd.DataFrame], arms: Mapping[str, str]) -> Finding:
