@@ -201,6 +201,20 @@ class HumanStudy(Common):
     n_items: int = field(0, "pictures or pairs a question and arm; 0 = all", low=0, high=100_000)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Baselines(Common):
+    """08_baselines: the systems that InstructBooth is compared with, side by side."""
+
+    run_evaluate: list[str] = field([], "folders of finished 03 runs; empty = the newest")
+    second: str = field("dog", "class noun of a second pocket subject for one model of two; empty = leave that out")
+    settings: dict = field(
+        {}, "of Custom Diffusion for the two subjects, such as {'n_steps': 100}; the rest is the preset's"
+    )
+
+    def __post_init__(self):
+        _check_settings(self, "custom_diffusion")
+
+
 SCHEMAS: dict[str, type[Common]] = {
     "00_start_here": StartHere,
     "01_personalize": Personalize,
@@ -210,6 +224,7 @@ SCHEMAS: dict[str, type[Common]] = {
     "05_dino_metric": DinoMetric,
     "06_prompt_ablation": PromptAblation,
     "07_human_study": HumanStudy,
+    "08_baselines": Baselines,
 }
 
 
