@@ -121,7 +121,7 @@ def test_what_the_cache_lacks_is_named_and_check_agrees(cache, lost):
 def test_a_hub_that_does_not_answer_is_said_at_once(cache, monkeypatch):
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(hub, "answers", lambda url: False)
-    with pytest.raises(ModelError, match="does not answer: go online once, or give a local diffusers-format folder"):
+    with pytest.raises(ModelError, match="does not answer: go online once, or give the path of a diffusers folder"):
         load_model("sd15")
 
 

@@ -79,7 +79,7 @@ def obtain(repository: str, revision: str = "") -> Path:
     if not missing:
         return folder
     there = f"of the model {repository}{f' at revision {revision}' if revision else ''}"
-    by_hand = "or give a local diffusers-format folder or .safetensors file as the model"
+    by_hand = "or give the path of a diffusers folder or .safetensors file that is on this machine"
     lacking = f"the hub's cache has no {missing[0]} {there}"
     if constants.HF_HUB_OFFLINE:
         raise ModelError(f"{lacking}, and HF_HUB_OFFLINE is set: unset it and go online once, {by_hand}.")
