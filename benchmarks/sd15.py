@@ -5,8 +5,9 @@
 
 Rollout and gradient steps are the engine's own, on latents of 512x512 pictures, with LoRA and guidance 7.5, bf16 on a
 GPU and fp32 latents and log-probabilities. A few denoising steps are timed and counted as 50. Each batch size is tried
-plain, with gradient checkpointing (training), and compiled. Operations are counted by PyTorch and set against a large
-bf16 matrix product of the same GPU. Decoding and reward are not in it.
+plain and with each of `train.resources`. The memory of training stands beside the one that `ibkit plan` counts.
+Operations are counted by PyTorch and set against a large bf16 matrix product of the same GPU. Decoding and reward are
+not in it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import torch
 
 from ibkit.adapt import attach
 from ibkit.device import describe_device, generator, pick_device
-from ibkit.job.memory import TEXT, UNET
+from ibkit.job.memory import TEXT, UNET, step
 from ibkit.methods import ddpo
 from ibkit.methods.engine.rollout import Trajectories, rollout
 from ibkit.model.sample import Sampler
@@ -30,12 +31,19 @@ from ibkit.model.text_to_image import TextToImage
 from ibkit.presets import SD15
 from ibkit.train.kept import Average
 from ibkit.train.processes import Processes
+from ibkit.train.resources import Resources
 
 TINY_UNET = UNET | {"sample_size": 8, "block_out_channels": (32, 32, 64, 64)}
 SETTINGS = SD15.settings("ddpo")
 TIMED_STEPS = 4  # denoising steps of a timed rollout
 REPEATS = 3
-VARIANTS = ("plain", "checkpointing", "compiled")
+VARIANTS = {
+    "plain": Resources(),
+    "checkpointing": Resources(checkpointing=True),
+    "frozen_bf16": Resources(frozen_bf16=True),
+    "channels_last": Resources(channels_last=True),
+    "compiled": Resources(compile=True),
+}
 PROMPT = "a picture"
 
 
@@ -52,10 +60,7 @@ def random_model(device: torch.device, tiny: bool, variant: str) -> tuple[TextTo
     nothing = torch.nn.Identity()  # the text is given, and no picture is encoded or decoded
     model = TextToImage("random", unet, nothing, nothing, None, schedule, device, autocast, _embeddings=texts)
     trainable = list(attach(model, "lora", "ddpo", {"rank": SETTINGS.lora_rank}, generator(0, "lora")).values())
-    if variant == "checkpointing":
-        unet.enable_gradient_checkpointing()
-    if variant == "compiled":
-        model.unet = torch.compile(unet)
+    VARIANTS[variant].prepare(model)
     return model, trainable
 
 
@@ -130,6 +135,10 @@ def measure(device: torch.device, tiny: bool, batches: list[int], variants: list
                 row |= rates("rollout", batch, seconds, flop_forward / best)
                 made = roll(model, config)
                 seconds, row["train_gib"] = seconds_and_gib(lambda: learn(model, trainable, config, made), device)  # noqa: B023
+                if row["train_gib"]:
+                    used = VARIANTS[variant]
+                    counted = step("lora", SETTINGS.lora_rank, 2 * batch, used.checkpointing, used.frozen_bf16)
+                    row["counted_gib"] = (counted.weights + counted.nbytes) / 2**30
                 row |= rates("train", batch, seconds, flop_trained / best)
             except torch.OutOfMemoryError:
                 row["note"] = "out of memory"
@@ -158,14 +167,15 @@ def line(row: dict) -> str:
             gib, share = row[f"{phase}_gib"], row[f"{phase}_share"]
             text += f"  {phase} {row[f'{phase}_images_per_second']:.3f} images/s, {share:.0%} of the ceiling"
             text += "" if gib is None else f", {gib:.1f} GiB"
+    text += f" ({row['counted_gib']:.1f} counted)" if "counted_gib" in row else ""
     return text + (f"  {row['note']}" if "note" in row else "")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--quick", action="store_true", help="batches 2 and 8, nothing compiled")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all that this device can")
+    parser.add_argument("--quick", action="store_true", help="batches 2 and 8, plain and with checkpointing")
     parser.add_argument("--tiny", action="store_true", help="a small U-Net on any machine; its numbers mean nothing")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
@@ -173,7 +183,8 @@ def main() -> int:
     device = pick_device(arguments.device)
     if device.type != "cuda" and not arguments.tiny:
         parser.error("Stable Diffusion's shape needs a GPU; --tiny runs the same code on a small U-Net anywhere")
-    batches, variants = ([2, 8], list(VARIANTS[:2])) if arguments.quick else (arguments.batches, arguments.variants)
+    able = [name for name, resources in VARIANTS.items() if device.type == "cuda" or not resources.frozen_bf16]
+    batches, variants = ([2, 8], able[:2]) if arguments.quick else (arguments.batches, arguments.variants or able)
     result = measure(device, arguments.tiny, batches, variants)
     shares = ", ".join(f"{phase} {result[f'{phase}_share'] or 0:.0%}" for phase in ("rollout", "train"))
     print(f"{result['device']}: ceiling {result['ceiling_tflops']:.1f} TFLOP/s; best shares of it: {shares}")

@@ -188,6 +188,8 @@ def test_resources_that_were_set_count(bitsandbytes):
     with_it = stages("--set", "dreambooth.resources.adam_8bit=True", "--set", "dreambooth.resources.offload=True")[0]
     less = fit.fit(FULL).phases["training"] - fit.fit(with_it).phases["training"]
     assert less == 6 * WEIGHTS["unet"] + fit.PARTS
+    average = stages("--set", "dreambooth.ema_decay=0.9")[0]
+    assert fit.fit(average).phases["training"] - fit.fit(FULL).phases["training"] == 4 * WEIGHTS["unet"]
     batch = stages("--set", "dreambooth.batch=2", "--set", "dreambooth.micro_batch=1")[0]  # gradients wait
     assert fit.fit(batch).phases["training"] - fit.fit(FULL).phases["training"] == 4 * WEIGHTS["unet"]
 

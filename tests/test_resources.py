@@ -221,6 +221,10 @@ def test_offload_parks_what_idles(tiny, monkeypatch):
     monkeypatch.setattr("ibkit.train.resources.park", lambda *modules: parked.extend(modules))
     Resources(offload=True).prepare(tiny)
     assert parked == [tiny.vae, tiny.text_encoder]
+    parked.clear()
+    next(tiny.text_encoder.parameters()).requires_grad_(True)  # a method that trains it needs it at every step
+    Resources(offload=True).prepare(tiny)
+    assert parked == [tiny.vae]
 
 
 def test_a_scorer_knows_its_networks_and_parks_them(monkeypatch):

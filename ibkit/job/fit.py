@@ -97,11 +97,10 @@ def disk_bytes(stages: Sequence[Stage]) -> float:
     results = checkpoints = 0.0
     for given in (stage.parameters for stage in stages if "method" in stage.parameters):
         settings = preset_of(given["model"]).settings(given["method"], given["settings"])
-        counted, moments = _training(given["method"], settings)
+        counted, state = _training(given["method"], settings)
         weights = 4 * counted.trained
         results += weights
-        average = weights if getattr(settings, "ema_decay", 0) else 0
-        checkpoints = max(checkpoints, KEPT_CHECKPOINTS * (weights + average + moments))
+        checkpoints = max(checkpoints, KEPT_CHECKPOINTS * (weights + state))
     return results + checkpoints
 
 
@@ -144,29 +143,30 @@ def _micro_batch(settings: Any) -> int:
 
 
 def _training(method: str, settings: Any) -> tuple[Counted, float]:
-    """A training step, and bytes of the moments; a method that trains a part of the model counts as a LoRA."""
+    """A training step, and bytes of moments and average; a method that trains a part of the model counts as a LoRA."""
     work, resources = METHODS[method].work(settings), getattr(settings, "resources", Resources())
     kind, rank = ("unet", 0) if work.trained else ("lora", getattr(settings, "lora_rank", 4))
     counted = step(kind, rank, work.graph_rows, resources.checkpointing, resources.frozen_bf16)
-    return counted, counted.trained * resources.moment_bytes
+    average = 4 if getattr(settings, "ema_decay", 0) else 0
+    return counted, counted.trained * (resources.moment_bytes + average)
 
 
 def _personalization(given: dict[str, Any], settings: Any) -> dict[str, float]:
-    counted, moments = _training(given["method"], settings)
+    counted, state = _training(given["method"], settings)
     likeness = _scorer(preset_of(given["model"]).monitor)
     offload = getattr(settings, "resources", Resources()).offload
     # the gradients of one part of a batch wait while the next is in work
     waiting = 4 * counted.trained if _micro_batch(settings) < getattr(settings, "batch", 1) else 0
-    training = counted.weights + moments + counted.nbytes + waiting + likeness + (0 if offload else PARTS)
+    training = counted.weights + state + counted.nbytes + waiting + likeness + (0 if offload else PARTS)
     return {"drawing class pictures": _drawing() + likeness, "training": training}
 
 
 def _tuning(given: dict[str, Any], settings: Any) -> dict[str, float]:
-    counted, moments = _training(given["method"], settings)
+    counted, state = _training(given["method"], settings)
     offload = getattr(settings, "resources", Resources()).offload
     rewards = [_scorer(name) for name in (given["reward"], given["subject_reward"]) if name]
     trajectories = 4 * 4 * 64 * 64 * settings.images_per_epoch * (settings.sampler.n_steps + 1)
-    stay = counted.weights + moments + trajectories + (0 if offload else PARTS + sum(rewards))
+    stay = counted.weights + state + trajectories + (0 if offload else PARTS + sum(rewards))
     return {
         "drawing before training": _drawing(),
         "scoring": 4 * WEIGHTS["unet"] + PARTS + max(rewards) + SCORING_BYTES,

@@ -51,7 +51,7 @@ class Resources:
             ParameterError: frozen_bf16 where the U-Net does not compute in bf16.
         """
         if self.offload:
-            park(model.vae, model.text_encoder)
+            park(*(part for part in (model.vae, model.text_encoder) if not _is_trained(part)))
         if self.frozen_bf16:
             if model.autocast is not torch.bfloat16:
                 raise ParameterError(
@@ -61,7 +61,7 @@ class Resources:
             for layer in model.unet.modules():
                 # the layers whose weights autocast rounds to bf16 at every use, so storing them so changes no bit
                 if isinstance(layer, torch.nn.Linear | torch.nn.Conv2d):
-                    if not any(p.requires_grad for p in layer.parameters(recurse=False)):
+                    if not _is_trained(layer):
                         layer.to(torch.bfloat16)
         if self.checkpointing:
             model.unet.enable_gradient_checkpointing()
@@ -82,6 +82,10 @@ class Resources:
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(weights, **{name: value for name, value in options.items() if name != "fused"})
+
+
+def _is_trained(module: torch.nn.Module) -> bool:
+    return any(p.requires_grad for p in module.parameters())
 
 
 def require_bitsandbytes() -> None:
