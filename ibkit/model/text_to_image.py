@@ -113,8 +113,10 @@ class TextToImage:
         """
         trained = {n.rpartition(".")[2] for n, p in self.text_encoder.named_parameters() if p.requires_grad}
         new = {p: self.padded_ids(p) for p in dict.fromkeys(prompts) if trained or p not in self._embeddings}
-        table = self.text_encoder.config.vocab_size
-        moving = {p: ids for p, ids in new.items() if trained and (trained != {"rows"} or int(ids.max()) >= table)}
+        moving = new if trained else {}
+        if trained == {"rows"}:
+            table = self.text_encoder.config.vocab_size
+            moving = {p: ids for p, ids in new.items() if int(ids.max()) >= table}
         with torch.no_grad():
             fixed = [p for p in new if p not in moving and p not in self._embeddings]
             self._embeddings |= {p: self._hidden_states(new[p])[0] for p in fixed}
