@@ -1,9 +1,16 @@
 """Textual Inversion, Custom Diffusion and NeTI: what moves, the maths by hand, resuming, and files for diffusers."""
 
 import dataclasses
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
 
 import diffusers
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from PIL import Image
@@ -15,6 +22,8 @@ from ibkit.data.subject import PersonalizedSubject
 from ibkit.data.templates import TEMPLATES
 from ibkit.device import generator
 from ibkit.errors import ArtifactError, ModelError, ParameterError
+from ibkit.evaluate.training_costs import training_costs
+from ibkit.job import run as main_job
 from ibkit.methods import custom_diffusion as cd
 from ibkit.methods import neti
 from ibkit.methods import textual_inversion as ti
@@ -24,7 +33,7 @@ from ibkit.model.loading import load_model
 from ibkit.model.mapper import BYPASS, N_UNITS, Mapper
 from ibkit.model.sample import Sampler, sample_latents
 from ibkit.model.text_to_image import model_fingerprint
-from ibkit.runs import Run
+from ibkit.runs import Run, read_run
 from tests.tiny import tiny_model
 
 CAT = PersonalizedSubject("cat", "cat", "sks", "", "tiny", "", None)
@@ -497,3 +506,107 @@ def test_each_record_tells_its_work(method):
     assert work.tuned == record.settings().n_steps * work.graph_rows and work.trained == 0
     assert record.class_pictures(record.settings()) == (200 if method == "custom_diffusion" else 0)
     assert record.class_pictures(record.configure("pocket")) == (64 if method == "custom_diffusion" else 0)
+
+
+def killed_in_step_4(method, folder, tokenizer):
+    def die(row, model):
+        if row["step"] == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    train(method, tiny_model(tokenizer), folder, on_row=die)
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_a_killed_training_ends_bit_identical(tokenizer, tmp_path, method):
+    straight, resumed = tiny_model(tokenizer), tiny_model(tokenizer)
+    train(method, straight, tmp_path / "a")
+    child = multiprocessing.get_context("fork").Process(
+        target=killed_in_step_4, args=(method, tmp_path / "b", tokenizer)
+    )
+    child.start()
+    child.join(120)
+    assert child.exitcode == -signal.SIGKILL
+    rows = train(method, resumed, tmp_path / "b")
+    assert len(rows) == 6
+    ours, theirs = parameters_of(straight, method), parameters_of(resumed, method)
+    assert all(torch.equal(p, theirs[n]) for n, p in ours.items())
+
+
+def test_a_checkpoint_of_another_word_or_method_is_refused(tiny, tokenizer, tmp_path):
+    train("textual_inversion", tiny, tmp_path)
+    toy = dataclasses.replace(CAT, identifier="zwx")
+    with pytest.raises(ArtifactError, match="are of a training with another word: go on with what it was started with"):
+        train("textual_inversion", tiny_model(tokenizer), tmp_path, who=toy)
+
+
+@pytest.mark.parametrize("method", ["textual_inversion", "custom_diffusion"])
+def test_a_batch_in_parts_has_the_same_gradient(tokenizer, tmp_path, method):
+    losses = []
+    for micro_batch in (0, 1):
+        model = tiny_model(tokenizer)
+        settings = dataclasses.replace(SETTINGS[method], micro_batch=micro_batch)
+        rows = train(method, model, tmp_path / str(micro_batch), settings)
+        losses.append([row["loss"] for row in rows])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+# --- what it cost --------------------------------------------------------------------------------------------------
+
+
+def test_costs_are_told_by_part(tokenizer, tmp_path):
+    tiny_model(tokenizer).save_pipeline(tmp_path / "base")
+    sources = {}
+    for i, method in enumerate(SETTINGS):
+        model = load_model(str(tmp_path / "base"))
+        start = Adapted.of(model)
+        run = Run.open(tmp_path / method, "01_personalize", {"class_noun": "cat"})
+        history = train(method, model, run.folder)
+        run.write_table("history.csv", pd.DataFrame(history))
+        run.record(config=dataclasses.asdict(SETTINGS[method]))
+        start.then(run, "delta.safetensors", model, method, method, 5).write(run)
+        run.finish()
+        sources[f"run{i}"] = read_run(run.folder)
+    evaluation = Run.open(tmp_path / "evaluation", "03_evaluate", {}, sources)
+    evaluation.finish()
+    costs = training_costs([read_run(evaluation.folder)] * 2)  # two evaluations of the same runs count them once
+    weights = {(row.arm, row.part): row.weights for row in costs.itertuples()}
+    n_layers = len(cross_attention_layers(tiny_model(tokenizer).unet))
+    assert weights["textual_inversion", "the word's rows"] == weights["custom_diffusion", "the word's rows"] == 16
+    layers = [layer for _, layer in cross_attention_layers(tiny_model(tokenizer).unet)]
+    matrices = sum(layer.to_k.weight.numel() + layer.to_v.weight.numel() for layer in layers)
+    assert weights["custom_diffusion", "keys and values of text"] == matrices
+    assert weights["neti", "a network that makes the word"] == sum(p.numel() for p in Mapper(
+        n_layers, 16, 1.0, generator(0), generator(0)).parameters())  # fmt: skip
+    by_arm = costs.groupby("arm")[["steps", "photos", "class_pictures"]].first()
+    assert by_arm.loc["neti"].tolist() == [6, 12, 0] and by_arm.loc["custom_diffusion"].tolist() == [6, 12, 200]
+    assert (costs["seconds"] > 0).all() and (costs["kilobytes"] > 0).all()
+
+
+@pytest.mark.slow
+def test_one_job_compares_them_and_notebook_08_reads_it():
+    """Three personalizations, an evaluation and the notebook, for real at the smallest budget; two minutes."""
+    name = f"test-baselines-{os.getpid()}"
+    folder = main_job.OUTPUTS / name
+    sets = [f"{method}.n_steps=2" for method in SETTINGS] + ["custom_diffusion.n_class_images=2"]
+    words = ["run", "--name", name, "--device", "cpu", "--personalize", *SETTINGS, "--tune", "none"]
+    words += [w for s in sets for w in ("--set", s)]
+    words += ["-p", "03_evaluate.n_images=2", "-p", '03_evaluate.scorers=["clip_t"]']
+    try:
+        ibkit(*words)
+        evaluated = f'run_evaluate=["{folder / "03_evaluate"}"]'
+        small = ["--set", "n_steps=2", "--set", "n_class_images=2"]
+        ibkit("stage", "08_baselines", "--out", folder / "08_baselines", "-p", evaluated, *small)
+        run = read_run(folder / "08_baselines")
+        assert set(run.table("costs.csv")["arm"]) == set(SETTINGS)
+        assert set(run.manifest["metrics"]["claims"]) == {f"B{i}" for i in range(1, 6)}
+        assert len(run.table("two_subjects.csv")) == 6
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def ibkit(*words):
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-m", "ibkit", *map(str, words)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
