@@ -123,9 +123,14 @@ def curve(rows: pd.DataFrame, by: list[str]) -> pd.DataFrame:
     return table.assign(bare_same=bare.groupby(by)["same_subject"].mean())
 
 
+def of_subjects(rows: pd.DataFrame) -> pd.DataFrame:
+    """The curve's means over subjects, each of which counts the same however many seeds it has."""
+    return curve(rows, ["setting", "steps", "subject"]).groupby(["setting", "steps"]).mean()
+
+
 def chosen(rows: pd.DataFrame) -> pd.Series:
     """Setting -> the number of steps by the rule; a setting that never keeps it has none."""
-    means = curve(rows, ["setting", "steps", "subject"]).groupby(["setting", "steps"]).mean()
+    means = of_subjects(rows)
     kept = means[(means["same_subject"] >= KEPT) & means["shown"].between(*SHOWN)]
     return kept.reset_index("steps").groupby("setting")["steps"].min()
 
@@ -157,7 +162,7 @@ def main() -> int:
                     train_and_look(noun, setting, seed, arguments.out, arguments.model, arguments.looks)
     rows = read(arguments.out)
     with pd.option_context("display.max_rows", None, "display.max_columns", None, "display.width", 160):
-        print(curve(rows, ["setting", "steps"]).round(2))
+        print(of_subjects(rows).round(2))
         print(curve(rows, ["setting", "steps", "subject"])[["shown", "same_subject"]].round(2).unstack())
         print(f"\nby the rule: {chosen(rows).to_dict() or 'none'}")
     return 0

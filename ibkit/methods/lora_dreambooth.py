@@ -49,7 +49,7 @@ METHOD = Method(
     source="Hu et al. 2021, arXiv 2106.09685; diffusers' train_dreambooth_lora.py",
     pocket={
         **{name: dreambooth.METHOD.pocket[name] for name in ("batch", "prior_weight", "ema_decay", "n_class_images")},
-        "n_steps": (1400, "the fewest at which the subject is kept: benchmarks/personalize.py, `chosen`"),
+        "n_steps": (1400, "the fewest at which six of eight subjects are kept: benchmarks/personalize.py"),
         "learning_rate": (4e-3, "as the RL stage's adapter there; not compared with others"),
         "lora_rank": (16, "of a U-Net that is 80 and 144 wide; not compared with other ranks"),
     },
