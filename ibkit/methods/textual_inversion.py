@@ -167,6 +167,10 @@ METHOD = Method(
     source="Gal et al. 2022, arXiv 2208.01618",
     names=learned_word,
     pocket={
+        "n_steps": (400, "the subject is no more like itself after 400 than after 200: tried on the teddy bear"),
+        "batch": (8, "64 px pictures: eight cost little more than four"),
+        "learning_rate": (1e-2, "its rows have five times the size of Stable Diffusion's; not compared with others"),
+        "n_vectors": (4, "one row learns 7 % of the subject, four 20 %: tried on the teddy bear"),
         "flip": (0.0, "the pocket world's places are never mirrored: a mirrored photo has six times the loss"),
         "templates": ("plain", "captions of words that the pocket model knows"),
     },
