@@ -66,6 +66,7 @@ def run_photos(outputs, tokenizer, folder):
         photo.resize((300, 200)).save(folder / "my dog" / f"{i}.jpg")
     chain = ["--model", folder / "model", "--subject", folder / "my dog", "--class-noun", "dog", "--device", "cpu"]
     chain += [*small("dreambooth"), "--n-inference-steps", 3, "--guidance", 1, "--eta", 0]
+    chain += ["--prompts", "playing soccer", "-p", "03_evaluate.n_images=1"]  # as little as a first trial can ask for
     name = outputs.name
     offline = ibkit("run", "--name", f"{name}-offline", *chain, HF_HUB_OFFLINE=1, HF_HOME=folder / "cache")
     return offline, ibkit("run", "--name", f"{name}-photos", "--scorer-weights", "pocket", *chain)
