@@ -120,20 +120,43 @@ def test_the_readme_has_the_ladder(capsys):
 
 def test_what_the_user_set_is_left_alone():
     tune = stages("--set", "ddpo.micro_batch=1", "--set", "ddpo.resources.offload=False")[1]
-    assert fit.settings_for([tune], 8) == ({"set.ddpo.resources.frozen_bf16": True}, [])
+    assert fit.fit(tune, 8).knobs == {"resources.frozen_bf16": True}
 
 
-def test_plan_for_a_gpu_that_is_not_here(capsys):
-    assert main(["plan", "--model", "sd15", "--device", "cpu", "--gpu", "12"]) == 0
-    out = capsys.readouterr().out
-    assert "a GPU of 12 GiB" in out and "speeds assumed, not measured" in out
+@pytest.fixture
+def bitsandbytes(monkeypatch):
+    """As if it were installed, or not: a function that says so."""
+
+    def installed(is_there):
+        monkeypatch.setattr("ibkit.train.resources.find_spec", lambda name: name if is_there else None)
+
+    installed(True)
+    return installed
+
+
+def planned(capsys, *words):
+    assert main(["plan", "--model", "sd15", "--device", "cpu", *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_plan_for_a_gpu_that_is_not_here(capsys, bitsandbytes):
+    out = planned(capsys, "--gpu", "12")
+    assert "a GPU of 12 GiB" in out and "speeds assumed, not measured" in out and "disk: 12.8 GiB" in out
     for word in ("dreambooth.resources.adam_8bit=True", "ddpo.resources.frozen_bf16=True"):
         assert f"--set {word}" in out
-    assert main(["plan", "--model", "sd15", "--device", "cpu", "--gpu", "8", "--json"]) == 0
-    result = json.loads(capsys.readouterr().out)
-    assert any("01_personalize takes 8." in note and "lora_dreambooth" in note for note in result["notes"])
     assert main(["plan", "--device", "cpu", "--gpu", "8"]) == 2
     assert "add --model sd15" in capsys.readouterr().err
+
+
+def test_where_dreambooth_does_not_fit_lora_takes_its_place(capsys, bitsandbytes):
+    result = json.loads(planned(capsys, "--gpu", "8", "--json"))
+    assert result["stages"][0]["peak_gib"] == pytest.approx(fit.fit(LORA, 8).gib)
+    assert any("--personalize lora_dreambooth" in note for note in result["notes"])
+    bitsandbytes(False)
+    out = planned(capsys, "--gpu", "12")
+    assert "(it would fit with bitsandbytes: pip install 'ibkit[low-memory]'): lora_dreambooth takes its place" in out
+    out = planned(capsys, "--gpu", "12", "--personalize", "dreambooth")  # the user's own word
+    assert "choose a method that takes less, or a larger GPU" in out and "lora" not in out
 
 
 def test_plan_says_that_a_cpu_is_not_for_it(capsys, monkeypatch):
@@ -146,38 +169,38 @@ def test_plan_says_that_a_cpu_is_not_for_it(capsys, monkeypatch):
     assert "(0.08 TFLOP/s)" in out
 
 
-@pytest.fixture
-def bitsandbytes(monkeypatch):
-    """As if it were installed."""
-    monkeypatch.setattr("ibkit.train.resources.find_spec", lambda name: name)
-
-
 def test_a_run_on_a_gpu_sets_what_it_needs(monkeypatch, capsys, bitsandbytes):
+    parser = ArgumentParser()
+    main_job.add_settings(parser)
+    settings = defaults() | given(parser.parse_args(["--model", "sd15", "--device", "cpu"]))
     monkeypatch.setattr(fit, "card_gib", lambda device: 12.0)
     monkeypatch.setattr(main_job, "require_disk", lambda folder, nbytes: None)
-    settings = main_job._fitted([FULL, TUNE, EVALUATE])
-    assert settings == {
+    added = main_job._fitted(settings, main_job.OUTPUTS / "run")
+    assert added == {
         "set.dreambooth.resources.offload": True,
         "set.dreambooth.resources.adam_8bit": True,
         "set.ddpo.resources.frozen_bf16": True,
         "set.ddpo.resources.offload": True,
     }
-    plan(defaults() | {"01_personalize.model": "sd15", "personalize": ["dreambooth"]} | settings, main_job.OUTPUTS)
-    assert "to fit on 12.0 GiB: ddpo.resources.offload=True" in capsys.readouterr().out
+    assert plan(settings | added, main_job.OUTPUTS)[0].parameters["settings"] == {
+        "resources.offload": True, "resources.adam_8bit": True,
+    }  # fmt: skip
+    assert "to fit on 12.0 GiB: ddpo.resources.offload = True" in capsys.readouterr().out
     monkeypatch.setattr(fit, "card_gib", lambda device: None)
-    assert main_job._fitted([FULL]) == {}
-
-
-def test_a_run_asks_for_the_disk_that_it_will_take(monkeypatch):
-    moments = 2 * 4 * WEIGHTS["unet"]
-    adapter = 4 * step("lora", 4, 2).trained
-    assert f"takes {fit.disk_bytes([FULL]) / GIB:.1f} GiB of the disk" in (project_root() / "README.md").read_text()
-    assert fit.disk_bytes([FULL, TUNE]) == 4 * WEIGHTS["unet"] + adapter + 2 * (4 * WEIGHTS["unet"] + moments)
-    of_models = 4 * sum(WEIGHTS[name] for name in ("unet", "vae", "text_encoder", "image_reward", "clip", "dino"))
-    assert fit.disk_bytes([FULL, TUNE]) + of_models < check.SD15_DISK_GIB * GIB
+    assert main_job._fitted(settings, main_job.OUTPUTS / "run") == {}
+    monkeypatch.undo()
     monkeypatch.setattr("ibkit.runs.files.shutil.disk_usage", lambda path: type("Usage", (), {"free": 20 * GIB}))
     with pytest.raises(ArtifactError, match=r"is full: 22\d{3} MiB are to be written and 20480 MiB are free"):
-        main_job._fitted([FULL, TUNE])
+        main_job._fitted(settings, main_job.OUTPUTS / "run")
+
+
+def test_the_disk_of_a_job():
+    moments = 2 * 4 * WEIGHTS["unet"]
+    adapter = 4 * step("lora", 4, 2).trained
+    assert fit.disk_bytes([FULL, TUNE]) == 4 * WEIGHTS["unet"] + adapter + 2 * (4 * WEIGHTS["unet"] + moments)
+    assert f"takes {fit.disk_bytes([FULL]) / GIB:.1f} GiB of the disk" in (project_root() / "README.md").read_text()
+    of_models = 4 * sum(WEIGHTS[name] for name in ("unet", "vae", "text_encoder", "image_reward", "clip", "dino"))
+    assert fit.disk_bytes([FULL, TUNE]) + of_models < check.SD15_DISK_GIB * GIB
 
 
 def test_check_asks_for_the_least_gpu_of_the_ladder():
@@ -234,6 +257,6 @@ def test_the_numbers_of_weights_are_those_of_the_architectures():
 
 
 def test_methods_without_resources_are_counted_as_they_are():
-    assert fit._candidates("dreambooth", object(), set()) == [{}]
+    assert fit._candidates("dreambooth", object(), set(), True) == [{}]
     assert Resources().moment_bytes == 8 and Resources(adam_8bit=True).moment_bytes == 2
     assert all(hasattr(METHODS[name].settings(), "resources") for name in ("dreambooth", "lora_dreambooth", "ddpo"))

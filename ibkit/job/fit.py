@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,10 +16,10 @@ import torch
 from ibkit.fields import fill
 from ibkit.job.costs import costs, count
 from ibkit.job.memory import WEIGHTS, Counted, autoencoder, forward, step
-from ibkit.job.stages import Stage
+from ibkit.job.stages import Stage, plan
 from ibkit.methods.records import METHODS
 from ibkit.presets import preset_of
-from ibkit.train.resources import Resources
+from ibkit.train.resources import Resources, has_bitsandbytes
 
 GIB = 2**30
 LADDER_GIB = (8, 12, 16, 24, 40, 80)
@@ -30,6 +31,7 @@ SCORING_BYTES = 0.7 * GIB  # above the activations of the largest official score
 NETWORK_OF = {"clip_t": "clip", "clip_i": "clip", "subject": "dino", "weak_reward": "image_reward"} | dict.fromkeys(
     ("align_t", "align_i", "harmonic"), "align"
 )
+SMALLEST = "lora_dreambooth"  # of the methods that personalize, the one that takes least
 PARTS = 4 * (WEIGHTS["vae"] + WEIGHTS["text_encoder"])
 
 
@@ -62,34 +64,62 @@ def usable_gib(card: float | None) -> float:
     return card - max(RESERVED_GIB, RESERVED_SHARE * card) if card else math.inf
 
 
-def fit(stage: Stage, card: float | None = None) -> Fit:
-    """The stage with the settings that cost least time among those that fit on a card of so many GiB."""
+def fit(stage: Stage, card: float | None = None, bits: bool = True) -> Fit:
+    """The stage with the settings that cost least time among those that fit on a card of so many GiB.
+
+    Args:
+        bits: whether moments of 8 bits can be had.
+    """
     given, room = stage.parameters, usable_gib(card) * GIB
     if "method" not in given:
         phases = _evaluation(given)
         return Fit(phases, {}, max(phases.values()) <= room)
     settings = preset_of(given["model"]).settings(given["method"], given["settings"])
     phases_of = _personalization if METHODS[given["method"]].stage == "personalize" else _tuning
-    for knobs in _candidates(given["method"], settings, set(given["settings"])):
+    for knobs in _candidates(given["method"], settings, set(given["settings"]), bits):
         phases = phases_of(given, fill(settings, knobs, given["method"]))
         if fits := max(phases.values()) <= room:
             break
     return Fit(phases, knobs, fits)
 
 
-def settings_for(stages: Sequence[Stage], card: float) -> tuple[dict[str, Any], list[str]]:
-    """What to set so that a job fits on a card, "set.METHOD.NAME" -> value; and a sentence for a stage that cannot."""
-    settings: dict[str, Any] = {}
+def chosen(settings: dict[str, Any], folder: Path, card: float) -> tuple[dict[str, Any], list[str]]:
+    """What a job needs to fit on a card.
+
+    Args:
+        settings: of the job, see `job.stages.plan`.
+        folder: its run folder.
+        card: the GPU's memory in GiB.
+
+    Returns:
+        Settings to add: resources, and where the user chose no method to personalize and the preset's does not fit, the
+        one that takes least; and sentences on that, and on what does not fit at all.
+    """
+    added: dict[str, Any] = {}
     sentences = []
+    stages, bits = plan(settings, folder), has_bitsandbytes()
+    if not settings["personalize"] and not fit(stages[0], card, bits).fits:
+        sentences.append(f"{_too_large(stages[0], card)}: {SMALLEST} takes its place.")
+        added["personalize"] = [SMALLEST]
+        stages = plan(settings | added, folder)
     for stage in stages:
-        found = fit(stage, card)
-        settings |= {f"set.{stage.parameters['method']}.{name}": value for name, value in found.knobs.items()}
+        found = fit(stage, card, bits)
+        added |= {f"set.{stage.parameters['method']}.{name}": value for name, value in found.knobs.items()}
         if not found.fits:
-            sentences.append(
-                f"{stage.name} takes {found.gib:.1f} GiB at least and {usable_gib(card):.1f} of this GPU's {card:.1f} "
-                "are counted on: choose a method that takes less (--personalize lora_dreambooth), or a larger GPU."
-            )
-    return settings, sentences
+            sentences.append(f"{_too_large(stage, card)}: choose a method that takes less, or a larger GPU.")
+    return added, sentences
+
+
+def _too_large(stage: Stage, card: float) -> str:
+    least = fit(stage, card, has_bitsandbytes())
+    other = ""
+    if not has_bitsandbytes() and fit(stage, card).fits:
+        other = " (it would fit with bitsandbytes: pip install 'ibkit[low-memory]')"
+    name = stage.parameters.get("method", stage.name)
+    return (
+        f"{name} takes {least.gib:.1f} GiB at least, and of this GPU's {card:.1f} only {usable_gib(card):.1f} are "
+        f"counted on{other}"
+    )
 
 
 def disk_bytes(stages: Sequence[Stage]) -> float:
@@ -121,17 +151,19 @@ def ladder(stages: Sequence[Stage]) -> str:
     return "\n".join([*lines, "| time | " + " | ".join(minutes) + " |", "", f"Time: {cost.how}."])
 
 
-def _candidates(method: str, settings: Any, taken: set[str]) -> list[dict[str, Any]]:
+def _candidates(method: str, settings: Any, taken: set[str], bits: bool) -> list[dict[str, Any]]:
     """Settings to try, those that cost least first, without any that the user gave."""
     if not hasattr(settings, "resources"):
         return [{}]
-    offload, bf16, checkpointing, bits = (
+    offload, bf16, checkpointing, adam_8bit = (
         {f"resources.{name}": True} for name in ("offload", "frozen_bf16", "checkpointing", "adam_8bit")
     )
     least: dict[str, Any] = offload | checkpointing
     smaller = [{"micro_batch": n} for n in (4, 2, 1) if n < _micro_batch(settings)]
     if METHODS[method].work(settings).trained:  # no weight is frozen
-        tries = [{}, offload, least, offload | bits, least | bits, *(least | bits | one for one in smaller)]
+        tries = [{}, offload, least, *(least | one for one in smaller)]
+        if bits:
+            tries[3:] = [offload | adam_8bit, *(least | adam_8bit | one for one in ({}, *smaller))]
     else:
         in_parts = [bf16 | offload | one for one in smaller]
         tries = [{}, bf16, bf16 | offload, *in_parts, bf16 | least | {"micro_batch": 1}]

@@ -2,12 +2,15 @@
 
 import argparse
 import json
+from typing import Any
 
 from ibkit.device import describe_device, keep_memory, pick_device, threads
 from ibkit.errors import ParameterError
 from ibkit.job import run as main_job
-from ibkit.job.stages import JOB, Stage, defaults, given, plan
+from ibkit.job.stages import JOB, defaults, given, plan
 from ibkit.progress import duration
+
+NOT_FOR_A_CPU = "Not for a CPU: the memory is what it takes of a GPU; `--gpu 24` plans for one of 24 GiB."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,8 +37,8 @@ def main(arguments: argparse.Namespace) -> int:
         return 0
     keep_memory()
     threads()
-    stages = plan(defaults() | given(arguments), main_job.OUTPUTS / "plan")
-    works = [count(stage) for stage in stages]
+    settings, folder = defaults() | given(arguments), main_job.OUTPUTS / "plan"
+    stages = plan(settings, folder)
     wanted = stages[0].parameters
     device = pick_device(wanted["device"])
     card, where = arguments.gpu or fit.card_gib(device), describe_device(device)
@@ -46,10 +49,17 @@ def main(arguments: argparse.Namespace) -> int:
     cost = costs(wanted["model"], device, elsewhere=bool(arguments.gpu))
     notes: list[str] = []
     if isinstance(cost, PocketCosts):
-        gibs = [cost.peak_bytes(work) / fit.GIB for work in works]
+        gibs = [cost.peak_bytes(count(stage)) / fit.GIB for stage in stages]
     else:
-        gibs = [fit.fit(stage, card).gib for stage in stages]
-        notes = _notes(stages, card)
+        added, sentences = fit.chosen(settings, folder, card) if card else ({}, [NOT_FOR_A_CPU])
+        stages = plan(settings | added, folder)
+        gibs = [fit.fit(stage).gib for stage in stages]
+        words = " ".join(_option(name, value) for name, value in added.items())
+        notes.append(
+            f"disk: {fit.disk_bytes(stages) / fit.GIB:.1f} GiB for trained weights and a training's checkpoints"
+        )
+        notes += [f"`ibkit run` adds on this GPU: {words}"] * bool(words) + sentences
+    works = [count(stage) for stage in stages]
     rows = [(stage.name, cost.seconds(work), gib) for stage, work, gib in zip(stages, works, gibs, strict=True)]
     total, peak = sum(seconds for _, seconds, _ in rows), max(gib for *_, gib in rows)
     if arguments.json:
@@ -71,13 +81,8 @@ def main(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _notes(stages: list[Stage], card: float | None) -> list[str]:
-    """What to know beside the table: the disk, what is set on this card, what does not fit."""
-    from ibkit.job import fit
-
-    disk = f"disk: {fit.disk_bytes(stages) / fit.GIB:.1f} GiB for trained weights and the checkpoints of a training"
-    if card is None:
-        return [disk, "Not for a CPU: the memory is what it takes of a GPU; `--gpu 24` plans for one of 24 GiB."]
-    settings, sentences = fit.settings_for(stages, card)
-    words = " ".join(f"--set {name.removeprefix('set.')}={value}" for name, value in settings.items())
-    return [disk, f"`ibkit run` adds on this GPU: {words}" if words else "nothing need be set on this GPU", *sentences]
+def _option(name: str, value: Any) -> str:
+    """A setting of a job as the command line spells it."""
+    if name.startswith("set."):
+        return f"--set {name.removeprefix('set.')}={value}"
+    return f"--{name} {' '.join(value)}"

@@ -103,7 +103,7 @@ def main(arguments: Namespace) -> int:
         settings = defaults() | wanted
     stages = plan(settings, folder, arguments.resume)
     if not arguments.resume and stages[0].parameters["model"] != "pocket":
-        settings |= _fitted(stages)
+        settings |= _fitted(settings, folder)
         stages = plan(settings, folder)
     again = f"go on with:  ibkit run --resume --name {folder.name}"
     with _sigterm_is_ctrl_c():
@@ -128,25 +128,23 @@ def main(arguments: Namespace) -> int:
             return EXIT_INTERRUPTED
 
 
-def _fitted(stages: list[Stage]) -> dict[str, Any]:
-    """What must be set so that a large model fits on this machine's GPU; none on a CPU.
+def _fitted(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """What must be added so that a large model fits on this machine's GPU; nothing on a CPU.
 
     Raises:
         ArtifactError: the disk has no room for what the job will write.
     """
     from ibkit.device import pick_device
-    from ibkit.job.fit import card_gib, disk_bytes, settings_for
+    from ibkit.job.fit import card_gib, chosen, disk_bytes
 
-    require_disk(OUTPUTS, int(disk_bytes(stages)))
-    card = card_gib(pick_device(stages[0].parameters["device"]))
-    if card is None:
-        return {}
-    settings, sentences = settings_for(stages, card)
-    for name, value in settings.items():
-        print(f"to fit on {card:.1f} GiB: {name.removeprefix('set.')}={value}")
+    card = card_gib(pick_device(settings["01_personalize.device"]))
+    added, sentences = chosen(settings, folder, card) if card else ({}, [])
     for sentence in sentences:
-        print(f"warning: {sentence}", file=sys.stderr)
-    return settings
+        print(sentence, file=sys.stderr)
+    for name, value in added.items():
+        print(f"to fit on {card:.1f} GiB: {name.removeprefix('set.')} = {value}")
+    require_disk(OUTPUTS, int(disk_bytes(plan(settings | added, folder))))
+    return added
 
 
 def _launched() -> dict[str, Any] | None:

@@ -88,9 +88,14 @@ def _is_trained(module: torch.nn.Module) -> bool:
     return any(p.requires_grad for p in module.parameters())
 
 
+def has_bitsandbytes() -> bool:
+    """Whether it is installed."""
+    return find_spec("bitsandbytes") is not None
+
+
 def require_bitsandbytes() -> None:
     """Raise ParameterError unless it is installed."""
-    if find_spec("bitsandbytes") is None:
+    if not has_bitsandbytes():
         raise ParameterError(
             "resources.adam_8bit needs the package bitsandbytes: pip install 'ibkit[low-memory]', or leave it off."
         )
