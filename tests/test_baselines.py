@@ -34,6 +34,7 @@ from ibkit.model.mapper import BYPASS, N_UNITS, Mapper
 from ibkit.model.sample import Sampler, sample_latents
 from ibkit.model.text_to_image import model_fingerprint
 from ibkit.runs import Run, read_run
+from ibkit.train.resources import Resources
 from tests.tiny import tiny_model
 
 CAT = PersonalizedSubject("cat", "cat", "sks", "", "tiny", "", None)
@@ -610,3 +611,14 @@ def ibkit(*words):
         [sys.executable, "-m", "ibkit", *map(str, words)], env=environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+def test_with_gradient_checkpointing_the_layers_read_the_same_text_again(tokenizer, tmp_path):
+    """The backward pass runs the layers once more, when the forward pass is over."""
+    rows = []
+    for checkpointing in (False, True):
+        model = tiny_model(tokenizer)
+        settings = dataclasses.replace(SETTINGS["neti"], resources=Resources(checkpointing=checkpointing))
+        rows.append([row["loss"] for row in train("neti", model, tmp_path / str(checkpointing), settings)])
+        assert model.unet.is_gradient_checkpointing == checkpointing
+    assert rows[0] == pytest.approx(rows[1], rel=1e-5) and len(set(rows[0])) == 6
