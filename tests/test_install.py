@@ -19,8 +19,11 @@ MAKE = shutil.which("make")
 
 def run_command(*words, **environment):
     """The command that `make run` would execute."""
+    inherited = {
+        k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS")
+    }  # `make test` sets
     done = subprocess.run(
-        [MAKE, "--dry-run", "run", *words], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True
+        [MAKE, "--dry-run", "run", *words], cwd=ROOT, env=inherited | environment, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     return " ".join(done.stdout.replace("\\\n", " ").splitlines()[-1].split())

@@ -15,7 +15,7 @@ from ibkit.errors import ArtifactError, ModelError, ParameterError
 from ibkit.job import check
 from ibkit.methods.engine.objectives import RewardSpec
 from ibkit.model import text_to_image
-from ibkit.model.text_to_image import load_model
+from ibkit.model.loading import load_model
 from ibkit.params import make
 from ibkit.runs import files
 from ibkit.scorers import make_scorer

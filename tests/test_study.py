@@ -657,7 +657,7 @@ def test_what_a_judge_trains_on_is_redrawn_and_turned_a_little():
 def test_the_reference_votes_are_those_of_seven_simulated_raters():
     votes = load_votes(str(ROOT / "outputs" / "reference" / "votes.csv"))
     assert votes["simulated"].all() and votes["rater"].nunique() == 7
-    rate = preference_rate(votes, "dreambooth+ddpo", "dreambooth")
+    rate = preference_rate(votes, "lora_dreambooth+ddpo", "lora_dreambooth")
     assert 0 <= rate.low <= rate.value <= rate.high <= 1 and rate.n == 60
     assert set(kappas(votes)["question"]) == {"subject", "text", "preference"}
 

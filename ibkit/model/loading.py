@@ -58,15 +58,15 @@ def load_model(model: str = "pocket", revision: str = "", device: torch.device |
             f"methods are written for noise prediction (epsilon), as in SD 1.x and the base models of 2.x."
         )
     device = torch.device(device)
-    for part in (unet, vae, text_encoder):
-        part.to(device).eval().requires_grad_(False)
-    use_quick_attention(unet, device)
     autocast = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else None
     if device.type == "cuda" and not autocast and unet.config.sample_size > 16:
         raise ModelError(
             f"{torch.cuda.get_device_name(device)} has no bf16, which NVIDIA's GPUs have from Ampere (2020) on, "
             f"and a model of the size of {model!r} is not run without: use such a GPU, or the pocket model."
         )
+    for part in (unet, vae, text_encoder):
+        part.to(device).eval().requires_grad_(False)
+    use_quick_attention(unet, device)
     return TextToImage(model, unet, vae, text_encoder, tokenizer, scheduler, device, autocast)
 
 
