@@ -6,12 +6,16 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import dreambooth, scoring, sd15
+from benchmarks import baselines, dreambooth, scoring, sd15
 from benchmarks.arms import personalized
 from benchmarks.personalize import chosen
+from ibkit.adapt import Adapted
 from ibkit.data.subject import PersonalizedSubject, demo_subject, world_photos
 from ibkit.errors import ModelError, ParameterError
 from ibkit.methods.dreambooth import DreamBoothConfig
+from ibkit.methods.records import METHODS, Job
+from ibkit.model.mapper import N_UNITS, Mapper
+from ibkit.presets import POCKET
 from ibkit.scorers import SCORERS, make_scorer
 
 
@@ -91,4 +95,15 @@ def test_a_dreambooth_step_has_the_loss_of_diffusers_recipe(tiny, tmp_path):
         picture.save(path)
     config = DreamBoothConfig(n_steps=3, batch=2, prior_weight=0.5, learning_rate=1e-3)
     theirs, ours = (train(tiny.copy(), paths[:2], paths[2:], config) for train in (dreambooth.recipe, dreambooth.ours))
+    assert ours == pytest.approx(theirs, rel=1e-4) and len(set(ours)) == 3
+
+
+@pytest.mark.parametrize("method", baselines.BASELINES)
+def test_a_step_of_a_baseline_has_the_loss_of_a_plain_loop(tiny, tmp_path, monkeypatch, method):
+    monkeypatch.setattr(Mapper, "kept_units", lambda self, layer: torch.ones(len(layer), N_UNITS, dtype=torch.bool))
+    photos = [photo.resize((tiny.image_px,) * 2) for photo in world_photos(demo_subject("cat"))[:4]]
+    who = METHODS[method].names(PersonalizedSubject("cat", "cat", "sks", "", "tiny", "", None))
+    config = POCKET.settings(method, {"n_steps": 3, "batch": 2, "ema_decay": 0.0})
+    job = Job(Adapted.of(tiny), who, photos[:2], method, 0, tmp_path, photos[2:])
+    theirs, ours = (train(tiny.copy(), method, job, config) for train in (baselines.plain, baselines.ours))
     assert ours == pytest.approx(theirs, rel=1e-4) and len(set(ours)) == 3
