@@ -23,7 +23,7 @@ help:
 	@sed -n 's/^# //p' Makefile | sed -n '1,7p'
 
 # An option where a variable is given on make's command line; one of the environment is somebody else's.
-option = $(if $(findstring command line,$(origin $(1))),--$(2) '$($(1))')
+option = $(if $(findstring command line,$(origin $(1))),--$(2) '$(subst ','\'',$($(1)))')
 
 run: $(STAMP)
 	@$(VENV)/bin/ibkit run $(call option,MODEL,model) $(call option,SUBJECT,subject) \

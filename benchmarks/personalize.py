@@ -40,9 +40,9 @@ from ibkit.scorers.judge import Judge
 LOOKS = {  # steps
     "dreambooth": (200, 300, 450, 600, 800),
     "lora_dreambooth": (600, 1000, 1400),
-    "textual_inversion": (500, 1000, 2000),
-    "custom_diffusion": (250, 500, 1000),
-    "neti": (250, 500, 1000),
+    "textual_inversion": (200, 400),
+    "custom_diffusion": (400, 800),
+    "neti": (200, 400, 1000),
 }
 KEPT, SHOWN = 0.88, (0.30, 0.75)  # of the rule
 BETWEEN_CHECKPOINTS = 50  # steps, the most that a continued training repeats
@@ -64,10 +64,14 @@ SETTINGS: dict[str, tuple[str, dict]] = {
     "lora wide": ("lora_dreambooth", {"lora_rank": 32}),
     "lora batch": ("lora_dreambooth", {"batch": 8}),
     "lora last": ("lora_dreambooth", {"ema_decay": 0.0}),
-    # the baselines, each at three learning rates
-    **{f"word {rate:g}": ("textual_inversion", {"learning_rate": rate}) for rate in (2e-3, 1e-2, 5e-2)},
-    **{f"custom {rate:g}": ("custom_diffusion", {"learning_rate": rate}) for rate in (1e-4, 5e-4, 2e-3)},
-    **{f"neti {rate:g}": ("neti", {"learning_rate": rate}) for rate in (1e-3, 3e-3, 8e-3)},
+    "word": ("textual_inversion", {}),
+    "word one row": ("textual_inversion", {"n_vectors": 1}),
+    "custom": ("custom_diffusion", {}),
+    "custom slow": ("custom_diffusion", {"learning_rate": 1e-3}),
+    "custom fast": ("custom_diffusion", {"learning_rate": 1e-2}),
+    "custom fast light prior": ("custom_diffusion", {"learning_rate": 1e-2, "prior_weight": 0.3}),
+    "neti": ("neti", {}),
+    "neti slow": ("neti", {"learning_rate": 1e-3}),
 }
 
 

@@ -23,17 +23,18 @@ import torch
 
 from ibkit.adapt import attach
 from ibkit.device import describe_device, generator, pick_device
-from ibkit.job.memory import TEXT, UNET, step
+from ibkit.job.memory import TEXT, step
 from ibkit.methods import ddpo
 from ibkit.methods.engine.rollout import Trajectories, rollout
 from ibkit.model.sample import Sampler
+from ibkit.model.single_file import SD15_UNET
 from ibkit.model.text_to_image import TextToImage
 from ibkit.presets import SD15
 from ibkit.train.kept import Average
 from ibkit.train.processes import Processes
 from ibkit.train.resources import Resources
 
-TINY_UNET = UNET | {"sample_size": 8, "block_out_channels": (32, 32, 64, 64)}
+TINY_UNET = SD15_UNET | {"sample_size": 8, "block_out_channels": (32, 32, 64, 64)}
 SETTINGS = SD15.settings("ddpo")
 TIMED_STEPS = 4  # denoising steps of a timed rollout
 REPEATS = 3
@@ -53,7 +54,7 @@ def random_model(device: torch.device, tiny: bool, variant: str) -> tuple[TextTo
 
     torch.manual_seed(0)
     with device:
-        unet = UNet2DConditionModel(**(TINY_UNET if tiny else UNET)).eval()
+        unet = UNet2DConditionModel(**(TINY_UNET if tiny else SD15_UNET)).eval()
         texts = {text: torch.randn(TEXT) for text in ("", PROMPT)}
     schedule = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
     autocast = torch.bfloat16 if device.type == "cuda" else None

@@ -28,7 +28,7 @@ from ibkit.methods import custom_diffusion as cd
 from ibkit.methods import neti
 from ibkit.methods import textual_inversion as ti
 from ibkit.methods.records import METHODS, Job, named
-from ibkit.model.attention import cross_attention_layers
+from ibkit.model.attention import cross_attention_layers, token_positions
 from ibkit.model.loading import load_model
 from ibkit.model.mapper import BYPASS, N_UNITS, Mapper
 from ibkit.model.sample import Sampler, sample_latents
@@ -176,7 +176,7 @@ def test_each_method_calls_the_subject_in_its_own_way():
     ("word", "start", "said"),
     [
         ("cat", "dog", "knows the word 'cat' already: choose another identifier"),
-        ("<sks>", "monster toy", "'monster toy', which is 2 tokens in tiny: name one word"),
+        ("<sks>", "monster toy", "'monster toy', which is 2 tokens in tiny: give a word .* as the setting start"),
     ],
 )
 def test_words_that_cannot_be_learned_are_refused(tiny, word, start, said):
@@ -201,6 +201,8 @@ def test_several_vectors_stand_beside_each_other(tiny):
     first = len(tiny.tokenizer) - 3
     assert tiny.spelled_out("a <sks> dancing") == "a <sks> <sks>_1 <sks>_2 dancing"
     assert tiny.token_ids("a <sks> dancing")[1:4] == [first, first + 1, first + 2]
+    assert token_positions(tiny, "a <sks> dancing", "<sks>") == [2, 3, 4]
+    assert token_positions(tiny, "a <sks> dancing", "dancing") == [5]
     [cat] = tiny.token_ids("cat")
     table = tiny.text_encoder.get_input_embeddings()
     assert torch.equal(rows[0], table(torch.tensor(cat))) and torch.equal(rows[0], rows[2])

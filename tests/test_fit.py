@@ -17,6 +17,7 @@ from ibkit.job import run as main_job
 from ibkit.job.memory import WEIGHTS, Counter, autoencoder, forward, step
 from ibkit.job.stages import defaults, given, plan
 from ibkit.methods.records import METHODS
+from ibkit.model.single_file import SD15_VAE
 from ibkit.presets import SD15
 from ibkit.runs import project_root
 from ibkit.train.resources import Resources
@@ -231,7 +232,7 @@ def test_the_numbers_of_weights_are_those_of_the_architectures():
     with torch.device("meta"):
         found = {
             "unet": memory.sd15_unet(),
-            "vae": AutoencoderKL(**memory.VAE),
+            "vae": AutoencoderKL(**SD15_VAE),
             "text_encoder": transformers.CLIPTextModel(transformers.CLIPTextConfig(**text)),
             "image_reward": ImageRewardModel(RewardConfig()),
             "clip": open_clip.create_model("ViT-B-32-quickgelu", pretrained=None, device="meta"),

@@ -34,6 +34,7 @@ def test_make_hands_over_what_is_named_on_its_command_line():
     words = ["MODEL=sd15", "SUBJECT=my dog/", "CLASS_NOUN=toy bear", "ARGS=--name x"]
     wanted = ".venv/bin/ibkit run --model 'sd15' --subject 'my dog/' --class-noun 'toy bear' --name x"
     assert run_command(*words) == wanted
+    assert run_command("SUBJECT=Ann's dog/") == r".venv/bin/ibkit run --subject 'Ann'\''s dog/'"
     assert run_command(MODEL="of somebody else", SUBJECT="x") == ".venv/bin/ibkit run"
 
 

@@ -36,8 +36,8 @@ def add_word(model: TextToImage, name: str, word: str, start: str, n_vectors: in
     ids = model.token_ids(start)
     if len(ids) != 1:
         raise ModelError(
-            f"{word!r} is to start as {start!r}, which is {len(ids)} tokens in {model.name}: name one word that the "
-            "model reads as one token."
+            f"{word!r} is to start as {start!r}, which is {len(ids)} tokens in {model.name}: give a word "
+            "that the model reads as one token as the setting start."
         )
     words = [word, *(f"{word}_{i}" for i in range(1, n_vectors))]
     if taken := [w for w in words if len(model.token_ids(w)) == 1]:

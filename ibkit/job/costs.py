@@ -20,10 +20,11 @@ import torch
 
 from ibkit.adapt import attach
 from ibkit.device import generator
-from ibkit.job.memory import TEXT, UNET, VAE, WEIGHTS, autoencoder, forward, step
+from ibkit.job.memory import TEXT, WEIGHTS, autoencoder, forward, step
 from ibkit.job.stages import Stage
 from ibkit.methods.records import METHODS, Work
 from ibkit.model.loading import load_model
+from ibkit.model.single_file import SD15_UNET, SD15_VAE
 from ibkit.presets import POCKET, preset_of
 
 REPEATS = 4
@@ -178,7 +179,7 @@ def _timed_large(device: torch.device) -> Costs:
     from diffusers import AutoencoderKL, UNet2DConditionModel
 
     with torch.device(device):
-        unet, vae = UNet2DConditionModel(**UNET), AutoencoderKL(**VAE)
+        unet, vae = UNet2DConditionModel(**SD15_UNET), AutoencoderKL(**SD15_VAE)
         text, latents = torch.zeros(TEXT), torch.zeros(1, 4, 64, 64)
     for part in (unet, vae):
         part.eval().requires_grad_(False)

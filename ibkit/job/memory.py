@@ -20,18 +20,11 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from ibkit.adapt import attach, parameters_of
 from ibkit.device import generator
+from ibkit.model.single_file import SD15_UNET, SD15_VAE
 from ibkit.model.text_to_image import TextToImage, pictures_at_once
 from ibkit.train.resources import Resources
 
-UNET = {"sample_size": 64, "cross_attention_dim": 768, "attention_head_dim": 8}  # the rest are diffusers' defaults
 TEXT = (77, 768)
-VAE = {
-    "block_out_channels": (128, 256, 512, 512),
-    "down_block_types": ("DownEncoderBlock2D",) * 4,
-    "up_block_types": ("UpDecoderBlock2D",) * 4,
-    "layers_per_block": 2,
-    "sample_size": 512,
-}
 PICTURE_PX = 512
 # PyTorch counts the operations of a GPU's fused attention, and not of the CPU's, which fake tensors take.
 OPERATIONS = flop_registry | {
@@ -120,7 +113,7 @@ def sd15_unet() -> torch.nn.Module:
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
-        unet = UNet2DConditionModel(**UNET).eval().requires_grad_(False)
+        unet = UNet2DConditionModel(**SD15_UNET).eval().requires_grad_(False)
     as_on_cuda(unet)
     return unet
 
@@ -187,7 +180,7 @@ def autoencoder(part: str) -> Counted:
     from diffusers import AutoencoderKL
 
     with torch.device("meta"):
-        vae = AutoencoderKL(**VAE).eval().requires_grad_(False)
+        vae = AutoencoderKL(**SD15_VAE).eval().requires_grad_(False)
     with FakeTensorMode(), torch.no_grad():
         fake(vae)
         shape = (4, 64, 64) if part == "decode" else (3, PICTURE_PX, PICTURE_PX)

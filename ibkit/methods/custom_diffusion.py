@@ -30,9 +30,10 @@ from ibkit.data.subject import PersonalizedSubject
 from ibkit.device import generator
 from ibkit.errors import ModelError
 from ibkit.fields import field
+from ibkit.methods import dreambooth, lora_dreambooth
 from ibkit.methods.engine import photos as engine
 from ibkit.methods.engine.photos import Examples, PhotoConfig, fit, mirrored_latents
-from ibkit.methods.records import Method, Work
+from ibkit.methods.records import Method
 from ibkit.model.text_to_image import TextToImage, model_fingerprint
 from ibkit.runs import hash_json
 from ibkit.train.loop import hash_pictures, settings_origin
@@ -257,17 +258,6 @@ def _text_rows(model: TextToImage, prompt: str, first: int = 1) -> torch.Tensor:
     return model.encode_text([prompt])[0, first : 2 + len(model.token_ids(prompt))].double()
 
 
-def class_pictures(settings: CustomDiffusionConfig) -> int:
-    """How many pictures of the class are needed."""
-    return settings.n_class_images if settings.prior_weight else 0
-
-
-def work(settings: CustomDiffusionConfig) -> Work:
-    """Rows of a pass with the gradient of a few weights."""
-    rows = settings.batch * (2 if settings.prior_weight else 1)
-    return Work(tuned=settings.n_steps * rows, graph_rows=rows)
-
-
 METHOD = Method(
     name="custom_diffusion",
     label="Custom Diffusion",
@@ -281,10 +271,10 @@ METHOD = Method(
         "batch": (4, "64 px pictures: four cost little more than two"),
         "learning_rate": (3e-3, "of 1e-3, 3e-3 and 1e-2, tried on the teddy bear; 1e-2 lost the text"),
         "ema_decay": (0.98, "single steps of this size smear the pictures"),
-        "flip": (0.0, "the pocket world's places are never mirrored: a mirrored photo has six times the loss"),
+        "flip": (0.0, "the pocket world's places are never mirrored, and the model cannot draw them so"),
         "scale_augmentation": (False, "the pocket model knows no words for sizes"),
         "n_class_images": (64, "minutes"),
     },
-    class_pictures=class_pictures,
-    work=work,
+    class_pictures=dreambooth.class_pictures,
+    work=lora_dreambooth.work,
 )

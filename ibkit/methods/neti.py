@@ -55,7 +55,7 @@ METHOD = Method(
     names=textual_inversion.learned_word,
     pocket={
         "n_steps": (400, "minutes; the teddy bear is known in 30 % after 200 and in 40 % after 400"),
-        "flip": (0.0, "the pocket world's places are never mirrored: a mirrored photo has six times the loss"),
+        "flip": (0.0, "the pocket world's places are never mirrored, and the model cannot draw them so"),
         "templates": ("plain", "captions of words that the pocket model knows"),
     },
     work=textual_inversion.work,

@@ -171,7 +171,7 @@ METHOD = Method(
         "batch": (8, "64 px pictures: eight cost little more than four"),
         "learning_rate": (1e-2, "not compared with other rates"),
         "n_vectors": (4, "with one row the teddy bear is known in 8 % of the pictures, with four in 20 %"),
-        "flip": (0.0, "the pocket world's places are never mirrored: a mirrored photo has six times the loss"),
+        "flip": (0.0, "the pocket world's places are never mirrored, and the model cannot draw them so"),
         "templates": ("plain", "captions of words that the pocket model knows"),
     },
     work=work,

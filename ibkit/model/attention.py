@@ -48,10 +48,10 @@ def token_positions(model: TextToImage, prompt: str, words: str) -> list[int]:
     Raises:
         ParameterError: the prompt does not have it, or is empty, or too long to be read.
     """
-    parts = words.split()
+    parts = model.spelled_out(words).split()  # a learned word of several rows has a column for each
     if not parts:
         raise ParameterError("a word to look up is empty: name one of the prompt's words.")
-    model.check_prompt(prompt)
+    prompt = model.spelled_out(model.check_prompt(prompt))
     # "sks" is no part of "tasks", and identifiers may have signs in them ("<sks>"), where \b would not hold
     pattern = r"(?<!\w)" + r"\s+".join(map(re.escape, parts)) + r"(?!\w)"
     spans = [match.span() for match in re.finditer(pattern, prompt, re.IGNORECASE)]

@@ -132,7 +132,8 @@ class MappedText:
         """Inside, the U-Net's cross-attentions read the layers' own text; `text` (B, L, D) is that without a mapper."""
         self._hooks.close()
         pairs = list(zip(prompts, t.tolist(), strict=True))
-        found = self.texts(model, list(dict.fromkeys(pair for pair in pairs if self.place(model, pair[0]) is not None)))
+        named = {prompt for prompt in set(prompts) if self.place(model, prompt) is not None}
+        found = self.texts(model, list(dict.fromkeys(pair for pair in pairs if pair[0] in named)))
         if not found:
             yield
             return
