@@ -138,7 +138,9 @@ def measure(device: torch.device, tiny: bool, batches: list[int], variants: list
                 seconds, row["train_gib"] = seconds_and_gib(lambda: learn(model, trainable, config, made), device)  # noqa: B023
                 if row["train_gib"]:
                     used = VARIANTS[variant]
-                    counted = step("lora", SETTINGS.lora_rank, 2 * batch, used.checkpointing, used.frozen_bf16)
+                    counted = step(
+                        "lora", {"rank": SETTINGS.lora_rank}, 2 * batch, used.checkpointing, used.frozen_bf16
+                    )
                     row["counted_gib"] = (counted.weights + counted.nbytes) / 2**30
                 row |= rates("train", batch, seconds, flop_trained / best)
             except torch.OutOfMemoryError:

@@ -23,6 +23,7 @@ from ibkit.runs import project_root
 from ibkit.train.resources import Resources
 
 GIB = 2**30
+WORDS = ("lora_dreambooth", "textual_inversion", "neti")
 
 
 def stages(*words):
@@ -82,14 +83,16 @@ def test_counts_at_stable_diffusions_shape():
 
 @pytest.mark.slow
 def test_a_row_takes_the_same_between_the_rows_counted():
-    assert step("lora", 4, 4).nbytes == pytest.approx(memory._step("lora", 4, 4, False, False).nbytes, rel=0.01)
+    assert step("lora", {"rank": 4}, 4).nbytes == pytest.approx(
+        memory._step("lora", (("rank", 4),), 4, False, False).nbytes, rel=0.01
+    )
 
 
 def test_checkpointing_and_bf16_take_less():
-    plain, bf16 = step("lora", 4, 2), step("lora", 4, 2, frozen_bf16=True)
+    plain, bf16 = step("lora", {"rank": 4}, 2), step("lora", {"rank": 4}, 2, frozen_bf16=True)
     assert bf16.weights == pytest.approx(plain.weights / 2, rel=0.01) and bf16.nbytes < plain.nbytes - 0.9 * GIB
-    again = step("unet", 0, 2, checkpointing=True)
-    assert again.nbytes < step("unet", 0, 2).nbytes - 0.4 * GIB and again.flop > 1.2 * step("unet", 0, 2).flop
+    again = step("unet", {}, 2, checkpointing=True)
+    assert again.nbytes < step("unet", {}, 2).nbytes - 0.4 * GIB and again.flop > 1.2 * step("unet", {}, 2).flop
 
 
 @pytest.mark.parametrize(
@@ -114,9 +117,29 @@ def test_the_ladder(card, full, lora, tune):
             assert not method or fill(SD15.settings(method), found.knobs, method)  # settings that a run takes
 
 
-def test_the_readme_has_the_ladder(capsys):
+def test_the_readme_has_the_ladder():
+    """Of the main job's methods; counting all of them takes minutes."""
+    assert_in_readme(fit.ladder([FULL, LORA, TUNE, EVALUATE]))
+
+
+@pytest.mark.slow
+def test_the_readme_has_the_whole_ladder(capsys):
     assert main(["plan", "--ladder"]) == 0
-    assert capsys.readouterr().out.strip() in (project_root() / "README.md").read_text()
+    assert_in_readme(capsys.readouterr().out)
+
+
+def assert_in_readme(table):
+    readme = (project_root() / "README.md").read_text().splitlines()
+    assert not [line for line in table.strip().splitlines() if line not in readme]
+
+
+@pytest.mark.slow
+def test_a_learned_word_takes_the_text_encoders_graph_too():
+    """With a mapper, for each of 16 layers."""
+    lora, word, mapper = (step(*METHODS[name].delta(SD15.settings(name)), 2) for name in WORDS)
+    assert word.trained == 768 and mapper.trained == 563_616
+    assert word.flop < lora.flop < mapper.flop
+    assert mapper.nbytes > word.nbytes + GIB
 
 
 def test_what_the_user_set_is_left_alone():
@@ -197,7 +220,7 @@ def test_a_run_on_a_gpu_sets_what_it_needs(monkeypatch, capsys, bitsandbytes):
 
 def test_the_disk_of_a_job():
     moments = 2 * 4 * WEIGHTS["unet"]
-    adapter = 4 * step("lora", 4, 2).trained
+    adapter = 4 * step("lora", {"rank": 4}, 2).trained
     assert fit.disk_bytes([FULL, TUNE]) == 4 * WEIGHTS["unet"] + adapter + 2 * (4 * WEIGHTS["unet"] + moments)
     assert f"takes {fit.disk_bytes([FULL]) / GIB:.1f} GiB of the disk" in (project_root() / "README.md").read_text()
     of_models = 4 * sum(WEIGHTS[name] for name in ("unet", "vae", "text_encoder", "image_reward", "clip", "dino"))

@@ -204,7 +204,7 @@ def _by_operations(forward: float, picture: float, start: float, how: str) -> Co
 
 def _operations() -> tuple[float, float, float]:
     """Of a row: forward, with the gradient of an adapter, with that of all weights."""
-    return forward(2).flop / 2, step("lora", 4, 2).flop / 2, step("unet", 0, 2).flop / 2
+    return forward(2).flop / 2, step("lora", {"rank": 4}, 2).flop / 2, step("unet", {}, 2).flop / 2
 
 
 class Passes:

@@ -135,20 +135,21 @@ def disk_bytes(stages: Sequence[Stage]) -> float:
 
 
 def ladder(stages: Sequence[Stage]) -> str:
-    """A Markdown table: what each of the stages takes on GPUs of several sizes, and what must be set."""
+    """A Markdown table: what each of the stages takes on GPUs of several sizes, what must be set, and its time."""
     cost = costs("sd15", torch.device("cpu"), elsewhere=True)
-    names = [stage.parameters.get("method", "evaluation") for stage in stages]
-    minutes = [f"{cost.seconds(count(stage)) / 60:.0f} min" for stage in stages]
-    lines = ["| GPU | " + " | ".join(names) + " |", "|---" * (1 + len(names)) + "|"]
-    for card in LADDER_GIB:
-        cells = []
-        for found in (fit(stage, card) for stage in stages):
-            words = [
-                name.removeprefix("resources.") + ("" if v is True else f" {v}") for name, v in found.knobs.items()
-            ]
-            cells.append(f"{found.gib:.1f} GiB{''.join(f', {word}' for word in words)}" if found.fits else "no")
-        lines.append(f"| {card} GiB | " + " | ".join(cells) + " |")
-    return "\n".join([*lines, "| time | " + " | ".join(minutes) + " |", "", f"Time: {cost.how}."])
+    lines = ["| stage | " + " | ".join(f"{card} GiB" for card in LADDER_GIB) + " | time |"]
+    lines.append("|---" * (2 + len(LADDER_GIB)) + "|")
+    for stage in stages:
+        cells = [stage.parameters.get("method", "evaluation"), *(_cell(fit(stage, card)) for card in LADDER_GIB)]
+        lines.append("| " + " | ".join(cells) + f" | {cost.seconds(count(stage)) / 60:.0f} min |")
+    return "\n".join([*lines, "", f"Time: {cost.how}."])
+
+
+def _cell(found: Fit) -> str:
+    if not found.fits:
+        return "no"
+    words = [name.removeprefix("resources.") + ("" if v is True else f" {v}") for name, v in found.knobs.items()]
+    return ", ".join([f"{found.gib:.1f}", *words])
 
 
 def _candidates(method: str, settings: Any, taken: set[str], bits: bool) -> list[dict[str, Any]]:
@@ -175,10 +176,10 @@ def _micro_batch(settings: Any) -> int:
 
 
 def _training(method: str, settings: Any) -> tuple[Counted, float]:
-    """A training step, and bytes of moments and average; a method that trains a part of the model counts as a LoRA."""
-    work, resources = METHODS[method].work(settings), getattr(settings, "resources", Resources())
-    kind, rank = ("unet", 0) if work.trained else ("lora", getattr(settings, "lora_rank", 4))
-    counted = step(kind, rank, work.graph_rows, resources.checkpointing, resources.frozen_bf16)
+    """A training step, and bytes of moments and average."""
+    record, resources = METHODS[method], getattr(settings, "resources", Resources())
+    rows = record.work(settings).graph_rows
+    counted = step(*record.delta(settings), rows, resources.checkpointing, resources.frozen_bf16)
     average = 4 if getattr(settings, "ema_decay", 0) else 0
     return counted, counted.trained * (resources.moment_bytes + average)
 

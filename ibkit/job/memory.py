@@ -8,9 +8,12 @@ two. A row is one latent in a pass; guidance makes two of a picture.
 
 from __future__ import annotations
 
+import itertools
 import weakref
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -20,11 +23,14 @@ from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sd
 
 from ibkit.adapt import attach, parameters_of
 from ibkit.device import generator
-from ibkit.model.single_file import SD15_UNET, SD15_VAE
+from ibkit.model.single_file import SD15_TEXT, SD15_UNET, SD15_VAE
 from ibkit.model.text_to_image import TextToImage, pictures_at_once
 from ibkit.train.resources import Resources
 
 TEXT = (77, 768)
+PROMPT, NEW_WORD = "a cat", "<new>"
+WORD_KINDS = ("tokens", "cross_kv", "mapper")  # of delta, that bring a word
+A_WORD = {"word": NEW_WORD, "start": "cat", "words": {NEW_WORD: "cat"}, "seed": 0, "norm": "whole", "truncate": 0}
 PICTURE_PX = 512
 # PyTorch counts the operations of a GPU's fused attention, and not of the CPU's, which fake tensors take.
 OPERATIONS = flop_registry | {
@@ -65,13 +71,14 @@ class Counter(TorchDispatchMode):
     """Bytes of the storages made inside, those alive `now` and the most at a time, `peak`; and operations, `flop`.
 
     Args:
-        outside: a network whose weights are not counted.
+        outside: networks whose weights are not counted.
     """
 
-    def __init__(self, outside: torch.nn.Module):
+    def __init__(self, *outside: torch.nn.Module):
         super().__init__()
         self.now = self.peak = self.flop = 0
-        self._known = weakref.WeakSet(weight.untyped_storage() for weight in outside.parameters())
+        weights = itertools.chain.from_iterable(network.parameters() for network in outside)
+        self._known = weakref.WeakSet(weight.untyped_storage() for weight in weights)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
@@ -118,37 +125,87 @@ def sd15_unet() -> torch.nn.Module:
     return unet
 
 
-def _model(unet: torch.nn.Module) -> TextToImage:
-    nothing = torch.nn.Identity()  # the text is given, and no picture is encoded or decoded
-    cpu = torch.device("cpu")
-    return TextToImage("sd15", unet, nothing, nothing, None, None, cpu, torch.bfloat16)
+def _model() -> TextToImage:
+    """Its U-Net on the meta device and a text that is given: no picture is encoded or decoded."""
+    nothing, cpu = torch.nn.Identity(), torch.device("cpu")
+    model = TextToImage("sd15", sd15_unet(), nothing, nothing, None, None, cpu, torch.bfloat16)
+    model._embeddings[PROMPT] = torch.empty(TEXT)
+    return model
 
 
-def step(kind: str, rank: int, rows: int, checkpointing: bool = False, frozen_bf16: bool = False) -> Counted:
+class _Words:
+    """A tokenizer as far as counting needs one: a word is one token, and one with brackets two until it is taught."""
+
+    model_max_length = TEXT[0]
+
+    def __init__(self) -> None:
+        self.added: dict[str, int] = {}
+
+    def __len__(self) -> int:
+        return 1 + len(self.added)
+
+    def add_tokens(self, words: Sequence[str]) -> None:
+        self.added |= {word: len(self) + i for i, word in enumerate(words)}
+
+    def get_added_vocab(self) -> dict[str, int]:
+        return self.added
+
+    def _ids(self, word: str) -> list[int]:
+        return [self.added[word]] if word in self.added else [0] if word.isalpha() else [0, 0]
+
+    def __call__(self, text: str, **options: Any) -> dict[str, Any]:
+        ids = [token for word in text.split() for token in self._ids(word)]
+        if "padding" not in options:
+            return {"input_ids": ids}
+        return {"input_ids": torch.tensor([[0, *ids, *[0] * (TEXT[0] - 1 - len(ids))]])}
+
+
+def _reading_model() -> TextToImage:
+    """With Stable Diffusion's text encoder, whose table of words is short: what a learned word needs."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    model = _model()
+    with torch.device("meta"):
+        encoder = CLIPTextModel(CLIPTextConfig(**SD15_TEXT)).eval().requires_grad_(False)
+    encoder.set_input_embeddings(torch.nn.Embedding(1, TEXT[1]))
+    encoder.config.vocab_size = 1
+    model.text_encoder, model.tokenizer = encoder, _Words()
+    return model
+
+
+def step(
+    kind: str, settings: Mapping[str, Any], rows: int, checkpointing: bool = False, frozen_bf16: bool = False
+) -> Counted:
     """A training step of a delta: graph, gradients and transients, beside weights and moments.
 
     Counted with 2 and 8 rows, between and beyond which the bytes of a row are the same.
+
+    Args:
+        kind, settings: of the delta, as `Method.delta` gives them; a word is supplied here.
     """
-    two = _step(kind, rank, 2, checkpointing, frozen_bf16)
+    of_kind = tuple(sorted(settings.items()))
+    two = _step(kind, of_kind, 2, checkpointing, frozen_bf16)
     if rows == 2:
         return two
-    of_a_row = (_step(kind, rank, 8, checkpointing, frozen_bf16).nbytes - two.nbytes) / 6
+    of_a_row = (_step(kind, of_kind, 8, checkpointing, frozen_bf16).nbytes - two.nbytes) / 6
     return replace(two, nbytes=two.nbytes + (rows - 2) * of_a_row, flop=two.flop * rows / 2)
 
 
 @cache
-def _step(kind: str, rank: int, rows: int, checkpointing: bool, frozen_bf16: bool) -> Counted:
-    model = _model(sd15_unet())
-    attach(model, kind, "counted", {"rank": rank}, generator(0, "counted"))
+def _step(kind: str, settings: tuple, rows: int, checkpointing: bool, frozen_bf16: bool) -> Counted:
+    model = _reading_model() if kind in WORD_KINDS else _model()
+    attach(model, kind, "counted", A_WORD | dict(settings), generator(0, "counted"))
     resources = Resources(checkpointing=checkpointing, frozen_bf16=frozen_bf16)
     resources.prepare(model)
-    with FakeTensorMode():
-        fake(model.unet)
+    prompt = f"a {NEW_WORD}" if kind in WORD_KINDS else PROMPT
+    t = torch.arange(rows)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        for part in model.parts().values():
+            fake(part)
         weights = list(parameters_of(model, "counted").values())
-        model._embeddings["a cat"] = torch.empty(TEXT)
-        x, t = torch.empty(rows, *model.latent_shape), torch.empty(rows, dtype=torch.long)
-        with Counter(model.unet) as counter:
-            loss = model.predict_noise(x, t, ["a cat"] * rows).square().mean()
+        x = torch.empty(rows, *model.latent_shape)
+        with Counter(*model.parts().values()) as counter:
+            loss = model.predict_noise(x, t, [prompt] * rows).square().mean()
             loss.backward()
             del loss
             backward = counter.peak
@@ -164,13 +221,13 @@ def _step(kind: str, rank: int, rows: int, checkpointing: bool, frozen_bf16: boo
 @cache
 def forward(rows: int) -> Counted:
     """A pass without gradient."""
-    model = _model(sd15_unet())
+    model = _model()
     with FakeTensorMode(), torch.no_grad():
         fake(model.unet)
-        model._embeddings["a cat"] = torch.empty(TEXT)
+        model._embeddings[PROMPT] = torch.empty(TEXT)
         x, t = torch.empty(rows, *model.latent_shape), torch.empty(rows, dtype=torch.long)
         with Counter(model.unet) as counter:
-            model.predict_noise(x, t, ["a cat"] * rows)
+            model.predict_noise(x, t, [PROMPT] * rows)
     return Counted(counter.peak, counter.flop, 4 * WEIGHTS["unet"])
 
 

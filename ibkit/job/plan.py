@@ -7,7 +7,7 @@ from typing import Any
 from ibkit.device import describe_device, keep_memory, pick_device, threads
 from ibkit.errors import ParameterError
 from ibkit.job import run as main_job
-from ibkit.job.stages import JOB, defaults, given, plan
+from ibkit.job.stages import JOB, Stage, defaults, given, plan
 from ibkit.progress import duration
 
 NOT_FOR_A_CPU = "Not for a CPU: the memory is what it takes of a GPU; `--gpu 24` plans for one of 24 GiB."
@@ -31,9 +31,7 @@ def main(arguments: argparse.Namespace) -> int:
     from ibkit.job.costs import PocketCosts, costs, count
 
     if arguments.ladder:
-        both = {f"{notebook}.model": "sd15" for notebook in JOB} | {"personalize": ["dreambooth", "lora_dreambooth"]}
-        full, tuned, lora, _, evaluation = plan(defaults() | both, main_job.OUTPUTS / "plan")
-        print(fit.ladder([full, lora, tuned, evaluation]))
+        print(fit.ladder(_one_of_each()))
         return 0
     keep_memory()
     threads()
@@ -79,6 +77,16 @@ def main(arguments: argparse.Namespace) -> int:
     for note in notes:
         print(note)
     return 0
+
+
+def _one_of_each() -> list[Stage]:
+    """A stage of each method, and the evaluation, at Stable Diffusion's size."""
+    from ibkit.methods.records import METHODS
+
+    methods = {stage: [name for name in METHODS if METHODS[name].stage == stage] for stage in ("personalize", "tune")}
+    usual, folder = defaults() | {f"{notebook}.model": "sd15" for notebook in JOB}, main_job.OUTPUTS / "plan"
+    by_method = {stage.parameters.get("method"): stage for stage in plan(usual | methods, folder)}
+    return [*(by_method[name] for stage in methods.values() for name in stage), plan(usual, folder)[-1]]
 
 
 def _option(name: str, value: Any) -> str:

@@ -277,4 +277,5 @@ METHOD = Method(
     },
     class_pictures=dreambooth.class_pictures,
     work=lora_dreambooth.work,
+    delta=lambda settings: ("cross_kv", {}),
 )

@@ -173,4 +173,5 @@ METHOD = Method(
     },
     class_pictures=class_pictures,
     work=work,
+    delta=lambda settings: ("unet", {}),
 )

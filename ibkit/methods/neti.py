@@ -59,4 +59,5 @@ METHOD = Method(
         "templates": ("plain", "captions of words that the pocket model knows"),
     },
     work=textual_inversion.work,
+    delta=lambda settings: ("mapper", {"norm": settings.norm}),
 )

@@ -114,6 +114,7 @@ class Method:
         names: how the trained model calls the subject; by default as the user does.
         class_pictures: settings -> how many pictures of the class the training wants.
         work: settings -> `Work`, without the class pictures.
+        delta: settings -> kind and settings of the delta that is trained, without its words; to count memory.
     """
 
     name: str
@@ -126,6 +127,7 @@ class Method:
     names: Callable[[PersonalizedSubject], PersonalizedSubject] = lambda subject: subject
     class_pictures: Callable[[Any], int] = lambda settings: 0
     work: Callable[[Any], Work] = lambda settings: Work()
+    delta: Callable[[Any], tuple[str, Mapping[str, Any]]] = lambda settings: ("lora", {"rank": settings.lora_rank})
 
     def configure(self, scale: str, given: Mapping[str, Any] = MappingProxyType({})) -> Any:
         """Settings at a scale, "pocket" or the paper's ("sd15"), with the values that a user gives by dotted name.

@@ -175,4 +175,5 @@ METHOD = Method(
         "templates": ("plain", "captions of words that the pocket model knows"),
     },
     work=work,
+    delta=lambda settings: ("tokens", {"n_vectors": settings.n_vectors}),
 )

@@ -185,11 +185,14 @@ class MappedText:
 
     def _encode(self, model: TextToImage, pairs: Sequence[tuple[str, int]]) -> list[LayerText]:
         n = self.mapper.n_layers
-        places = torch.tensor([self.place(model, prompt) or 0 for prompt, _ in pairs])
+        places = [self.place(model, prompt) or 0 for prompt, _ in pairs]
         ids = torch.cat([model.padded_ids(prompt) for prompt, _ in pairs]).repeat_interleave(n, 0)
         t = torch.tensor([t for _, t in pairs], device=ids.device).repeat_interleave(n)
         layer = torch.arange(n, device=ids.device).repeat(len(pairs))
-        rows, place = torch.arange(len(ids), device=ids.device), places.to(ids.device).repeat_interleave(n)
+        rows, place = (
+            torch.arange(len(ids), device=ids.device),
+            torch.tensor(places, device=ids.device).repeat_interleave(n),
+        )
         word, bypass = self.mapper(t, layer)
         encoder, before = model.text_encoder, []
 
@@ -210,4 +213,4 @@ class MappedText:
             h = before[0][rows, place]
             moved = h + BYPASS * h.norm(dim=1, keepdim=True) * bypass / bypass.norm(dim=1, keepdim=True)
             values = norm(moved).float()
-        return [LayerText(k, v, p) for k, v, p in zip(keys.split(n), values.split(n), places.tolist(), strict=True)]
+        return [LayerText(k, v, p) for k, v, p in zip(keys.split(n), values.split(n), places, strict=True)]

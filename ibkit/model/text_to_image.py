@@ -116,7 +116,7 @@ class TextToImage:
         moving = new if trained else {}
         if trained == {"rows"}:
             table = self.text_encoder.config.vocab_size
-            moving = {p: ids for p, ids in new.items() if int(ids.max()) >= table}
+            moving = {p: ids for p, ids in new.items() if max(self.token_ids(p), default=0) >= table}
         with torch.no_grad():
             fixed = [p for p in new if p not in moving and p not in self._embeddings]
             self._embeddings |= {p: self._hidden_states(new[p])[0] for p in fixed}
