@@ -1,7 +1,8 @@
 """The RL engine at Stable Diffusion v1.5's shape with random weights: speed, memory, and share of the GPU's bf16 speed.
 
-    python benchmarks/sd15.py                      # a GPU, some minutes; no weights are needed
-    python benchmarks/sd15.py --tiny --batches 1   # anywhere: the same code on a small U-Net, to see that it runs
+    python -m benchmarks.sd15                        # a GPU, some minutes; no weights are needed
+    python -m benchmarks.sd15 --all                  # and parity, ratios, every method's step: `benchmarks.sd15_all`
+    python -m benchmarks.sd15 --tiny --batches 1     # anywhere: the same code on a small U-Net, to see that it runs
 
 Rollout and gradient steps are the engine's own, on latents of 512x512 pictures, with LoRA and guidance 7.5, bf16 on a
 GPU and fp32 latents and log-probabilities. A few denoising steps are timed and counted as 50. Each batch size is tried
@@ -23,18 +24,17 @@ import torch
 
 from ibkit.adapt import attach
 from ibkit.device import describe_device, generator, pick_device
-from ibkit.job.memory import TEXT, step
+from ibkit.job.memory import step
 from ibkit.methods import ddpo
 from ibkit.methods.engine.rollout import Trajectories, rollout
+from ibkit.model import single_file
 from ibkit.model.sample import Sampler
-from ibkit.model.single_file import SD15_UNET
-from ibkit.model.text_to_image import TextToImage
+from ibkit.model.text_to_image import TextToImage, use_quick_attention
 from ibkit.presets import SD15
 from ibkit.train.kept import Average
 from ibkit.train.processes import Processes
 from ibkit.train.resources import Resources
 
-TINY_UNET = SD15_UNET | {"sample_size": 8, "block_out_channels": (32, 32, 64, 64)}
 SETTINGS = SD15.settings("ddpo")
 TIMED_STEPS = 4  # denoising steps of a timed rollout
 REPEATS = 3
@@ -48,18 +48,30 @@ VARIANTS = {
 PROMPT = "a picture"
 
 
-def random_model(device: torch.device, tiny: bool, variant: str) -> tuple[TextToImage, list[torch.nn.Parameter]]:
-    """Stable Diffusion's U-Net (or a small one) with random weights and a random text, and what the RL stage trains."""
-    from diffusers import DDIMScheduler, UNet2DConditionModel
+def random_parts(device: torch.device, tiny: bool) -> TextToImage:
+    """Stable Diffusion v1.5 with random weights, bf16 on a GPU as the kit runs it; `tiny`: the same kinds, small."""
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
 
+    unet, vae, text = single_file.SD15_UNET, single_file.SD15_VAE, single_file.SD15_TEXT
+    if tiny:
+        unet = unet | {"sample_size": 8, "block_out_channels": (32, 32, 64, 64)}
+        vae = vae | {"block_out_channels": (32, 32, 32, 32), "layers_per_block": 1, "sample_size": 64}
+        text = text | {"num_hidden_layers": 2}
     torch.manual_seed(0)
     with device:
-        unet = UNet2DConditionModel(**(TINY_UNET if tiny else SD15_UNET)).eval()
-        texts = {text: torch.randn(TEXT) for text in ("", PROMPT)}
-    schedule = DDIMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", steps_offset=1)
+        parts = UNet2DConditionModel(**unet), AutoencoderKL(**vae), CLIPTextModel(CLIPTextConfig(**text))
+    for part in parts:
+        part.eval().requires_grad_(False)
+    words, schedule = single_file.clip_tokenizer(), DDIMScheduler(**single_file.SD15_SCHEDULE)
+    use_quick_attention(parts[0], device)
     autocast = torch.bfloat16 if device.type == "cuda" else None
-    nothing = torch.nn.Identity()  # the text is given, and no picture is encoded or decoded
-    model = TextToImage("random", unet, nothing, nothing, None, schedule, device, autocast, _embeddings=texts)
+    return TextToImage("random", *parts, words, schedule, device, autocast)
+
+
+def with_adapter(model: TextToImage, variant: str) -> tuple[TextToImage, list[torch.nn.Parameter]]:
+    """A copy of the model with what the RL stage trains, and those weights."""
+    model = model.copy()
     trainable = list(attach(model, "lora", "ddpo", {"rank": SETTINGS.lora_rank}, generator(0, "lora")).values())
     VARIANTS[variant].prepare(model)
     return model, trainable
@@ -77,12 +89,12 @@ def roll(model: TextToImage, config: ddpo.DDPOConfig) -> Trajectories:
     return rollout(model, [PROMPT] * n, sampler.schedule(model), sampler.guidance, streams, n)
 
 
-def learn(model: TextToImage, trainable: list, config: ddpo.DDPOConfig, trajectories: Trajectories) -> None:
+def learn(model: TextToImage, trainable: list, config: ddpo.DDPOConfig, trajectories: Trajectories) -> dict[str, float]:
     optimizer = torch.optim.AdamW(trainable, lr=0.0)  # timed again and again: each time before the first update
     average = Average({}, 0.0)
     schedule, stream = config.sampler.schedule(model), generator(0, "update")
     advantages = torch.linspace(-1, 1, config.images_per_epoch + 1)[1:, None].expand(-1, len(schedule))
-    ddpo.update(model, optimizer, average, trajectories, advantages, schedule, config, stream, Processes())
+    return ddpo.update(model, optimizer, average, trajectories, advantages, schedule, config, stream, Processes())
 
 
 def seconds_and_gib(work: Callable[[], object], device: torch.device) -> tuple[float, float | None]:
@@ -111,6 +123,7 @@ def operations(model: TextToImage) -> tuple[float, float]:
     """Floating-point operations of a row: forward, and forward and backward to the adapter."""
     from torch.utils.flop_counter import FlopCounterMode
 
+    model.encode_text([PROMPT])  # kept, so that the U-Net's operations alone are counted
     x, t = torch.zeros(1, *model.latent_shape, device=model.device), torch.full((1,), 500, device=model.device)
     counted = []
     for gradient in (False, True):
@@ -123,11 +136,12 @@ def operations(model: TextToImage) -> tuple[float, float]:
 
 
 def measure(device: torch.device, tiny: bool, batches: list[int], variants: list[str]) -> dict:
-    flop_forward, flop_trained = operations(random_model(device, tiny, "plain")[0])
+    start = random_parts(device, tiny)
+    flop_forward, flop_trained = operations(with_adapter(start, "plain")[0])
     best = ceiling(device, 512 if tiny else 8192)
     rows = []
     for variant in variants:
-        model, trainable = random_model(device, tiny, variant)
+        model, trainable = with_adapter(start, variant)
         for batch in batches:
             config = config_of(batch)
             row = {"variant": variant, "batch": batch}
@@ -179,6 +193,7 @@ def main() -> int:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 2, 4, 8, 16])
     parser.add_argument("--variants", nargs="+", choices=VARIANTS, help="default: all that this device can")
     parser.add_argument("--quick", action="store_true", help="batches 2 and 8, plain and with checkpointing")
+    parser.add_argument("--all", action="store_true", help="--quick, and then what else is to be seen on a GPU")
     parser.add_argument("--tiny", action="store_true", help="a small U-Net on any machine; its numbers mean nothing")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
@@ -187,16 +202,22 @@ def main() -> int:
     if device.type != "cuda" and not arguments.tiny:
         parser.error("Stable Diffusion's shape needs a GPU; --tiny runs the same code on a small U-Net anywhere")
     able = [name for name, resources in VARIANTS.items() if device.type == "cuda" or not resources.frozen_bf16]
-    batches, variants = ([2, 8], able[:2]) if arguments.quick else (arguments.batches, arguments.variants or able)
+    batches, variants = (
+        ([2, 8], able[:2]) if arguments.quick or arguments.all else (arguments.batches, arguments.variants or able)
+    )
     result = measure(device, arguments.tiny, batches, variants)
     shares = ", ".join(f"{phase} {result[f'{phase}_share'] or 0:.0%}" for phase in ("rollout", "train"))
     print(f"{result['device']}: ceiling {result['ceiling_tflops']:.1f} TFLOP/s; best shares of it: {shares}")
     print(
         f"GFLOP a row: {result['gflop_forward']:.0f} forward, {result['gflop_trained']:.0f} with the adapter's gradient"
     )
+    if arguments.all:
+        from benchmarks import sd15_all
+
+        result["checks"] = sd15_all.run(sd15_all.checks(device, arguments.tiny))
     if arguments.json:
         print(json.dumps(result))
-    return 0
+    return int(not all(row["holds"] for row in result.get("checks", [])))
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import pandas as pd
 import pytest
 import torch
 
-from benchmarks import baselines, dreambooth, scoring, sd15
+from benchmarks import baselines, dreambooth, scoring, sd15, sd15_all
 from benchmarks.arms import personalized
 from benchmarks.personalize import chosen
 from ibkit.adapt import Adapted
@@ -15,6 +15,7 @@ from ibkit.errors import ModelError, ParameterError
 from ibkit.methods.dreambooth import DreamBoothConfig
 from ibkit.methods.records import METHODS, Job
 from ibkit.model.mapper import N_UNITS, Mapper
+from ibkit.model.text_to_image import TextToImage
 from ibkit.presets import POCKET
 from ibkit.scorers import SCORERS, make_scorer
 
@@ -28,6 +29,18 @@ def test_the_benchmark_at_stable_diffusions_shape_runs_on_a_small_u_net(capsys):
     forward, trained = result["gflop_forward"], result["gflop_trained"]
     assert 1.2 * forward < trained < 3 * forward  # back to the adapter's layers, without the weights' gradients
     assert capsys.readouterr().out.count("of the ceiling") == 4
+
+
+def test_what_is_to_be_seen_on_a_gpu_is_looked_at(monkeypatch, capsys):
+    monkeypatch.setattr(sd15_all, "command", lambda *words: sd15_all.Found(True, "another command"))
+    some = ("parity", "first ratio", "step of custom_diffusion", "scoring")
+    found = [one for one in sd15_all.checks(torch.device("cpu"), tiny=True) if one[0] in some]
+    rows = sd15_all.run(found)
+    assert tuple(row["check"] for row in rows) == some and all(row["holds"] for row in rows)
+    assert "4 rows" in rows[2]["found"]
+    monkeypatch.setattr(TextToImage, "predict_noise", lambda model, x, t, prompts: torch.zeros_like(x))
+    assert [row["holds"] for row in sd15_all.run(found[:2])] == [False, False]  # other noise; and no gradient
+    assert capsys.readouterr().out.count("FAIL") == 2
 
 
 def test_stable_diffusions_shape_is_not_tried_without_a_gpu(monkeypatch, capsys):
