@@ -14,29 +14,28 @@ Shapes: B images of an epoch, T denoising steps, M (image, step) pairs of a micr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from PIL import Image
 
 from ibkit.adapt import attach, freeze, without
 from ibkit.data.prompts import Prompt
 from ibkit.device import generator, working
 from ibkit.errors import ParameterError, TrainingError
 from ibkit.fields import field
-from ibkit.methods.engine.objectives import COMBINATIONS, Objectives, Parts, Reward
+from ibkit.methods.engine.objectives import COMBINATIONS, Objectives, Reward
+from ibkit.methods.engine.policy import collect, epoch_prompts, keep_best, own_share
 from ibkit.methods.engine.ratio import approx_kl, check_first_ratio, gradient_cut, ratio_tolerance
-from ibkit.methods.engine.rollout import Trajectories, rollout
+from ibkit.methods.engine.rollout import Trajectories
 from ibkit.methods.records import Method, Monitor, Work
 from ibkit.model.ddim import Schedule, log_prob, step_mean
 from ibkit.model.sample import Sampler
 from ibkit.model.text_to_image import TextToImage, model_fingerprint
 from ibkit.runs import hash_json
 from ibkit.train.guard import Guard
-from ibkit.train.kept import Average, Copy, Facts, Kept, Optimizer, Weights, memory_advice
+from ibkit.train.kept import Average, Copy, Facts, Kept, Optimizer, Weights
 from ibkit.train.loop import kept_of, loop, settings_origin
 from ibkit.train.processes import Processes
 from ibkit.train.resources import Resources
@@ -131,12 +130,6 @@ def gaussian_kl(mean: torch.Tensor, reference: torch.Tensor, std: torch.Tensor) 
     return ((mean - reference) ** 2 / (2 * s**2)).mean(dim=(1, 2, 3))
 
 
-def epoch_prompts(prompts: Sequence[Prompt], n: int, seed: int, epoch: int) -> list[Prompt]:
-    """`n` prompts of an epoch: every prompt equally often, the remainder drawn at random."""
-    order = torch.randperm(len(prompts), generator=generator(seed, "prompts", epoch)).tolist()
-    return [prompts[order[i % len(prompts)]] for i in range(n)]
-
-
 def train(
     model: TextToImage,
     prompts: Sequence[Prompt],
@@ -170,11 +163,11 @@ def train(
         Rows with epoch, reward, reward_identifier and reward_class (where there is such a prompt), reward_subject (of
         identifier prompts), the rewards' parts (text_NAME, subject_NAME), above_level and above_level_subject (share of
         pictures, where a level is known), the monitor's numbers, the guard's (frontier, alarm), zero_spread (see
-        `Objectives.row`), ratio_first (largest |ratio - 1| of the first gradient step, before its update), clip_high
-        and clip_low (share of pairs whose gradient is cut, see `gradient_cut`), approx_kl, log_prob, log_prob_t000 ...
-        (mean of each step), grad_norm, loss, kl (with `kl_weight`), seconds. clip_high, clip_low and approx_kl are
-        means over an epoch's gradient steps but the first: its ratios are 1, and in an epoch of two steps it would
-        halve them.
+        `Rewards.row`), ratio_first (largest |ratio - 1| of the first gradient step, before its update), clip_high and
+        clip_low (share of pairs whose gradient is cut, see `gradient_cut`), approx_kl, log_prob, log_prob_t000 ...
+        (mean of each step), grad_norm, pictures (drawn), gradient_steps, loss, kl (with `kl_weight`), seconds.
+        clip_high, clip_low and approx_kl are means over an epoch's gradient steps but the first: its ratios are 1, and
+        in an epoch of two steps it would halve them.
 
     Raises:
         TrainingError: ratios that are not 1 before an epoch's first update (see `ratio_tolerance`), a reward, loss or
@@ -215,14 +208,9 @@ def train(
     def step(epoch: int) -> dict[str, float]:
         nonlocal judged
         chosen = epoch_prompts(prompts, config.images_per_epoch, seed, epoch)
-        streams = [generator(seed, "rollout", epoch, i) for i in range(len(chosen))]
-        trajectories, images, scores, parts = collect(model, chosen, objectives, schedule, config, streams, processes)
-        if not bool(torch.isfinite(scores).all()):
-            which, bad = (~torch.isfinite(scores)).nonzero()[0].tolist()
-            raise TrainingError(
-                f"epoch {epoch}: the reward of image {bad} ({chosen[bad].text!r}) is "
-                f"{scores[which, bad].item()}; look at the image and at the reward function."
-            )
+        trajectories, images, scores, parts = collect(
+            model, chosen, objectives, schedule, config.sampler.guidance, config.micro_batch, seed, epoch, processes
+        )
         advantages = objectives.advantages(chosen, scores, len(schedule))
         row = {"epoch": epoch} | objectives.row(chosen, scores, parts)
         row |= processes.share(monitor(images, chosen) if monitor else {})
@@ -236,13 +224,9 @@ def train(
         return row | update(model, optimizer, average, trajectories, advantages, schedule, config, stream, processes)
 
     def on_row(history: list[dict[str, float]]) -> None:
-        row = history[-1]
-        if guard:
-            row |= guard.look(history)
-            if guard.best(history) == len(history) - 1:  # while there is no frontier, the newest policy
-                best.take(judged if "frontier" in row else average.result())
+        keep_best(guard, history, best, judged, average)
         if on_epoch:
-            on_epoch(row, model)
+            on_epoch(history[-1], model)
 
     history = loop(
         step, config.n_epochs, kept, folder, config.checkpoint_every, origin,
@@ -261,44 +245,6 @@ def best_policy(folder: Path) -> dict[str, torch.Tensor]:
         ArtifactError: no checkpoint.
     """
     return kept_of(folder, "best")
-
-
-@contextmanager
-def _own_share(processes: Processes, config: DDPOConfig) -> Iterator[None]:
-    """Inside, a process works on its share; where it fails, for lack of memory too, all processes say why."""
-    advice = f"lower micro_batch (now {config.micro_batch}) or set resources.offload, which only cost time"
-    with processes.agree(), memory_advice(advice):
-        yield
-
-
-def collect(
-    model: TextToImage,
-    prompts: Sequence[Prompt],
-    objectives: Objectives,
-    schedule: Schedule,
-    config: DDPOConfig,
-    streams: Sequence[torch.Generator],
-    processes: Processes,
-) -> tuple[Trajectories, list[Image.Image], torch.Tensor, Parts]:
-    """An epoch's trajectories, images, scores (objectives, B) and their parts: each process makes its share and gets
-    everybody's.
-    """
-    chunks = torch.arange(len(prompts)).split(processes.chunk(len(prompts), config.micro_batch))
-    mine = []
-    with _own_share(processes, config):
-        for members in processes.deal(chunks):
-            asked, own = [prompts[i] for i in members], [streams[i] for i in members]
-            made = rollout(model, [p.text for p in asked], schedule, config.sampler.guidance, own, len(asked))
-            images = model.decode(made.latents[-1])
-            mine.append((made.latents, made.log_probs, images, *objectives.score(images, asked)))
-    latents, log_probs, pictures, scores, parts = zip(*processes.gather(mine), strict=True)
-    trajectories = Trajectories(
-        torch.cat(latents, 1).to(model.device),
-        torch.cat(log_probs, 1).to(model.device),
-        [p.text for p in prompts],
-    )
-    together = {name: torch.cat([chunk[name] for chunk in parts]) for name in parts[0]}
-    return trajectories, [image for chunk in pictures for image in chunk], torch.cat(scores, 1), together
 
 
 def update(
@@ -329,7 +275,7 @@ def update(
     for members in order.split(config.batch):
         steps = torch.stack([torch.randperm(n_steps, generator=stream)[:n_drawn] for _ in members])
         pairs = torch.stack([members.repeat_interleave(n_drawn), steps.flatten()], 1)
-        with _own_share(processes, config):
+        with own_share(processes, config.micro_batch):
             for micro in processes.deal(pairs.split(processes.chunk(len(pairs), config.micro_batch))):
                 image, step = micro.to(model.device).unbind(1)
                 advantage = advantages[image, step]
@@ -362,6 +308,8 @@ def update(
         "clip_low": low.double().mean().item(),
         "approx_kl": approx_kl(ratio[moved]).item(),
         "grad_norm": sum(norms) / len(norms),
+        "pictures": len(advantages),
+        "gradient_steps": len(norms),
         "loss": loss.mean().item(),
     }
     return row | ({"kl": kl.mean().item()} if config.kl_weight else {})

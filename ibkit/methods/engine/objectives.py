@@ -200,25 +200,19 @@ def two_objectives(
     return blended + synergy_term(text, subject, synergy_strength)[:, None]
 
 
-class Objectives:
-    """One or two objectives of a training, and their statistics.
+class Rewards:
+    """One or two rewards of a training.
 
     Subject fidelity counts where the prompt has the identifier. For "a cat playing soccer" any cat is right, and the
     text alone is rewarded.
 
     Args:
         text, subject: functions or `Objective`s; no subject for the paper's own arm.
-        config: how they are combined, see `DDPOConfig`.
     """
 
-    def __init__(self, text: Reward, subject: Reward | None, config: DDPOConfig):
-        if config.combine not in COMBINATIONS:
-            raise ParameterError(f"combine is {config.combine!r}: it must be one of {', '.join(COMBINATIONS)}.")
+    def __init__(self, text: Reward, subject: Reward | None = None):
         given = {"text": text} | ({"subject": subject} if subject else {})
         self.given = {name: Objective.of(reward) for name, reward in given.items()}
-        self.config = config
-        apart = self.given if config.combine == "synergy" else ["text"]  # else one reward made of both
-        self.stats = {name: PromptStats(config.stats_buffer, config.stats_min_count) for name in apart}
 
     @property
     def facts(self) -> dict[str, bool]:
@@ -235,12 +229,66 @@ class Objectives:
             parts |= {f"{name}_{part}": values for part, values in own.items()}
         return torch.stack(rows), parts
 
+    def clipped(self, prompts: Sequence[Prompt], scores: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Each objective's scores (B,) as they are optimised."""
+        return {
+            name: torch.minimum(row, objective.levels(prompts)) if objective.clip else row
+            for (name, objective), row in zip(self.given.items(), scores, strict=True)
+        }
+
+    def row(
+        self, prompts: Sequence[Prompt], scores: torch.Tensor, parts: Mapping[str, torch.Tensor] = MappingProxyType({})
+    ) -> dict[str, float]:
+        """Columns of the history: means of the scores as they are, never clipped, and of their parts (the subject's
+        over identifier prompts, as its own); shares above the level; zero_spread.
+
+        zero_spread is the share of the epoch's prompts whose pictures are all rewarded alike, by every objective and
+        after the clip: beside each other they teach nothing. A prompt with one picture does not count.
+        """
+        named = torch.tensor([p.identifier for p in prompts])
+        row = {"reward": scores[0].mean().item()}
+        for name, kind in (("reward_identifier", named), ("reward_class", ~named)):
+            row |= {name: scores[0][kind].mean().item()} if kind.any() else {}
+        counted = {"above_level": torch.ones_like(named), "above_level_subject": named}
+        for (column, counts), objective, of in zip(counted.items(), self.given.values(), scores, strict=False):
+            levels = objective.levels(prompts)
+            known = counts & ~levels.isnan()
+            row |= {column: (of > levels)[known].float().mean().item()} if known.any() else {}
+        if "subject" in self.given and named.any():
+            row["reward_subject"] = scores[1][named].mean().item()
+        for name, values in parts.items():
+            counts = named if name.startswith("subject_") else torch.ones_like(named)
+            row |= {name: values[counts].mean().item()} if counts.any() else {}
+        rewards = torch.stack(list(self.clipped(prompts, scores).values()), 1)
+        rewards[~named, 1:] = 0.0  # these have no subject
+        texts = [p.text for p in prompts]
+        groups = [[i for i, text in enumerate(texts) if text == own] for own in dict.fromkeys(texts)]
+        alike = [bool((rewards[group] == rewards[group[0]]).all()) for group in groups if len(group) > 1]
+        return row | ({"zero_spread": sum(alike) / len(alike)} if alike else {})
+
+
+class Objectives(Rewards):
+    """Rewards, how they make one advantage, and their statistics.
+
+    Args:
+        text, subject: see `Rewards`.
+        config: how they are combined, see `DDPOConfig`.
+    """
+
+    def __init__(self, text: Reward, subject: Reward | None, config: DDPOConfig):
+        if config.combine not in COMBINATIONS:
+            raise ParameterError(f"combine is {config.combine!r}: it must be one of {', '.join(COMBINATIONS)}.")
+        super().__init__(text, subject)
+        self.config = config
+        apart = self.given if config.combine == "synergy" else ["text"]  # else one reward made of both
+        self.stats = {name: PromptStats(config.stats_buffer, config.stats_min_count) for name in apart}
+
     def advantages(self, prompts: Sequence[Prompt], scores: torch.Tensor, n_steps: int) -> torch.Tensor:
         """Add an epoch's scores (objectives, B) to the statistics and return its advantages (B, n_steps), clamped.
 
         A column belongs to a denoising step, whichever order an update draws the steps in.
         """
-        clipped = self._clipped(prompts, scores)
+        clipped = self.clipped(prompts, scores)
         named = torch.tensor([p.identifier for p in prompts])
         if "subject" not in clipped or self.config.combine != "synergy":
             reward = self._one_reward(clipped, named) if "subject" in clipped else clipped["text"]
@@ -256,13 +304,6 @@ class Objectives:
                 weight = self._weights(n_steps)
                 advantages[named] = two_objectives(advantages[named, 0], subject, weight, self.config.synergy)
         return advantages.clamp(-self.config.advantage_clip, self.config.advantage_clip)
-
-    def _clipped(self, prompts: Sequence[Prompt], scores: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Each objective's scores (B,) as they are optimised."""
-        return {
-            name: torch.minimum(row, objective.levels(prompts)) if objective.clip else row
-            for (name, objective), row in zip(self.given.items(), scores, strict=True)
-        }
 
     def _least(self, name: str, prompts: Sequence[Prompt]) -> torch.Tensor | None:
         """The least σ (B,) that an objective which is clipped is normalised by, see `DDPOConfig.spread_floor`.
@@ -290,36 +331,6 @@ class Objectives:
             return torch.where(named, w * text + (1 - w) * subject, w * text)
         text, subject = torch.sigmoid(text).clamp(min=1e-6), ((subject + 1) / 2).clamp(min=1e-6)
         return torch.where(named, 1 / (w / text + (1 - w) / subject), text)
-
-    def row(
-        self, prompts: Sequence[Prompt], scores: torch.Tensor, parts: Mapping[str, torch.Tensor] = MappingProxyType({})
-    ) -> dict[str, float]:
-        """Columns of the history: means of the scores as they are, never clipped, and of their parts (the subject's
-        over identifier prompts, as its own); shares above the level; zero_spread.
-
-        zero_spread is the share of the epoch's prompts whose pictures are all rewarded alike, by every objective and
-        after the clip: beside each other they teach nothing. A prompt with one picture does not count.
-        """
-        named = torch.tensor([p.identifier for p in prompts])
-        row = {"reward": scores[0].mean().item()}
-        for name, kind in (("reward_identifier", named), ("reward_class", ~named)):
-            row |= {name: scores[0][kind].mean().item()} if kind.any() else {}
-        counted = {"above_level": torch.ones_like(named), "above_level_subject": named}
-        for (column, counts), objective, of in zip(counted.items(), self.given.values(), scores, strict=False):
-            levels = objective.levels(prompts)
-            known = counts & ~levels.isnan()
-            row |= {column: (of > levels)[known].float().mean().item()} if known.any() else {}
-        if "subject" in self.given and named.any():
-            row["reward_subject"] = scores[1][named].mean().item()
-        for name, values in parts.items():
-            counts = named if name.startswith("subject_") else torch.ones_like(named)
-            row |= {name: values[counts].mean().item()} if counts.any() else {}
-        rewards = torch.stack(list(self._clipped(prompts, scores).values()), 1)
-        rewards[~named, 1:] = 0.0  # these have no subject
-        texts = [p.text for p in prompts]
-        groups = [[i for i, text in enumerate(texts) if text == own] for own in dict.fromkeys(texts)]
-        alike = [bool((rewards[group] == rewards[group[0]]).all()) for group in groups if len(group) > 1]
-        return row | ({"zero_spread": sum(alike) / len(alike)} if alike else {})
 
     def state(self) -> dict[str, dict]:
         return {name: stats.state() for name, stats in self.stats.items()}
