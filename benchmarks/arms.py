@@ -1,6 +1,6 @@
-"""What RL optimises, side by side in the pocket world: text alone, text and subject in several ways.
+"""What RL optimises and how, side by side in the pocket world: text alone, text and subject; DDPO, DPOK.
 
-    python -m benchmarks.arms --out outputs/arms                        # cat and dog, three RL seeds, all arms
+    python -m benchmarks.arms --out outputs/arms                        # cat and dog, three RL seeds, the first arms
     python -m benchmarks.arms --out outputs/arms --subjects cat --arms text "text and subject" --rl-seeds 0
     python -m benchmarks.arms --out outputs/early --start dreambooth --steps 500    # from another start
     python -m benchmarks.arms --out outputs/arms --tables               # print what is there
@@ -27,7 +27,6 @@ from ibkit.adapt import Adapted
 from ibkit.data.prompts import Prompt, training_prompts
 from ibkit.data.subject import PersonalizedSubject, demo_subject, world_photos
 from ibkit.errors import ParameterError
-from ibkit.methods import ddpo
 from ibkit.methods.class_images import class_images
 from ibkit.methods.engine.objectives import RewardSpec
 from ibkit.methods.records import METHODS, Job
@@ -41,15 +40,19 @@ from ibkit.scorers.judge import Judge
 from ibkit.train.monitor import SubjectMonitor
 
 IDENTIFIER = "sks"
-# arm -> (clip the text at its level, the subject's scorer, clip it, settings of DDPO that differ from the preset)
-ARMS: dict[str, tuple[bool, str, bool, dict]] = {
-    "text": (False, "", False, {}),
-    "text clipped": (True, "", False, {}),
-    "text and subject": (True, "subject", True, {"combine": "synergy"}),
-    "floor": (True, "subject", True, {"combine": "synergy", "spread_floor": 1.0}),  # text and subject, with it
-    "text and DINO": (True, "dino", True, {"combine": "synergy"}),
-    "sum": (True, "subject", True, {"combine": "sum"}),
-    "harmonic": (True, "subject", True, {"combine": "harmonic"}),
+# arm -> (clip the text at its level, the subject's scorer, method, settings that differ from its preset); the subject's
+# score is clipped at its level
+ARMS: dict[str, tuple[bool, str, str, dict]] = {
+    "text": (False, "", "ddpo", {}),
+    "text and subject": (True, "subject", "ddpo", {"combine": "synergy"}),
+    "text and DINO": (True, "dino", "ddpo", {"combine": "synergy"}),
+    "text clipped": (True, "", "ddpo", {}),
+    "floor": (True, "subject", "ddpo", {"combine": "synergy", "spread_floor": 1.0}),  # text and subject, with it
+    "sum": (True, "subject", "ddpo", {"combine": "sum"}),
+    "harmonic": (True, "subject", "ddpo", {"combine": "harmonic"}),
+    "DPOK": (False, "", "dpok", {}),
+    "DPOK without KL": (False, "", "dpok", {"kl_weight": 0.0}),
+    "DPOK strong KL": (False, "", "dpok", {"kl_weight": 1.0}),
 }
 
 
@@ -109,10 +112,10 @@ def run_arm(
     before = folder / f"{noun}-start.csv"
     if not before.exists():
         look(model, prompts, n_pictures, judge, who, before.with_suffix(".png")).to_csv(before, index=False)
-    clip_text, scorer, clip_subject, settings = ARMS[arm]
-    config = POCKET.settings("ddpo", settings | ({"n_epochs": n_epochs} if n_epochs else {}))
-    text = RewardSpec("image_reward", clip_at_level=clip_text).load("cpu", photos)
-    subject = RewardSpec(scorer, clip_at_level=clip_subject).load("cpu", photos) if scorer else None
+    clip_text, scorer, method, settings = ARMS[arm]
+    config = POCKET.settings(method, settings | ({"n_epochs": n_epochs} if n_epochs else {}))
+    text = RewardSpec("image_reward", clip_at_level=clip_text)
+    subject = RewardSpec(scorer, clip_at_level=True) if scorer else None
     watch = SubjectMonitor(who, photos, make_scorer(POCKET.monitor, "pocket"), judge, make_scorer("clip_t", "pocket"))
 
     def say(row: dict, network: TextToImage) -> None:
@@ -123,7 +126,8 @@ def run_arm(
                   f"{seconds:.0f} s", flush=True)  # fmt: skip
 
     work = folder / f".{name}"
-    rows = ddpo.train(model, prompts, text, config, work, seed, watch, POCKET.guard, say, subject_reward=subject)
+    job = Job(Adapted.of(model), who, photos, method, seed, work, (), prompts, text, subject, POCKET.guard)
+    rows = METHODS[method].train(model, job, config, on_row=say, monitor=watch)
     pd.DataFrame(rows).to_csv(folder / f"{name}-history.csv", index=False)
     table = look(model, prompts, n_pictures, judge, who, folder / f"{name}.png")
     table.to_csv(folder / f"{name}.tmp", index=False)
@@ -147,7 +151,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--subjects", nargs="+", default=["cat", "dog"], choices=CLASSES)
-    parser.add_argument("--arms", nargs="+", default=list(ARMS), choices=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=list(ARMS)[:3], choices=list(ARMS))
     parser.add_argument("--rl-seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--pictures", type=int, default=60, help="of each prompt, after training")
     parser.add_argument("--epochs", type=int, default=0, help="0 = the preset's")

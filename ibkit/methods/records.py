@@ -149,6 +149,7 @@ METHODS: Registry[Method] = Registry(
         "custom_diffusion": "ibkit.methods.custom_diffusion:METHOD",
         "neti": "ibkit.methods.neti:METHOD",
         "ddpo": "ibkit.methods.ddpo:METHOD",
+        "dpok": "ibkit.methods.dpok:METHOD",
     },
 )
 

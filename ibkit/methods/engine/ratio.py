@@ -16,6 +16,7 @@ from ibkit.model.text_to_image import TextToImage
 
 if TYPE_CHECKING:
     from ibkit.methods.ddpo import DDPOConfig
+    from ibkit.methods.dpok import DPOKConfig
 
 
 def gradient_cut(ratio: torch.Tensor, advantage: torch.Tensor, clip_range: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -69,7 +70,7 @@ def rounding_tolerance(
     return m / 2 + 6 * ((m + m**2 / 2) / n_values).sqrt()
 
 
-def ratio_tolerance(model: TextToImage, schedule: Schedule, config: DDPOConfig) -> torch.Tensor:
+def ratio_tolerance(model: TextToImage, schedule: Schedule, config: DDPOConfig | DPOKConfig) -> torch.Tensor:
     """The largest |ratio - 1| of each step (T,) that is believed before an update: a tenth of the clip range, or what
     rounding explains (`rounding_tolerance`), which is more under autocast.
 
