@@ -1,4 +1,5 @@
-"""What RL optimises and how, side by side in the pocket world: text alone, text and subject; DDPO, DPOK.
+"""What RL optimises and how, side by side in the pocket world: text alone, text and subject; DDPO, DPOK,
+the reward's own gradient.
 
     python -m benchmarks.arms --out outputs/arms                        # cat and dog, three RL seeds, the first arms
     python -m benchmarks.arms --out outputs/arms --subjects cat --arms text "text and subject" --rl-seeds 0
@@ -53,6 +54,13 @@ ARMS: dict[str, tuple[bool, str, str, dict]] = {
     "DPOK": (False, "", "dpok", {}),
     "DPOK without KL": (False, "", "dpok", {"kl_weight": 0.0}),
     "DPOK strong KL": (False, "", "dpok", {"kl_weight": 1.0}),
+    "DRaFT": (False, "", "draft", {}),
+    "DRaFT clipped": (True, "", "draft", {}),
+    "DRaFT three steps": (False, "", "draft", {"truncate": 3}),
+    "DRaFT-LV": (False, "", "draft", {"n_renoised": 2}),
+    "AlignProp": (False, "", "draft", {"random_truncation": True}),
+    "ReFL": (False, "", "refl", {}),
+    "ReFL without prior": (False, "", "refl", {"prior_weight": 0.0}),
 }
 
 
@@ -126,7 +134,12 @@ def run_arm(
                   f"{seconds:.0f} s", flush=True)  # fmt: skip
 
     work = folder / f".{name}"
-    job = Job(Adapted.of(model), who, photos, method, seed, work, (), prompts, text, subject, POCKET.guard)
+    n_class, pictures = METHODS[method].class_pictures(config), []
+    if n_class:
+        pictures = class_images(
+            load_model("pocket"), who.class_prompt, n_class, POCKET.class_sampler, folder / "class-images", seed=0
+        )
+    job = Job(Adapted.of(model), who, photos, method, seed, work, pictures, prompts, text, subject, POCKET.guard)
     rows = METHODS[method].train(model, job, config, on_row=say, monitor=watch)
     pd.DataFrame(rows).to_csv(folder / f"{name}-history.csv", index=False)
     table = look(model, prompts, n_pictures, judge, who, folder / f"{name}.png")

@@ -150,6 +150,8 @@ METHODS: Registry[Method] = Registry(
         "neti": "ibkit.methods.neti:METHOD",
         "ddpo": "ibkit.methods.ddpo:METHOD",
         "dpok": "ibkit.methods.dpok:METHOD",
+        "draft": "ibkit.methods.reward_gradient:DRAFT",
+        "refl": "ibkit.methods.reward_gradient:REFL",
     },
 )
 

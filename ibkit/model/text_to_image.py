@@ -196,8 +196,7 @@ class TextToImage:
         images = []
         with working(self.vae):
             for part in latents.split(pictures_at_once(self.image_px)):
-                pixels = ((self.decode_pixels(part) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
-                images += [Image.fromarray(p) for p in pixels]
+                images += to_pictures(self.decode_pixels(part))
         return images
 
     def park(self) -> None:
@@ -222,6 +221,12 @@ class TextToImage:
     def copy(self) -> TextToImage:
         """A model with a U-Net of its own; frozen parts are shared."""
         return dataclasses.replace(self, unet=copy.deepcopy(self.unet), deltas=dict(self.deltas), _embeddings={})
+
+
+def to_pictures(pixels: torch.Tensor) -> list[Image.Image]:
+    """Pictures of pixels (B, 3, height, width) in [-1, 1]."""
+    rounded = ((pixels.detach() + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(p) for p in rounded]
 
 
 def model_fingerprint(model: TextToImage) -> str:

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from ibkit.device import park, working
-from ibkit.errors import ModelError, ScoreError
+from ibkit.errors import ModelError, ParameterError, ScoreError
 from ibkit.fields import fill
 from ibkit.registry import Registry
 
@@ -112,6 +112,25 @@ class Scorer(ABC):
         # clone: an inference tensor could not take part in a later autograd computation
         return scores.clone(), {name: part.float().cpu().clone() for name, part in parts.items()}
 
+    def differentiable(self, pixels: torch.Tensor, texts: Sequence[str]) -> torch.Tensor:
+        """Score pictures with the gradient of their pixels, as `reward_gradient` needs it.
+
+        Args:
+            pixels: (B, 3, H, W) in [0, 1].
+            texts: B texts, without the identifier.
+
+        Returns:
+            (B,) float32; that of a call, but for the rounding to 8 bits and the resizing of tensors.
+
+        Raises:
+            ParameterError: This scorer offers no gradient; the error names those that do.
+        """
+        able = [name for name in SCORERS if SCORERS[name].differentiable is not Scorer.differentiable]
+        raise ParameterError(
+            f"{self.name} has no gradient with respect to a picture here: choose one of {', '.join(able)} as the "
+            "reward, or a method that needs none, such as ddpo."
+        )
+
     @classmethod
     def load(cls, weights: str | Path, device: str | torch.device = "cpu") -> Scorer:
         """Make the scorer from its weights, and its `options` as keywords where it has any; see `make_scorer`.
@@ -192,6 +211,17 @@ def to_pixel_values(
     squares = np.stack([np.asarray(rgb_square(image, resize_px, crop_px)) for image in images])
     pixels = torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 255.0
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+
+
+def differentiable_pixel_values(
+    pixels: torch.Tensor, resize_px: int, crop_px: int, mean: Sequence[float], std: Sequence[float]
+) -> torch.Tensor:
+    """`to_pixel_values` of pixels (B, 3, H, W) in [0, 1], with their gradient."""
+    from torchvision.transforms import InterpolationMode, functional
+
+    resized = functional.resize(pixels, [resize_px], InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
+    square = functional.center_crop(resized, [crop_px])
+    return (square - square.new_tensor(mean).view(3, 1, 1)) / square.new_tensor(std).view(3, 1, 1)
 
 
 class Sliced(Protocol):

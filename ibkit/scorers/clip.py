@@ -20,8 +20,11 @@ from torch import nn
 
 from ibkit.errors import ModelError
 from ibkit.scorers.base import (
+    CLIP_MEAN,
+    CLIP_STD,
     TruncationWarning,
     check_vocabulary,
+    differentiable_pixel_values,
     from_hub,
     hub_name,
     load_state,
@@ -162,6 +165,12 @@ class ClipT(_OnClip):
 
     def _score(self, images, texts, references):
         return self._text(self.encoder.images(images), texts)
+
+    def differentiable(self, pixels, texts):
+        px = self.encoder.model.visual.image_size[0]
+        values = differentiable_pixel_values(pixels.to(self.encoder.device), px, px, CLIP_MEAN, CLIP_STD)
+        features = (self.encoder.image_features(values), self.encoder.text_features(list(texts)))
+        return torch.nn.functional.cosine_similarity(*(one.float() for one in features))
 
 
 class ClipI(_OnClip):

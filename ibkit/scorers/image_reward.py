@@ -32,6 +32,7 @@ from ibkit.scorers.base import (
     as_model_error,
     batches,
     check_vocabulary,
+    differentiable_pixel_values,
     from_hub,
     hub_name,
     load_state,
@@ -356,6 +357,12 @@ class ImageReward(Scorer):
             inputs = self.encode_images(some), *self.encode_text(theirs)
             scores.append(self.model(*(one.to(self.device) for one in inputs)).cpu())
         return torch.cat(scores)
+
+    def differentiable(self, pixels, texts):
+        px = self.model.config.image_px
+        ids, mask = (one.to(self.device) for one in self.encode_text(list(texts)))
+        values = differentiable_pixel_values(pixels.to(self.device), px, px, CLIP_MEAN, CLIP_STD)
+        return self.model(values, ids, mask).float()
 
 
 class WeakReward(ImageReward):

@@ -134,10 +134,14 @@ class RewardSpec:
         Args:
             parked: whether its networks are on the device only while it scores.
         """
-        scorer = make_scorer(self.name, self.weights, device, self.options)
+        scorer = self.scorer(device)
         if parked:
             scorer.park()
         return scorer_reward(scorer, references, self.clip_at_level)
+
+    def scorer(self, device: torch.device | str = "cpu") -> Scorer:
+        """The scorer alone."""
+        return make_scorer(self.name, self.weights, device, self.options)
 
 
 def scorer_reward(scorer: Scorer, references: Sequence[Image.Image] = (), clip_at_level: bool = False) -> Objective:
