@@ -28,8 +28,9 @@ import torch
 from PIL import Image
 
 from ibkit.adapt import Adapted
-from ibkit.data.subject import PersonalizedSubject, demo_subject, world_photos
+from ibkit.data.subject import PersonalizedSubject, choose_activities, demo_subject, world_photos
 from ibkit.methods.class_images import class_images
+from ibkit.methods.engine.objectives import RewardSpec
 from ibkit.methods.records import METHODS, Job
 from ibkit.model.loading import load_model
 from ibkit.model.sample import sample
@@ -43,6 +44,8 @@ LOOKS = {  # steps
     "textual_inversion": (200, 400),
     "custom_diffusion": (400, 800),
     "neti": (200, 400, 1000),
+    "dpg": (600, 1000, 1400),
+    "rpo": (400, 800, 1400),
 }
 KEPT, SHOWN = 0.88, (0.30, 0.75)  # of the rule
 BETWEEN_CHECKPOINTS = 50  # steps, the most that a continued training repeats
@@ -72,6 +75,15 @@ SETTINGS: dict[str, tuple[str, dict]] = {
     "custom fast light prior": ("custom_diffusion", {"learning_rate": 1e-2, "prior_weight": 0.3}),
     "neti": ("neti", {}),
     "neti slow": ("neti", {"learning_rate": 1e-3}),
+    "dpg": ("dpg", {}),
+    "dpg no critic": ("dpg", {"critic": "none"}),
+    "dpg undiscounted": ("dpg", {"discount": 1.0}),
+    "dpg dino": ("dpg", {"cost": "scorer"}),
+    "rpo": ("rpo", {}),
+    "rpo all": ("rpo", {"patience": 0}),
+    "rpo similarity": ("rpo", {"preference_weight": 0.0, "early_stopping": False}),
+    "rpo last": ("rpo", {"early_stopping": False}),
+    "rpo sharp": ("rpo", {"temperature": 0.05}),
 }
 
 
@@ -92,7 +104,9 @@ def train_and_look(noun: str, setting: str, seed: int, folder: Path, weights: st
         model = load_model(weights)
         n_class = METHODS[method].class_pictures(config)
         pictures = class_images(model, who.class_prompt, n_class, POCKET.class_sampler, cache, seed=0)
-        job = Job(Adapted.of(model), who, photos, method, seed, work, pictures)
+        asked_for = [who.prompt(activity) for activity in choose_activities(who, [], POCKET.activities)]
+        reward = RewardSpec(METHODS[method].reward) if METHODS[method].reward else None
+        job = Job(Adapted.of(model), who, photos, method, seed, work, pictures, asked_for, reward)
         METHODS[method].train(model, job, replace(config, n_steps=steps))
         drawn = sample(model, prompts, list(range(N_PICTURES)) * len(phrases), POCKET.sampler)
         mosaic(drawn, N_PICTURES).save(folder / f"{table.stem}-{steps:04d}.png")

@@ -40,7 +40,7 @@ class Job:
         name: of the delta that is trained.
         seed: of every random stream; folder: for checkpoints.
         class_pictures: by the base model, as many as the method asks for.
-        prompts: of the tuning, of both kinds.
+        prompts: of the tuning, of both kinds; of a personalization, those with the identifier.
         reward, subject_reward: what is optimised; None where there is none.
         guard: of the tuning.
     """
@@ -113,6 +113,7 @@ class Method:
         pocket: what differs at the pocket world's scale, dotted name -> (value, why).
         names: how the trained model calls the subject; by default as the user does.
         class_pictures: settings -> how many pictures of the class the training wants.
+        reward: name of the scorer that a personalization is handed as `Job.reward`; empty where it needs none.
         work: settings -> `Work`, without the class pictures.
         delta: settings -> kind and settings of the delta that is trained, without its words; to count memory.
     """
@@ -126,6 +127,7 @@ class Method:
     pocket: Mapping[str, tuple[Any, str]] = field(default_factory=lambda: MappingProxyType({}))
     names: Callable[[PersonalizedSubject], PersonalizedSubject] = lambda subject: subject
     class_pictures: Callable[[Any], int] = lambda settings: 0
+    reward: str = ""
     work: Callable[[Any], Work] = lambda settings: Work()
     delta: Callable[[Any], tuple[str, Mapping[str, Any]]] = lambda settings: ("lora", {"rank": settings.lora_rank})
 
@@ -148,6 +150,8 @@ METHODS: Registry[Method] = Registry(
         "textual_inversion": "ibkit.methods.textual_inversion:METHOD",
         "custom_diffusion": "ibkit.methods.custom_diffusion:METHOD",
         "neti": "ibkit.methods.neti:METHOD",
+        "dpg": "ibkit.methods.dpg:METHOD",
+        "rpo": "ibkit.methods.rpo:METHOD",
         "ddpo": "ibkit.methods.ddpo:METHOD",
         "dpok": "ibkit.methods.dpok:METHOD",
         "draft": "ibkit.methods.reward_gradient:DRAFT",

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 
 import torch
 from PIL import Image, ImageOps
@@ -19,8 +20,8 @@ from ibkit.device import generator, working
 from ibkit.errors import TrainingError
 from ibkit.fields import field
 from ibkit.model.text_to_image import TextToImage
-from ibkit.train.kept import Average, Optimizer, Weights, memory_advice
-from ibkit.train.loop import loop
+from ibkit.train.kept import Average, Kept, Optimizer, Weights, memory_advice
+from ibkit.train.loop import Row, loop
 from ibkit.train.resources import Resources
 
 # may differ on resume: length, and what affects memory and speed only
@@ -60,16 +61,25 @@ class Examples:
         z_0: latents (B or 2B, C, H, W).
         prompts: a caption for each.
         mask: (B, 1, H, W), where the loss of the photos counts; None = everywhere.
+        labels: (B,), a number for each photo that a method's loss reads; None = it reads none.
+        z_t, t: the noised latents and their timesteps, one for each row, once `fit` has drawn them.
     """
 
     z_0: torch.Tensor
     prompts: Sequence[str]
     mask: torch.Tensor | None = None
+    labels: torch.Tensor | None = None
+    z_t: torch.Tensor | None = None
+    t: torch.Tensor | None = None
+
+    def noised(self, z_t: torch.Tensor, t: torch.Tensor) -> Examples:
+        return replace(self, z_t=z_t, t=t)
 
     def part(self, rows: torch.Tensor, photos: torch.Tensor) -> Examples:
         """These rows, of which some are photos."""
-        mask = None if self.mask is None else self.mask[photos]
-        return Examples(self.z_0[rows], [self.prompts[row] for row in rows.tolist()], mask)
+        mask, labels = (None if of is None else of[photos] for of in (self.mask, self.labels))
+        z_t, t = (None if of is None else of[rows] for of in (self.z_t, self.t))
+        return Examples(self.z_0[rows], [self.prompts[row] for row in rows.tolist()], mask, labels, z_t, t)
 
 
 def add_noise(z_0: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
@@ -93,6 +103,11 @@ def fit(
     origin: Mapping[str, str],
     stream: tuple[int, str],
     on_step: Callable[[dict[str, float]], None] | None = None,
+    *,
+    more: Mapping[str, Kept] = MappingProxyType({}),
+    before: Callable[[int], Mapping[str, float]] = lambda number: {},
+    after: Callable[[int], Mapping[str, float]] = lambda number: {},
+    stop: Callable[[list[Row]], bool] = lambda history: False,
 ) -> list[dict[str, float]]:
     """Train `weights`, which are on the model, and leave the result there: the last weights, or their average.
 
@@ -102,6 +117,9 @@ def fit(
         folder, origin: see `train.loop`.
         stream: seed and name of the random streams.
         on_step: called after each step with its row.
+        more: state of the method beside weights, average and optimizer, for checkpoints.
+        before, after: called with a step's number before and after its update; columns of its row.
+        stop: see `train.loop`.
 
     Returns:
         A row a step: step, what `loss` returns, seconds.
@@ -127,10 +145,11 @@ def fit(
         own = generator(*stream, number)
         sums: dict[str, torch.Tensor] = {}
         with memory_advice(f"lower micro_batch (now {micro_batch}) or set resources.checkpointing"):
+            first = before(number)
             whole = draw(own)
             t = torch.randint(len(alphas), (len(whole.z_0),), generator=own).to(model.device)
             noise = torch.randn(whole.z_0.shape, generator=own).to(model.device)
-            z_t = add_noise(whole.z_0, noise, alphas[t])
+            whole = whole.noised(z_t := add_noise(whole.z_0, noise, alphas[t]), t)
             for photos in torch.arange(settings.batch).split(micro_batch):
                 rows = torch.cat([photos + first for first in range(0, len(z_t), settings.batch)])
                 part, share = whole.part(rows, photos), len(photos) / settings.batch
@@ -148,14 +167,14 @@ def fit(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average.follow(at_most=(number + 1) / (number + 11))  # the first weights are soon forgotten
-        return row
+        return row | dict(first) | dict(after(number))
 
     moments = Optimizer(optimizer, settings.resources.moment_bytes)
-    kept = {"weights": Weights(weights), "average": average, "optimizer": moments}
+    kept = {"weights": Weights(weights), "average": average, "optimizer": moments, **more}
     with working(model.unet):
         history = loop(
             step, settings.n_steps, kept, folder, settings.checkpoint_every, {**origin, **settings.resources.origin},
-            on_row=lambda history: on_step(history[-1]) if on_step else None,
+            on_row=lambda history: on_step(history[-1]) if on_step else None, stop=stop,
         )  # fmt: skip
     average.put_on()
     return history
