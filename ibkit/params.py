@@ -231,6 +231,13 @@ class Baselines(Common):
         _check_settings(self, "custom_diffusion")
 
 
+@dataclass(frozen=True, kw_only=True)
+class CompareRL(Common):
+    """12_compare_rl: the ways to learn from a reward, side by side."""
+
+    run_evaluate: list[str] = field([], "folders of finished 03 runs; empty = the newest")
+
+
 SCHEMAS: dict[str, type[Common]] = {
     "00_start_here": StartHere,
     "01_personalize": Personalize,
@@ -241,6 +248,7 @@ SCHEMAS: dict[str, type[Common]] = {
     "06_prompt_ablation": PromptAblation,
     "07_human_study": HumanStudy,
     "08_baselines": Baselines,
+    "12_compare_rl": CompareRL,
 }
 
 

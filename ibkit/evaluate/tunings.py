@@ -1,0 +1,90 @@
+"""Tunings side by side: curves by pictures and by seconds, costs, who is hacked, and the front of text and subject."""
+
+from collections.abc import Sequence
+
+import pandas as pd
+
+from ibkit.adapt import Adapted
+from ibkit.evaluate.score import RUN_KINDS
+from ibkit.evaluate.stats import METRICS
+from ibkit.runs import CompletedRun, input_of
+
+KEYS = ["subject", "arm", "seed", "tune_seed"]
+SUMS = ("pictures", "gradient_steps", "seconds")  # of a row of the history; of a curve, so far
+FALLEN, PASSED = 0.2, 0.5  # below its best, as a share of pictures; share of pictures above the reward's level
+
+
+def tuning_curves(evaluated: Sequence[CompletedRun]) -> pd.DataFrame:
+    """One row for each epoch of each tuning: `KEYS`, epoch, what it took up to there (`SUMS`), and its history.
+
+    Args:
+        evaluated: finished runs of 03.
+
+    Raises:
+        ArtifactError: a run that was evaluated is gone.
+    """
+    curves = {}
+    for run in evaluated:
+        for name in run.manifest["inputs"]:
+            tuning = input_of(run, name, *RUN_KINDS)
+            if tuning.kind == RUN_KINDS[1]:
+                curves[str(tuning.folder)] = _curve(tuning, run)
+    if not curves:
+        return pd.DataFrame(columns=[*KEYS, "epoch", *SUMS, "reward"])
+    return pd.concat(curves.values(), ignore_index=True)
+
+
+def _curve(tuning: CompletedRun, evaluated: CompletedRun) -> pd.DataFrame:
+    history, adapted = tuning.table("history.csv"), Adapted.read(tuning)
+    subject = evaluated.table("scores.csv")["subject"].iloc[0]
+    curve = history.assign(**{name: history[name].cumsum() for name in SUMS})
+    seeds = adapted.deltas[0].seed, adapted.deltas[-1].seed
+    return curve.assign(subject=subject, arm=adapted.arm, seed=seeds[0], tune_seed=seeds[1])
+
+
+def tuning_costs(curves: pd.DataFrame) -> pd.DataFrame:
+    """What the tunings of each arm took, means over their runs: pictures, gradient_steps, seconds, and runs."""
+    totals = curves.groupby(KEYS, sort=False)[list(SUMS)].max()
+    by_arm = totals.groupby("arm", sort=False)
+    return by_arm.mean().assign(runs=by_arm.size()).reset_index()
+
+
+def hacked(curves: pd.DataFrame, shown: str = "judge_activity", window: int = 3) -> pd.DataFrame:
+    """Where the reward has passed the level of true pictures and what it stands for has fallen.
+
+    A tuning is hacked at the first epoch from which on, in the mean of `window` epochs, half of the pictures or more
+    score above the level, and the share that shows the prompt is .2 below the best window before.
+
+    Args:
+        curves: from `tuning_curves`, with above_level.
+        shown: the column that tells the truth, such as the judge's.
+
+    Returns:
+        A row for each tuning: `KEYS`, hacked_at (pictures drawn by then; missing where it was not), best and last (of
+        `shown`, in windows).
+    """
+    rows = []
+    for key, curve in curves.groupby(KEYS, sort=False):
+        means = curve[["above_level", shown]].rolling(window, min_periods=1).mean()
+        fallen = means[shown] <= means[shown].cummax() - FALLEN
+        at = curve["pictures"][fallen & (means["above_level"] >= PASSED)]
+        row = dict(zip(KEYS, key, strict=True)) | {"hacked_at": at.iloc[0] if len(at) else pd.NA}
+        rows.append(row | {"best": means[shown].max(), "last": means[shown].iloc[-1]})
+    return pd.DataFrame(rows)
+
+
+def pareto_front(means: pd.DataFrame, text: str, subject: str) -> list[str]:
+    """Arms that no other one beats in both: none is better in one and at least as good in the other.
+
+    Args:
+        means: one row an arm, in its index; text, subject: columns of `METRICS` (of all, more is better).
+    """
+    assert text in METRICS and subject in METRICS
+    front = []
+    for arm, mine in means.iterrows():
+        others = means.drop(index=arm)
+        as_good = (others[text] >= mine[text]) & (others[subject] >= mine[subject])
+        better = (others[text] > mine[text]) | (others[subject] > mine[subject])
+        if not (as_good & better).any():
+            front.append(str(arm))
+    return front
