@@ -55,6 +55,7 @@ ARMS: dict[str, tuple[bool, str, str, dict]] = {
     "DPOK without KL": (False, "", "dpok", {"kl_weight": 0.0}),
     "DPOK strong KL": (False, "", "dpok", {"kl_weight": 1.0}),
     "DRaFT": (False, "", "draft", {}),
+    "DRaFT long": (False, "", "draft", {"n_epochs": 20}),  # the reward passes its level, and the pictures fall apart
     "DRaFT clipped": (True, "", "draft", {}),
     "DRaFT three steps": (False, "", "draft", {"truncate": 3}),
     "DRaFT-LV": (False, "", "draft", {"n_renoised": 2}),
