@@ -23,10 +23,10 @@ import torch
 from ibkit.adapt import attach, freeze, without
 from ibkit.data.prompts import Prompt
 from ibkit.device import generator, working
-from ibkit.errors import ParameterError, TrainingError
+from ibkit.errors import TrainingError
 from ibkit.fields import field
 from ibkit.methods.engine.objectives import COMBINATIONS, Objectives, Reward
-from ibkit.methods.engine.policy import collect, epoch_prompts, keep_best, own_share
+from ibkit.methods.engine.policy import check_policy, collect, epoch_prompts, keep_best, own_share
 from ibkit.methods.engine.ratio import approx_kl, check_first_ratio, gradient_cut, ratio_tolerance
 from ibkit.methods.engine.rollout import Trajectories
 from ibkit.methods.records import Method, Monitor, Work
@@ -178,10 +178,6 @@ def train(
             clip at a level that is not known.
     """
     processes = processes or Processes()
-    if config.images_per_epoch < processes.count:
-        raise ParameterError(
-            f"{config.images_per_epoch} images an epoch cannot be shared by {processes.count} processes: use fewer."
-        )
     origin = settings_origin(config, MAY_CHANGE)
     objectives = Objectives(reward, subject_reward, config)
     for objective in objectives.given.values():
@@ -190,11 +186,7 @@ def train(
     origin["rewards"] = hash_json(objectives.facts)
     origin |= config.resources.origin
     schedule = config.sampler.schedule(model)
-    if not bool((schedule.std[: config.n_trained_steps(len(schedule))] > 0).all()):
-        raise ParameterError(
-            f"a denoising step that is to be trained has standard deviation 0 (sampler: {config.sampler}), so its "
-            "log-probability is not defined: train with an eta above 0, such as 1."
-        )
+    check_policy(schedule, config, processes)
     adapter = attach(model, "lora", name, {"rank": config.lora_rank}, generator(seed, "lora"))
     config.resources.prepare(model)
     optimizer = config.resources.adamw(

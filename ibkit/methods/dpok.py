@@ -29,11 +29,11 @@ from torch import nn
 from ibkit.adapt import attach, freeze, without
 from ibkit.data.prompts import Prompt
 from ibkit.device import generator, working
-from ibkit.errors import ParameterError, TrainingError
+from ibkit.errors import TrainingError
 from ibkit.fields import field
 from ibkit.methods.ddpo import gaussian_kl
 from ibkit.methods.engine.objectives import Reward, Rewards
-from ibkit.methods.engine.policy import collect, epoch_prompts, keep_best, own_share
+from ibkit.methods.engine.policy import check_policy, collect, epoch_prompts, keep_best, own_share
 from ibkit.methods.engine.ratio import approx_kl, check_first_ratio, ratio_tolerance
 from ibkit.methods.engine.replay import Replay
 from ibkit.methods.engine.rollout import Trajectories
@@ -184,18 +184,10 @@ def train(
     Raises: as `ddpo.train`.
     """
     processes = processes or Processes()
-    if config.images_per_epoch < processes.count:
-        raise ParameterError(
-            f"{config.images_per_epoch} images an epoch cannot be shared by {processes.count} processes: use fewer."
-        )
     rewards, schedule = Rewards(reward), config.sampler.schedule(model)
     rewards.given["text"].levels(prompts)  # a clip at a level that nobody knows is refused before anything is drawn
+    check_policy(schedule, config, processes)
     n_steps = config.n_trained_steps(len(schedule))
-    if not bool((schedule.std[:n_steps] > 0).all()):
-        raise ParameterError(
-            f"a denoising step that is to be trained has standard deviation 0 (sampler: {config.sampler}), so its "
-            "log-probability is not defined: train with an eta above 0, such as 1."
-        )
     origin = settings_origin(config, MAY_CHANGE)
     origin |= {"model": model_fingerprint(model), "prompts": hash_json([p.text for p in prompts]), "seed": str(seed)}
     origin |= {"rewards": hash_json(rewards.facts)} | config.resources.origin

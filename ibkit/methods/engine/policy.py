@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 import torch
 from PIL import Image
 
 from ibkit.data.prompts import Prompt
 from ibkit.device import generator
-from ibkit.errors import TrainingError
+from ibkit.errors import ParameterError, TrainingError
 from ibkit.methods.engine.objectives import Parts, Rewards
 from ibkit.methods.engine.rollout import Trajectories, rollout
 from ibkit.model.ddim import Schedule
@@ -19,11 +20,32 @@ from ibkit.train.guard import Guard
 from ibkit.train.kept import Average, Copy, memory_advice
 from ibkit.train.processes import Processes
 
+if TYPE_CHECKING:
+    from ibkit.methods.ddpo import DDPOConfig
+    from ibkit.methods.dpok import DPOKConfig
+
 
 def epoch_prompts(prompts: Sequence[Prompt], n: int, seed: int, epoch: int) -> list[Prompt]:
     """`n` prompts of an epoch: every prompt equally often, the remainder drawn at random."""
     order = torch.randperm(len(prompts), generator=generator(seed, "prompts", epoch)).tolist()
     return [prompts[order[i % len(prompts)]] for i in range(n)]
+
+
+def check_policy(schedule: Schedule, config: DDPOConfig | DPOKConfig, processes: Processes) -> None:
+    """Refuse what cannot be trained.
+
+    Raises:
+        ParameterError: fewer images an epoch than processes, or a trained step that is deterministic.
+    """
+    if config.images_per_epoch < processes.count:
+        raise ParameterError(
+            f"{config.images_per_epoch} images an epoch cannot be shared by {processes.count} processes: use fewer."
+        )
+    if not bool((schedule.std[: config.n_trained_steps(len(schedule))] > 0).all()):
+        raise ParameterError(
+            f"a denoising step that is to be trained has standard deviation 0 (sampler: {config.sampler}), so its "
+            "log-probability is not defined: train with an eta above 0, such as 1."
+        )
 
 
 @contextmanager
