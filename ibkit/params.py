@@ -117,13 +117,16 @@ class RLFinetune(Measured):
         from ibkit.methods.records import find_method
         from ibkit.presets import preset_of
 
-        _check_settings(self, find_method(self.method, "tune").name)
+        method = find_method(self.method, "tune")
+        _check_settings(self, method.name)
         fill(preset_of(self.model).guard, self.guard, "The guard")
         RewardSpec(self.reward, options=self.reward_options)
         if self.subject_reward:
             RewardSpec(self.subject_reward, options=self.subject_reward_options)
         elif self.subject_reward_options:
             raise ParameterError("There are subject_reward_options and no subject_reward: name its scorer.")
+        if sentence := method.refuses(self.reward, self.subject_reward, self.processes):
+            raise ParameterError(sentence)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,6 +140,19 @@ class Evaluate(Drawn):
     scorers: list[str] = field(
         [], "metrics such as clip_t, image_reward, clip_i, dino, subject, pick_score; empty = the first five"
     )
+    best_of: int = field(
+        0,
+        "pictures drawn for one that is kept, as one more arm of each personalization; 0 = no such arm",
+        low=0,
+        high=64,
+    )
+    best_of_reward: str = field("image_reward", "name of the scorer that chooses it")
+
+    def __post_init__(self):
+        from ibkit.scorers import SCORERS
+
+        super().__post_init__()
+        SCORERS.find(self.best_of_reward)
 
 
 @dataclass(frozen=True, kw_only=True)

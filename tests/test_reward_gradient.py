@@ -21,6 +21,7 @@ from ibkit.methods.records import METHODS, Job
 from ibkit.methods.reward_gradient import DRaFTConfig, ReFLConfig, first_step, last_steps, one_shot, train
 from ibkit.model.ddim import predict_x0
 from ibkit.model.sample import Sampler, denoise, sample, sample_latents
+from ibkit.params import RLFinetune
 from ibkit.pocket.draw import render
 from ibkit.pocket.world import sample_scene
 from ibkit.scorers import SCORERS, make_scorer
@@ -216,6 +217,23 @@ def test_what_it_cannot_do_is_refused_in_words(tiny, tmp_path):
         tune(processes=Processes(0, 2))
     with pytest.raises(ParameterError, match="has no gradient"):
         tune("align_t")
+
+
+@pytest.mark.parametrize(
+    "given, sentence",
+    [
+        ({"reward": "dino"}, "dino has no gradient .* choose one of clip_t, image_reward"),
+        ({"subject_reward": "subject"}, "use ddpo for two objectives"),
+        ({"processes": 2}, "leave processes at 1"),
+    ],
+)
+def test_a_notebook_refuses_it_before_a_run_is_opened(given, sentence):
+    for method in ("draft", "refl"):
+        with pytest.raises(ParameterError, match=sentence):
+            RLFinetune(method=method, **given)
+    if "subject_reward" in given:
+        with pytest.raises(ParameterError, match=sentence):
+            RLFinetune(method="dpok", **given)
 
 
 def test_work_and_what_is_trained():

@@ -22,6 +22,7 @@ from ibkit.data.subject import PersonalizedSubject, choose_activities, personali
 from ibkit.device import generator
 from ibkit.errors import ModelError, ParameterError, ScoreError
 from ibkit.evaluate.arms import BASE, REAL, arms_of
+from ibkit.evaluate.best_of import BestOf, is_chosen
 from ibkit.evaluate.stats import METRICS, SEEDS
 from ibkit.methods.records import named
 from ibkit.model.sample import Sampler, sample
@@ -219,6 +220,7 @@ def generate(
     sampler: Sampler,
     batch_size: int,
     on_image: Callable[[int], None] | None = None,
+    best: BestOf | None = None,
 ) -> None:
     """Make the pictures of `rows` that the run does not have yet, each an output of the run.
 
@@ -231,6 +233,7 @@ def generate(
         load_arm: loads a model; called once for each that has pictures to make.
         batch_size: pictures made at a time.
         on_image: called with the number of pictures that exist, of len(rows); first with those that existed before.
+        best: draws the arms that keep the best of several pictures; needed where `rows` has such.
     """
     n_done = sum(run.has(path) for path in rows["image"])
     if on_image:
@@ -244,7 +247,11 @@ def generate(
             if not missing:
                 continue
             model = model or load_arm(key)
-            pictures = sample(model, list(part["prompt"]), list(part["image_seed"]), sampler, batch_size)
+            prompts, noise = list(part["prompt"]), list(part["image_seed"])
+            if best and is_chosen(arm):
+                pictures = best.draw(model, prompts, list(part["text"]), noise, sampler, batch_size)
+            else:
+                pictures = sample(model, prompts, noise, sampler, batch_size)
             for path, picture in zip(part["image"], pictures, strict=True):
                 if path in missing:
                     buffer = io.BytesIO()

@@ -87,7 +87,8 @@ def count(stage: Stage) -> Work:
     picture_rows = preset.sampler.rows
     fixed = FIXED_PICTURES * picture_rows
     if "method" not in given:
-        arms = 1 + 2 * len(given["runs"])  # base; each model with and without the identifier
+        # base; each model, and the best of several where that is asked for, with and without the identifier
+        arms = 1 + 2 * (1 + given["best_of"]) * len(given["runs"])
         pictures = arms * (given["n_images"] or preset.n_images) * len(given["prompts"] or preset.activities)
         return Work(forward=pictures * picture_rows + fixed, pictures=2 * pictures)
     method, settings = METHODS[given["method"]], preset.settings(given["method"], given["settings"])

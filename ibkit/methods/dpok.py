@@ -37,7 +37,7 @@ from ibkit.methods.engine.policy import collect, epoch_prompts, keep_best, own_s
 from ibkit.methods.engine.ratio import approx_kl, check_first_ratio, ratio_tolerance
 from ibkit.methods.engine.replay import Replay
 from ibkit.methods.engine.rollout import Trajectories
-from ibkit.methods.records import Method, Monitor, Work
+from ibkit.methods.records import Method, Monitor, Work, check_job
 from ibkit.model.ddim import Schedule, log_prob, step_mean
 from ibkit.model.sample import Sampler
 from ibkit.model.text_to_image import TextToImage, model_fingerprint
@@ -376,13 +376,19 @@ def tune(model, job, settings, *, on_row=None, monitor=None, processes=None) -> 
     Raises:
         ParameterError: a second reward.
     """
-    if job.subject_reward:
-        raise ParameterError("dpok optimises one reward: leave subject_reward empty, or use ddpo for two objectives.")
+    check_job(METHOD, job)
     reward = job.reward.load(model.device, job.photos, settings.resources.offload)
     with working(model.unet):
         return train(
             model, job.prompts, reward, settings, job.folder, job.seed, monitor, job.guard, on_row, processes, job.name
         )
+
+
+def refuses(reward: str, subject_reward: str, processes: int) -> str:
+    """See `records.Method`."""
+    if subject_reward:
+        return "dpok optimises one reward: leave subject_reward empty, or use ddpo for two objectives."
+    return ""
 
 
 def work(settings: DPOKConfig) -> Work:
@@ -422,5 +428,6 @@ METHOD = Method(
         "lora_rank": (8, "as DDPO's"),
         "micro_batch": (48, "as DDPO's"),
     },
+    refuses=refuses,
     work=work,
 )

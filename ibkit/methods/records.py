@@ -114,6 +114,7 @@ class Method:
         names: how the trained model calls the subject; by default as the user does.
         class_pictures: settings -> how many pictures of the class the training wants.
         reward: name of the scorer that a personalization is handed as `Job.reward`; empty where it needs none.
+        refuses: names of reward and second reward, number of processes -> why a tuning cannot have them, or "".
         work: settings -> `Work`, without the class pictures.
         delta: settings -> kind and settings of the delta that is trained, without its words; to count memory.
     """
@@ -128,6 +129,7 @@ class Method:
     names: Callable[[PersonalizedSubject], PersonalizedSubject] = lambda subject: subject
     class_pictures: Callable[[Any], int] = lambda settings: 0
     reward: str = ""
+    refuses: Callable[[str, str, int], str] = lambda reward, subject_reward, processes: ""
     work: Callable[[Any], Work] = lambda settings: Work()
     delta: Callable[[Any], tuple[str, Mapping[str, Any]]] = lambda settings: ("lora", {"rank": settings.lora_rank})
 
@@ -171,6 +173,13 @@ def find_method(name: str, stage: str) -> Method:
         fitting = [other for other in METHODS if METHODS[other].stage == stage]
         raise ParameterError(f"{name} is a method to {method.stage}: to {stage}, choose one of {', '.join(fitting)}.")
     return method
+
+
+def check_job(method: Method, job: Job, processes: Processes | None = None) -> None:
+    """Raise ParameterError with the sentence where a tuning cannot have the job's rewards or so many processes."""
+    names = [spec.name if spec else "" for spec in (job.reward, job.subject_reward)]
+    if sentence := method.refuses(names[0], names[1], processes.count if processes else 1):
+        raise ParameterError(sentence)
 
 
 def named(subject: PersonalizedSubject, arm: str) -> PersonalizedSubject:

@@ -32,17 +32,17 @@ from PIL import Image
 from ibkit.adapt import attach, freeze
 from ibkit.data.prompts import Prompt
 from ibkit.device import generator, working
-from ibkit.errors import ParameterError, TrainingError
+from ibkit.errors import TrainingError
 from ibkit.fields import field
 from ibkit.methods.engine.objectives import Rewards, scorer_reward
 from ibkit.methods.engine.photos import add_noise
 from ibkit.methods.engine.policy import epoch_prompts, keep_best
-from ibkit.methods.records import Method, Monitor, Work
+from ibkit.methods.records import METHODS, Method, Monitor, Work, check_job
 from ibkit.model.ddim import predict_x0, step_mean
 from ibkit.model.sample import Sampler, denoise
 from ibkit.model.text_to_image import TextToImage, model_fingerprint, to_pictures
 from ibkit.runs import hash_json
-from ibkit.scorers.base import Scorer
+from ibkit.scorers.base import Scorer, has_gradient, without_gradient
 from ibkit.train.guard import Guard
 from ibkit.train.kept import Average, Copy, Kept, Optimizer, Weights, memory_advice
 from ibkit.train.loop import hash_pictures, loop, settings_origin
@@ -280,19 +280,14 @@ def _prior_loss(
     return (model.predict_noise(z_t, t.to(model.device), [prompt] * len(z_0)) - noise).square().mean()
 
 
-def _tune(draw: Callable[..., list[torch.Tensor]]):
+def _tune(name: str, draw: Callable[..., list[torch.Tensor]]):
     def tune(model, job, settings, *, on_row=None, monitor=None, processes=None) -> list[dict[str, float]]:
         """As a stage; see `records.Train`.
 
         Raises:
             ParameterError: a second reward, several processes, or a scorer without a gradient.
         """
-        if job.subject_reward:
-            raise ParameterError(
-                f"{job.name} follows one reward: leave subject_reward empty, or use ddpo for two objectives."
-            )
-        if processes and processes.count > 1:
-            raise ParameterError(f"{job.name} trains in one process: leave processes at 1.")
+        check_job(METHODS[name], job, processes)
         scorer = job.reward.scorer(model.device)
         with working(model.unet, model.vae):
             return train(
@@ -301,6 +296,15 @@ def _tune(draw: Callable[..., list[torch.Tensor]]):
             )  # fmt: skip
 
     return tune
+
+
+def refuses(reward: str, subject_reward: str, processes: int) -> str:
+    """See `records.Method`."""
+    if subject_reward:
+        return "A reward's gradient is that of one reward: leave subject_reward empty, or use ddpo for two objectives."
+    if processes > 1:
+        return "A reward's gradient is followed by one process: leave processes at 1."
+    return "" if has_gradient(reward) else without_gradient(reward)
 
 
 def class_pictures(settings: DRaFTConfig) -> int:
@@ -351,10 +355,11 @@ DRAFT = Method(
     label="DRaFT",
     stage="tune",
     settings=DRaFTConfig,
-    train=_tune(last_steps),
+    train=_tune("draft", last_steps),
     source="Clark et al. 2023, arXiv 2309.17400",
     pocket=POCKET | {"n_epochs": (20, "as many pictures as DDPO's")},
     class_pictures=class_pictures,
+    refuses=refuses,
     work=draft_work,
     delta=_delta,
 )
@@ -363,7 +368,7 @@ REFL = Method(
     label="ReFL",
     stage="tune",
     settings=ReFLConfig,
-    train=_tune(one_shot),
+    train=_tune("refl", one_shot),
     source="Xu et al. 2023, arXiv 2304.05977",
     pocket=POCKET
     | {
@@ -374,6 +379,7 @@ REFL = Method(
         "kind": ("lora", "as the other methods there"),
     },
     class_pictures=class_pictures,
+    refuses=refuses,
     work=refl_work,
     delta=_delta,
 )

@@ -125,11 +125,7 @@ class Scorer(ABC):
         Raises:
             ParameterError: This scorer offers no gradient; the error names those that do.
         """
-        able = [name for name in SCORERS if SCORERS[name].differentiable is not Scorer.differentiable]
-        raise ParameterError(
-            f"{self.name} has no gradient with respect to a picture here: choose one of {', '.join(able)} as the "
-            "reward, or a method that needs none, such as ddpo."
-        )
+        raise ParameterError(without_gradient(self.name))
 
     @classmethod
     def load(cls, weights: str | Path, device: str | torch.device = "cpu") -> Scorer:
@@ -412,6 +408,20 @@ SCORERS: Registry[type[Scorer]] = Registry(
         "weak_reward": "ibkit.scorers.image_reward:WeakReward",
     },
 )
+
+
+def has_gradient(name: str) -> bool:
+    """Whether a scorer offers `differentiable`."""
+    return SCORERS.find(name).differentiable is not Scorer.differentiable
+
+
+def without_gradient(name: str) -> str:
+    """What to say of one that does not."""
+    able = ", ".join(filter(has_gradient, SCORERS))
+    return (
+        f"{name} has no gradient with respect to a picture here: choose one of {able} as the reward, or a method that "
+        "needs none, such as ddpo."
+    )
 
 
 def column_of(name: str) -> str:
