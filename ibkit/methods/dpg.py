@@ -90,7 +90,11 @@ class Critic(nn.Module):
         super().__init__()
         self.conv = nn.Conv2d(channels, 1, 3, padding=1)
         self.hidden, self.last = nn.Linear(height * width, self.WIDTH), nn.Linear(self.WIDTH, 1)
-        for layer, bound in ((self.conv, 4 / (9 * channels)), (self.hidden, 1 / (height * width)), (self.last, 1 / self.WIDTH)):
+        for layer, bound in (
+            (self.conv, 4 / (9 * channels)),
+            (self.hidden, 1 / (height * width)),
+            (self.last, 1 / self.WIDTH),
+        ):
             for parameter in layer.parameters():
                 parameter.data.uniform_(0, bound, generator=stream)
 
