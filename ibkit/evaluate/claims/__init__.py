@@ -159,6 +159,8 @@ CLAIMS: Registry[Sequence[Claim]] = Registry(
         "instructbooth": "ibkit.evaluate.claims.instructbooth:CLAIMS",
         "experiments": "ibkit.experiments.claims:CLAIMS",
         "baselines": "ibkit.evaluate.claims.baselines:CLAIMS",
+        "dpg": "ibkit.evaluate.claims.dpg:CLAIMS",
+        "rpo": "ibkit.evaluate.claims.rpo:CLAIMS",
     },
 )
 
@@ -239,11 +241,13 @@ def claims_from(tables: Mapping[str, pd.DataFrame], arms: Mapping[str, str] | No
             raise ParameterError(f"No claim has the role {role!r}{nearest(role, roles)}")
     there = set(tables[SCORES]["arm"]) if SCORES in tables else set()
     cast = stand_ins(there) | dict(arms or {})
-    return [_test(claim, tables, cast) for claim in all_claims() if _listed(claim, there)]
+    return [_test(claim, tables, cast) for claim in all_claims() if _listed(claim, there, tables)]
 
 
-def _listed(claim: Claim, there: Collection[str]) -> bool:
-    return not claim.only_with or any(arm in there for arm in claim.only_with)
+def _listed(claim: Claim, there: Collection[str], tables: Collection[str]) -> bool:
+    """Whether the run is about the claim: it has one of its arms, or a table that is made for it."""
+    has_own = claim.file != SCORES and claim.file in tables
+    return not claim.only_with or has_own or any(arm in there for arm in claim.only_with)
 
 
 def stand_ins(there: Collection[str]) -> dict[str, str]:
