@@ -34,6 +34,7 @@ from ibkit.pocket.world import (
     line_up,
     mixtures_of,
     reference_scenes,
+    sample_counted,
     sample_mixture,
     sample_scene,
     sample_subject,
@@ -317,3 +318,35 @@ def test_a_phrase_that_no_judge_could_answer_for_is_refused():
         for phrase in phrases:
             with pytest.raises(ValueError, match=f"knows no {noun} '{phrase}': choose prompts of .*in the park"):
                 check_phrase(noun, phrase)
+
+
+@pytest.mark.parametrize("class_noun", CLASSES)
+def test_several_subjects_are_as_many_as_the_count(class_noun):
+    """As many pieces of the mask as subjects, of about one size; neighbouring vehicles, which are wide, may touch."""
+    from scipy.ndimage import label
+
+    sizes = []
+    for count in (2, 3, 4):
+        scene = Scene(DEMO_SUBJECTS[class_noun], place="park", count=count)
+        assert render(scene).tobytes() == render(replace(scene)).tobytes()
+        mask = np.asarray(subject_mask(scene)) > 127
+        pieces, n = label(mask, np.ones((3, 3)))
+        large = [size for i in range(1, n + 1) if (size := int((pieces == i).sum())) > 25]
+        sizes.append(mask.sum() / count)
+        assert len(large) == count or (scene.subject.group == "vehicle" and len(large) < count), (count, large)
+    assert max(sizes) < 1.25 * min(sizes)
+
+
+def test_counts_are_said_and_fit_the_text_encoder(tokenizer):
+    rng = random.Random(4)
+    for _ in range(300):
+        scene = sample_counted(rng)
+        text = caption(scene, rng)
+        assert len(tokenizer(text)["input_ids"]) <= tokenizer.model_max_length, text
+        if scene.count > 1:
+            assert {2: "two", 3: "three", 4: "four"}[scene.count] in text.split()
+            assert f"{scene.subject.class_noun}s" in text
+    with pytest.raises(ValueError, match="choose one of 1, 2, 3, 4"):
+        Scene(DEMO_SUBJECTS["cat"], count=5)
+    with pytest.raises(ValueError, match="at rest and wear nothing"):
+        Scene(DEMO_SUBJECTS["cat"], **doing("dancing"), count=2)

@@ -158,6 +158,7 @@ METHODS: Registry[Method] = Registry(
         "dpok": "ibkit.methods.dpok:METHOD",
         "draft": "ibkit.methods.reward_gradient:DRAFT",
         "refl": "ibkit.methods.reward_gradient:REFL",
+        "feedback": "ibkit.methods.feedback:METHOD",
     },
 )
 

@@ -10,6 +10,7 @@ Coordinates of a figure: feet at y = 0, up is negative, a standing character is 
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -768,6 +769,13 @@ _GROUPS: dict[str, tuple[Callable[[Pen, Scene], None], float]] = {
     "vehicle": (_draw_vehicle, 0.62),
 }
 
+SEVERAL = 0.46  # size of each of several subjects
+_SPOTS = {
+    2: ((-0.22, 0.0), (0.22, 0.0)),
+    3: ((0.0, -0.37), (-0.22, 0.04), (0.22, 0.04)),
+    4: ((-0.22, -0.37), (0.22, -0.37), (-0.22, 0.04), (0.22, 0.04)),
+}
+
 
 def _paint(scene: Scene, mask: bool) -> Image.Image:
     size = IMAGE_PX * SUPERSAMPLE
@@ -777,8 +785,22 @@ def _paint(scene: Scene, mask: bool) -> Image.Image:
         _PLACES[scene.place](pen, scene.view.backdrop)
     view = scene.view
     draw, height = _GROUPS[scene.subject.group]
-    draw(pen.at(0.5 + view.dx, 0.9 + view.dy, height * view.scale, flip=view.flip), scene)
+    for dx, dy, scale, flip in _standing(scene):
+        draw(pen.at(0.5 + view.dx + dx, 0.9 + view.dy + dy, height * view.scale * scale, flip=view.flip ^ flip), scene)
     return image.reduce(SUPERSAMPLE)
+
+
+def _standing(scene: Scene) -> list[tuple[float, float, float, bool]]:
+    """(dx, dy, scale, mirrored) of each subject, from the back to the front. Several are of one size whatever their
+    count, so that the size does not tell it; each stands a little off its spot, as the view decides.
+    """
+    if scene.count == 1:
+        return [(0.0, 0.0, 1.0, False)]
+    rng, standing = random.Random(f"standing {scene.view} {scene.count}"), []
+    for x, y in _SPOTS[scene.count]:
+        dx, dy, scale = rng.uniform(-0.03, 0.03), rng.uniform(-0.03, 0.03), rng.uniform(0.94, 1.06)
+        standing.append((x + dx, y + dy, SEVERAL * scale, rng.random() < 0.5))
+    return standing
 
 
 def render(scene: Scene) -> Image.Image:

@@ -16,6 +16,9 @@ _WAYS: dict[str, dict[str, tuple[str, ...]]] = {
     "accessory": world.ACCESSORIES,
 }
 
+# The tokenizer, which is older, spells these and plurals with several tokens; no caption of one subject has them.
+NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
+
 
 def _article(words: str) -> str:
     return "an " if words[0] in "aeiou" else "a "
@@ -38,13 +41,21 @@ def noun_phrase(subject: Subject, rng: random.Random) -> str:
     return _article(words) + words
 
 
+def counted(count: int, noun: str, colour: str = "") -> str:
+    """ "two red cats"; "one cat"."""
+    return " ".join(filter(None, [NUMBERS[count], colour, noun + "s" * (count > 1)]))
+
+
 def caption(scene: Scene, rng: random.Random) -> str:
     """Describe a scene, always with activity and accessory, often with place and looks; order and wording vary."""
 
     def said(ways: tuple[str, ...]) -> str:
         return ways[0] if rng.random() < 0.7 else rng.choice(ways[1:])
 
-    parts = [noun_phrase(scene.subject, rng)]
+    if scene.count == 1:
+        parts = [noun_phrase(scene.subject, rng)]
+    else:
+        parts = [counted(scene.count, scene.subject.class_noun, scene.subject.body if rng.random() < 0.5 else "")]
     if scene.accessory != NO_ACCESSORY:
         parts.append(rng.choice(world.ACCESSORIES[scene.accessory]))
     if scene.activity != NO_ACTIVITY:

@@ -93,6 +93,8 @@ ACCESSORIES: dict[str, tuple[str, ...]] = {
 }
 NO_ACCESSORY = "none"
 
+COUNTS = (1, 2, 3, 4)  # subjects of a scene
+
 # The "unseen" pairs: pre-training never showed them to the diffusion model, but to the scorers and the judge.
 HELD_OUT = frozenset(
     {
@@ -159,6 +161,7 @@ class Scene:
     Attributes:
         pose: the activity whose pose the subject has, or none: at rest.
         things: the activity whose things are there, or none.
+        count: how many there are of the subject, all looking alike; several are at rest and wear nothing.
     """
 
     subject: Subject
@@ -167,6 +170,7 @@ class Scene:
     place: str = "park"
     accessory: str = NO_ACCESSORY
     view: View = field(default_factory=View)
+    count: int = 1
 
     def __post_init__(self):
         noun = self.subject.class_noun
@@ -178,6 +182,12 @@ class Scene:
                 raise ValueError(f"{activity!r} has no {part} of its own: it is {' and '.join(PARTS[activity])} alone")
         _require(self.place, PLACES, f"unknown place {self.place!r}")
         _require(self.accessory, accessories_of(noun), f"a {noun} cannot wear {self.accessory!r}")
+        if self.count not in COUNTS:
+            raise ValueError(
+                f"a scene cannot have {self.count!r} subjects: choose one of {', '.join(map(str, COUNTS))}"
+            )
+        if self.count > 1 and (self.pose, self.things, self.accessory) != (NO_ACTIVITY, NO_ACTIVITY, NO_ACCESSORY):
+            raise ValueError("several subjects are at rest and wear nothing: leave out activity and accessory")
 
     @property
     def shown(self) -> tuple[str, ...]:
@@ -263,6 +273,14 @@ def sample_scene(
         accessory = rng.choice(worn[1:]) if len(worn) > 1 and rng.random() < 0.3 else NO_ACCESSORY
     place = place or rng.choice(list(PLACES))
     return Scene(subject, **doing(activity), place=place, accessory=accessory, view=sample_view(rng))
+
+
+def sample_counted(
+    rng: random.Random, subject: Subject | None = None, count: int | None = None, place: str | None = None
+) -> Scene:
+    """Draw a scene of one to four subjects at rest that look alike; what is given is kept."""
+    scene = sample_scene(rng, subject, NO_ACTIVITY, place, NO_ACCESSORY)
+    return replace(scene, count=count or rng.choice(COUNTS))
 
 
 def mixtures_of(class_noun: str) -> dict[str, list[tuple[str, str]]]:

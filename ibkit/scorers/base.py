@@ -406,6 +406,7 @@ SCORERS: Registry[type[Scorer]] = Registry(
         "harmonic": "ibkit.scorers.align:Harmonic",
         "image_reward": "ibkit.scorers.image_reward:ImageReward",
         "weak_reward": "ibkit.scorers.image_reward:WeakReward",
+        "feedback": "ibkit.scorers.feedback:FeedbackReward",
     },
 )
 

@@ -14,7 +14,7 @@ Shapes: N pictures, D = 64 identity dimensions.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -62,14 +62,14 @@ THINGS_TAKEN = "judge, an activity's things around a subject at rest taken for t
 class JudgeNet(nn.Module):
     """Residual convolutional trunk, one linear head per question and an identity embedding."""
 
-    def __init__(self, widths: tuple[int, ...] = JUDGE_WIDTHS):
+    def __init__(self, widths: tuple[int, ...] = JUDGE_WIDTHS, answers: Mapping[str, Sequence] = ANSWERS):
         super().__init__()
         self.widths = tuple(widths)
         self.stem = nn.Conv2d(3, widths[0], 3, 2, 1)
         later = (_Residual(n_in, n_out, stride=2) for n_in, n_out in pairwise(widths))
         self.blocks = nn.Sequential(_Residual(widths[0], widths[0], stride=1), *later)
         n_features = 4 * widths[-1]
-        self.heads = nn.ModuleDict({q: nn.Linear(n_features, len(a)) for q, a in ANSWERS.items()})
+        self.heads = nn.ModuleDict({q: nn.Linear(n_features, len(a)) for q, a in answers.items()})
         self.identity = nn.Linear(n_features, IDENTITY_DIM)
 
     def forward(self, x: torch.Tensor) -> tuple[dict[str, torch.Tensor], torch.Tensor]:

@@ -15,7 +15,7 @@ import torch
 
 from ibkit.device import describe_device
 from ibkit.errors import ArtifactError
-from ibkit.pocket.build import autoencoder, clip, dino, judge, reward, subject, unet
+from ibkit.pocket.build import autoencoder, clip, counter, dino, judge, reward, subject, unet
 from ibkit.pocket.build.common import Budget, compute_dtype, load_float, save_half
 from ibkit.pocket.build.data import MIXED_GROUP, Pictures, base_caption, mixed_group, naming_caption
 from ibkit.pocket.build.tokenizer import save_tokenizer
@@ -128,6 +128,10 @@ class Build:
         if not path.exists():
             common = (self.folder, self.mixed_pictures, self.vae(False), self.device, self.dtype)
             save_half(judge.train(*common, name, **options).state_dict(), path)
+
+    def counter(self) -> None:
+        if not (self.weights / "counter" / "counter.json").exists():
+            counter.build(self.folder, self.weights, self.vae(True), self.device, self.dtype)
 
     def image_reward(self) -> None:
         start = self.start("image_reward/model.safetensors")

@@ -1,0 +1,81 @@
+"""The counter of the pocket world: of which class, how many, of which colour, and where, with one to four subjects.
+
+It answers for prompts of count, colour and background (`ibkit.pocket.feedback`), where the judge, which knows pictures
+of one subject, does not. It is a small network of the judge's kind, trained apart from every scorer
+(`ibkit.pocket.build.counter`), and never a reward.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from ibkit.errors import ScoreError
+from ibkit.pocket.feedback import Asked
+from ibkit.pocket.words import NUMBERS
+from ibkit.pocket.world import CLASSES, COLOURS, PLACES
+from ibkit.scorers.base import load_state, reading, require_files
+from ibkit.scorers.judge import RATER_WIDTHS, JudgeNet, to_tensor
+
+COUNTED: dict[str, tuple[str, ...]] = {
+    "class": CLASSES,
+    "count": tuple(NUMBERS.values()),
+    "colour": tuple(COLOURS),  # of the body
+    "place": tuple(PLACES),
+}
+
+
+def counter_net() -> JudgeNet:
+    return JudgeNet(RATER_WIDTHS, COUNTED)
+
+
+@dataclass
+class Counter:
+    """Answers `COUNTED` about pictures.
+
+    Attributes:
+        net: the trained network.
+        card: its accuracy by question on held-out renders and on reconstructions, with n.
+    """
+
+    net: JudgeNet
+    card: dict
+    device: str | torch.device = "cpu"
+    batch_size: int = 128
+
+    def __post_init__(self):
+        self.net = self.net.to(self.device).eval().requires_grad_(False)
+
+    @classmethod
+    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Counter:
+        """Load `counter.safetensors` and `counter.json`, as the build's stage `counter` writes them.
+
+        Raises:
+            ModelError: they are missing or damaged.
+        """
+        folder = Path(folder)
+        require_files("counter", folder, "counter.safetensors", "counter.json")
+        with reading("counter", "counter.safetensors and counter.json", folder):
+            net = counter_net()
+            load_state(net, folder / "counter.safetensors")
+            card = json.loads((folder / "counter.json").read_text(encoding="utf-8"))
+        return cls(net, card, device)
+
+    @torch.inference_mode()
+    def answers(self, images: Sequence[Image.Image]) -> list[dict[str, str]]:
+        """The likeliest answer to each question, for each picture."""
+        if not images:
+            raise ScoreError("counter: there are no images to look at.")
+        parts = [self.net(x.to(self.device))[0] for x in to_tensor(images).split(self.batch_size)]
+        found = {q: torch.cat([part[q] for part in parts]).argmax(1).tolist() for q in COUNTED}
+        return [{q: COUNTED[q][found[q][i]] for q in COUNTED} for i in range(len(images))]
+
+    def agrees(self, images: Sequence[Image.Image], asked: Sequence[Asked]) -> torch.Tensor:
+        """1.0 where a picture shows all that its prompt asks for, else 0.0; (N,)."""
+        pairs = zip(self.answers(images), asked, strict=True)
+        return torch.tensor([float(one.fulfilled(answers)) for answers, one in pairs])
