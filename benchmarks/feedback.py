@@ -1,6 +1,6 @@
 """Does a learned reward predict feedback better than CLIP's score, and does the auxiliary loss help on unseen prompts?
 
-    python -m ibkit.pocket.build --stages ...,counter                     # the counter, once
+    python -m ibkit.pocket.build --folder BUILD --stages counter     # once: BUILD/weights/counter
     python -m benchmarks.feedback --counter FOLDER --out outputs/feedback --seeds 0 1
     python -m benchmarks.feedback --out outputs/feedback --tables         # print what is there
 

@@ -55,6 +55,10 @@ class FeedbackConfig(PhotoConfig):
     batch: int = field(256, "pictures of the model in a step, and as many of pre-training", "Lee et al.: 512 in all",
                        low=1, high=4096)  # fmt: skip
     learning_rate: float = field(2e-5, "of AdamW, constant", RUN_NAME, low=0.0, high=1.0)
+    micro_batch: int = field(
+        4, "pictures of the model in a pass, with as many of pre-training: gradients add up to the batch; memory only; "
+        "0 = all", "ours: one GPU", low=0,
+    )  # fmt: skip
     pretrain_weight: float = field(0.01, "β of the pre-training term; 0 = without it", RUN_NAME, low=0.0, high=1e4)
     n_pretrain: int = field(200, "pictures of the class for it, made by the model before", "ours; Lee et al.: 625K of "
                             "LAION", low=1, high=1_000_000)  # fmt: skip
@@ -314,6 +318,7 @@ METHOD = Method(
     pocket={
         "n_steps": (400, "minutes; not compared with other numbers"),
         "batch": (16, "minutes; not compared with other sizes"),
+        "micro_batch": (0, "64 px pictures fit in one pass"),
         "learning_rate": (2e-3, "as DRaFT's adapter there; not compared with others"),
         "pretrain_weight": (0.5, "rewards of about .5, so that both terms weigh alike; not compared with others"),
         "n_pretrain": (64, "minutes"),

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from itertools import product
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -92,14 +92,15 @@ def alternatives(asked: Asked, n: int, rng: random.Random) -> list[Asked]:
     Raises:
         ParameterError: there are not so many.
     """
-    choices = {"noun": CLASSES, "count": COUNTS, "colour": tuple(COLOURS), "place": tuple(PLACES)}
-    other = [
-        replace(asked, **{of.name: value})
-        for of in fields(asked)
-        if (own := getattr(asked, of.name))
-        for value in choices[of.name]
-        if value != own
-    ]
+    choices: dict[str, Sequence[Any]] = {
+        "noun": CLASSES,
+        "count": COUNTS,
+        "colour": tuple(COLOURS),
+        "place": tuple(PLACES),
+    }
+    named = [name for name in choices if getattr(asked, name)]
+    pairs: list[dict[str, Any]] = [{name: value} for name in named for value in choices[name]]
+    other = [one for pair in pairs if (one := replace(asked, **pair)) != asked]
     if n > len(other):
         raise ParameterError(f"{asked.text!r} has {len(other)} alternatives, not {n}: ask for fewer.")
     return rng.sample(other, n)

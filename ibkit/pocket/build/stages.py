@@ -15,6 +15,7 @@ import torch
 
 from ibkit.device import describe_device
 from ibkit.errors import ArtifactError
+from ibkit.model.loading import load_model
 from ibkit.pocket.build import autoencoder, clip, counter, dino, judge, reward, subject, unet
 from ibkit.pocket.build.common import Budget, compute_dtype, load_float, save_half
 from ibkit.pocket.build.data import MIXED_GROUP, Pictures, base_caption, mixed_group, naming_caption
@@ -130,8 +131,11 @@ class Build:
             save_half(judge.train(*common, name, **options).state_dict(), path)
 
     def counter(self) -> None:
+        """On this build's finished autoencoder, or the shipped one where it has none: it needs nothing else."""
         if not (self.weights / "counter" / "counter.json").exists():
-            counter.build(self.folder, self.weights, self.vae(True), self.device, self.dtype)
+            own = (self.folder / "vae.safetensors").exists()
+            vae = self.vae(True) if own else load_model("pocket", device=self.device).vae
+            counter.build(self.folder, self.weights, vae, self.device, self.dtype)
 
     def image_reward(self) -> None:
         start = self.start("image_reward/model.safetensors")
