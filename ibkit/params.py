@@ -232,6 +232,61 @@ class Baselines(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Variants(Common):
+    """What 10 and 11 take: variants of a personalization, trained beside each other in the pocket world."""
+
+    class_nouns: list[str] = field(["cat"], "classes whose demonstration subjects are trained")
+    train_seeds: list[int] = field([0], "of the trainings of every variant")
+    variants: list[str] = field([], "which to train, by name")
+    settings: dict = field({}, "of all variants that have them, such as {'n_steps': 400}; the rest is the preset's")
+    n_images: int = field(8, "pictures of each prompt", low=1, high=10_000)
+
+    def check(self, known: Mapping[str, Any]) -> None:
+        """Refuse what is no variant, a setting that none of them has, and a model without a judge."""
+        from ibkit.experiments.variants import choose, config_of, settings_of
+        from ibkit.pocket.world import CLASSES
+        from ibkit.presets import preset_of
+
+        preset = preset_of(self.model)
+        if not preset.world:
+            raise ParameterError("The judge knows the pocket world's pictures alone: give model='pocket'.")
+        if not self.class_nouns or not self.train_seeds:
+            raise ParameterError("There is nothing to train: give at least one of class_nouns and of train_seeds.")
+        if wrong := [noun for noun in self.class_nouns if noun not in CLASSES]:
+            raise ParameterError(f"The pocket world has no class {wrong[0]!r}{nearest(wrong[0], CLASSES)}")
+        chosen = choose(known, self.variants).values()
+        names = {name for variant in chosen for name in settings_of(variant)}
+        if unknown := [name for name in self.settings if name not in names]:
+            raise ParameterError(f"None of the variants has the setting {unknown[0]!r}{nearest(unknown[0], names)}")
+        for variant in chosen:
+            config_of(preset, variant, self.settings)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DeterministicPG(Variants):
+    """10_deterministic_pg: DPG and its variants beside DreamBooth."""
+
+    variants: list[str] = field(["lora_dreambooth", "dpg", "dpg_no_critic"], "which to train, by name")
+
+    def __post_init__(self):
+        from ibkit.experiments.variants import DPG
+
+        self.check(DPG)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Preferences(Variants):
+    """11_rpo: RPO and its ablations beside DreamBooth."""
+
+    variants: list[str] = field(["lora_dreambooth", "rpo", "rpo_last", "rpo_similarity"], "which to train, by name")
+
+    def __post_init__(self):
+        from ibkit.experiments.variants import RPO
+
+        self.check(RPO)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CompareRL(Common):
     """12_compare_rl: the ways to learn from a reward, side by side."""
 
@@ -248,6 +303,8 @@ SCHEMAS: dict[str, type[Common]] = {
     "06_prompt_ablation": PromptAblation,
     "07_human_study": HumanStudy,
     "08_baselines": Baselines,
+    "10_deterministic_pg": DeterministicPG,
+    "11_rpo": Preferences,
     "12_compare_rl": CompareRL,
 }
 

@@ -1,6 +1,8 @@
 """Variants of a personalization beside each other, and the claims of DPG and RPO that they decide."""
 
 import dataclasses
+import os
+import shutil
 
 import pandas as pd
 import pytest
@@ -9,10 +11,13 @@ from ibkit.errors import ParameterError
 from ibkit.evaluate.claims import claims_from
 from ibkit.evaluate.stats import check_scores
 from ibkit.experiments.variants import DPG, RPO, Variant, choose, train_and_draw
+from ibkit.job import run as main_job
 from ibkit.methods.records import METHODS
 from ibkit.model.loading import load_model
+from ibkit.params import make
 from ibkit.presets import POCKET, SD15
 from ibkit.runs import Run, read_run
+from tests.test_baselines import ibkit
 from tests.test_claims import images
 
 
@@ -102,3 +107,40 @@ def test_a_variant_is_trained_drawn_and_judged(tmp_path):
     assert len([name for name in read_run(run.folder).manifest["outputs"] if name.startswith("models/")]) == 2
     assert tables[0]["image_seed"].tolist() == tables[1]["image_seed"].tolist()
     check_scores(tables[0].drop(columns="image"))
+
+
+@pytest.mark.parametrize(
+    "values, sentence",
+    [
+        ({"variants": ["dpgg"]}, "no variant 'dpgg'"),
+        ({"variants": []}, "no variants to train"),
+        ({"class_nouns": ["catt"]}, "no class 'catt'; did you mean 'cat'"),
+        ({"train_seeds": []}, "nothing to train"),
+        ({"settings": {"n_stepz": 3}}, "has the setting 'n_stepz'; did you mean 'n_steps'"),
+        ({"settings": {"n_steps": 0}}, "n_steps"),
+        ({"model": "sd15"}, "give model='pocket'"),
+    ],
+)
+@pytest.mark.parametrize("notebook", ["10_deterministic_pg", "11_rpo"])
+def test_a_wrong_parameter_is_refused_in_words(notebook, values, sentence):
+    with pytest.raises(ParameterError, match=sentence):
+        make(notebook, values)
+
+
+@pytest.mark.slow
+def test_one_job_personalizes_with_both_and_scores_them():
+    """Three personalizations and an evaluation, for real at the smallest budget."""
+    name = f"test-variants-{os.getpid()}"
+    folder, methods = main_job.OUTPUTS / name, ("rpo", "dpg", "lora_dreambooth")
+    sets = [f"{method}.n_steps=2" for method in methods]
+    sets += ["dpg.n_class_images=2", "lora_dreambooth.n_class_images=2", "rpo.n_negatives=1", "rpo.n_validation=1"]
+    words = ["run", "--name", name, "--device", "cpu", "--personalize", *methods, "--tune", "none"]
+    words += [w for s in sets for w in ("--set", s)]
+    try:
+        ibkit(*words, "-p", "03_evaluate.n_images=2", "-p", '03_evaluate.scorers=["clip_t"]')
+        scores = read_run(folder / "03_evaluate").table("scores.csv")
+        assert set(methods) <= set(scores["arm"])
+        found = {claim.id for claim in claims_from({"scores.csv": check_scores(scores)})}
+        assert {"D1", "D2", "D3", "R1", "R7"} <= found
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

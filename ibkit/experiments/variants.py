@@ -20,7 +20,7 @@ from ibkit.adapt import Adapted, state
 from ibkit.data.subject import PersonalizedSubject, choose_activities, demo_subject, world_photos
 from ibkit.errors import ParameterError
 from ibkit.evaluate.score import image_seeds
-from ibkit.fields import nearest
+from ibkit.fields import fields_of, nearest
 from ibkit.methods.class_images import class_images
 from ibkit.methods.engine.objectives import RewardSpec
 from ibkit.methods.records import METHODS, Job
@@ -77,6 +77,17 @@ def choose(variants: Mapping[str, Variant], names: Sequence[str]) -> dict[str, V
     return {name: variants[name] for name in names}
 
 
+def settings_of(variant: Variant) -> list[str]:
+    """Dotted names of what can be set of the variant's method."""
+    return [each.name for each in fields_of(METHODS[variant.method].settings)]
+
+
+def config_of(preset: Preset, variant: Variant, given: Mapping[str, Any]) -> Any:
+    """The variant's settings: the preset's, those that are given for all and its method has, and its own."""
+    has = settings_of(variant)
+    return preset.settings(variant.method, {n: v for n, v in given.items() if n in has} | dict(variant.settings))
+
+
 def train_and_draw(
     run: Run,
     base: TextToImage,
@@ -105,8 +116,7 @@ def train_and_draw(
     world, method = demo_subject(noun), METHODS[variant.method]
     who = method.names(PersonalizedSubject(noun, noun, "sks", "", base.name, "", world))
     activities = choose_activities(who, [], preset.activities)
-    own = {key: value for key, value in given.items() if key in method.settings.__dataclass_fields__}
-    config = preset.settings(variant.method, {**own, **variant.settings})
+    config = config_of(preset, variant, given)
     n_class = method.class_pictures(config)
     classes = class_images(base, who.class_prompt, n_class, preset.class_sampler, cache, seed=0) if n_class else []
     model, asked = base.copy(), [who.prompt(activity) for activity in activities]

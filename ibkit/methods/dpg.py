@@ -224,7 +224,7 @@ METHOD = Method(
         "prior_weight": (0.3, "as lora_dreambooth"),
         "ema_decay": (0.98, "as lora_dreambooth"),
         "n_class_images": (64, "as lora_dreambooth"),
-        "critic_learning_rate": (1e-3, "at 0.01 its ReLUs died within 1,250 steps, and the policy with them"),
+        "critic_learning_rate": (1e-3, "at 0.01 same subject 2 % after 1,000 steps, so 48 % after 400"),
         "kind": ("lora", "as the pocket's DreamBooth"),
         "lora_rank": (16, "as lora_dreambooth"),
     },
