@@ -19,7 +19,7 @@ SLOT = "{subject}"  # the place of the subject in a template
 CONSONANT_SOUND = re.compile(r"uni(?![dmn])|use|eu|one\b", re.IGNORECASE)
 # How other tools' users begin a prompt; here the kit puts the subject in, and such a prompt needs its place.
 PICTURE_OF = re.compile(
-    r"^\s*(?:(?:an?|the|my|one)\s+)?(?:[\w-]+\s+){0,2}?(?:photo|photograph|picture|image|portrait|painting|drawing|"
+    r"^\s*(?:(?:an?|the|my|one)\s+(?:[\w-]+\s+){0,2}?)?(?:photo|photograph|picture|image|portrait|painting|drawing|"
     r"rendering|sketch|shot|close-?up)s?\s+of\b",
     re.IGNORECASE,
 )

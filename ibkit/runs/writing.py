@@ -114,7 +114,7 @@ class Run:
                 `resume` is False; the run there is of another kind, parameters or inputs; an input is not usable.
         """
         folder = Path(folder).resolve()
-        plainly = json.loads(json.dumps(dict(parameters), default=plain))
+        plainly = json.loads(_to_json(dict(parameters), f"open the run {folder} with its parameters"))
         identified = {name: identify(value) for name, value in (inputs or {}).items()}
         if folder in _OPEN and not resume:
             raise ArtifactError(_taken(folder))
