@@ -80,6 +80,8 @@ def _class_of(photos: str, usual: str) -> str:
     from ibkit.runs import resolve
 
     folder = resolve(photos)
+    if not folder.is_dir():
+        return usual  # who reads the photos says so
     with contextlib.suppress(IbkitError):  # it is not DreamBench
         found = [one.class_noun for one in dreambench.read(folder.parent).subjects if one.name == folder.name]
         if found:
