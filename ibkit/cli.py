@@ -5,7 +5,9 @@ module of the subcommand that was asked for is imported, so that `ibkit --help` 
 """
 
 import argparse
+import errno
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -36,14 +38,22 @@ def main(argv: Sequence[str] | None = None) -> int:
         when the reader of its output went away.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
+    _prepare_output()
     try:
         arguments = _parse(argv)
         use_own_kernel()
         status = arguments.main(arguments)
         sys.stdout.flush()  # a closed pipe shows here, and not while Python shuts down
         return status
-    except BrokenPipeError:  # the reader, such as `head`, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError) and error.errno in (errno.ENOSPC, errno.EIO) and not error.filename:
+            _silence_stdout()
+            print(f"error: the output cannot be written ({error.strerror}): write it elsewhere.", file=sys.stderr)
+            return EXIT_ERROR
+        if not isinstance(error, BrokenPipeError):
+            raise
+        # the reader, such as `head`, has seen enough
+        _silence_stdout()
         return EXIT_PIPE
     except IbkitError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -51,6 +61,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
+
+
+def _prepare_output() -> None:
+    """Print everywhere: what an encoding such as ASCII lacks as an escape, and nothing where an output is closed."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:  # closed by the shell, `>&-`
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _silence_stdout() -> None:
+    """Let what is still to be flushed go nowhere, or Python would fail once more while it shuts down."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def use_own_kernel() -> None:

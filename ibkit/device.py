@@ -32,6 +32,8 @@ def pick_device(name: str = "auto") -> "torch.device":
     """
     import torch
 
+    if not isinstance(name, str):
+        raise ParameterError(f"device={name!r} is no text: give auto, cpu, cuda, cuda:0, cuda:1, ..., or mps.")
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     kind, _, index = name.partition(":")

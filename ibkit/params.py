@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ibkit.errors import ParameterError
+from ibkit.errors import IbkitError, ParameterError
 from ibkit.fields import Field, checked, field, fields_of, fill, nearest
 
 LITERALS = (int, float, str, bool, list, dict, type(None))
@@ -68,12 +68,36 @@ def _check_settings(parameters: Any, method: str) -> None:
         require_bitsandbytes()  # before class pictures are drawn
 
 
+def _class_of(photos: str, usual: str) -> str:
+    """What a subject is where nobody said: the usual without photos, what DreamBench says of its own.
+
+    Raises:
+        ParameterError: a folder of photos that is not DreamBench's.
+    """
+    if not photos:
+        return usual
+    from ibkit.data import dreambench
+    from ibkit.runs import resolve
+
+    folder = resolve(photos)
+    if not folder.is_dir():
+        return usual  # who reads the photos says so
+    with contextlib.suppress(IbkitError):  # it is not DreamBench
+        found = [one.class_noun for one in dreambench.read(folder.parent).subjects if one.name == folder.name]
+        if found:
+            return found[0]
+    raise ParameterError(
+        f"The photos in {folder} are of a subject whose class is not named: give its class noun, such as "
+        "--class-noun dog, or class_noun in a notebook."
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class Personalize(Drawn):
     """01_personalize: one subject from a few photos."""
 
     subject: str = field("", "folder of photos; empty = the pocket world's demonstration subject")
-    class_noun: str = field("cat", "what the subject is, in a word or two")
+    class_noun: str = field("", "what the subject is, in a word or two; empty = cat, or DreamBench's word")
     identifier: str = field("sks", "the rare word that will name the subject")
     description: str = field("", "detailed description of the subject, put before the class noun; empty = none")
     lora: str = field("", "file of a LoRA made elsewhere, on the base model from the start; empty = none")
@@ -85,6 +109,7 @@ class Personalize(Drawn):
         from ibkit.presets import preset_of
 
         super().__post_init__()
+        object.__setattr__(self, "class_noun", self.class_noun or _class_of(self.subject, "cat"))
         object.__setattr__(self, "method", self.method or preset_of(self.model).personalize)
         _check_settings(self, find_method(self.method, "personalize").name)
 
@@ -154,13 +179,20 @@ class Evaluate(Drawn):
         super().__post_init__()
         SCORERS.find(self.best_of_reward)
 
+    def __post_init__(self):
+        from ibkit.scorers import SCORERS
+
+        super().__post_init__()
+        for name in self.scorers:
+            SCORERS.find(name)
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionMaps(Measured):
     """04_attention_maps: what the words attend to, and what a detailed description does for a rare subject."""
 
     subject: str = field("", "folder of photos; empty = the pocket world's rare subject")
-    class_noun: str = field("monster toy", "what the subject is, in a word or two")
+    class_noun: str = field("", "what the subject is, in a word or two; empty = monster toy, or DreamBench's word")
     identifier: str = field("sks", "the rare word that will name the subject")
     description: str = field("triangular", "detailed description of the subject, left out in one of the two arms")
     prompts: list[str] = field([], "activities to draw; empty = the preset's")
@@ -169,6 +201,7 @@ class AttentionMaps(Measured):
     n_images: int = field(0, "images for each prompt, arm and training seed; 0 = the preset's", low=0, high=100_000)
 
     def __post_init__(self):
+        object.__setattr__(self, "class_noun", self.class_noun or _class_of(self.subject, "monster toy"))
         _check_settings(self, "dreambooth")
 
 

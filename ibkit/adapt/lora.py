@@ -55,10 +55,16 @@ def attach_file(model: TextToImage, name: str, path: Path) -> None:
     try:
         with safe_open(path, "pt") as file:
             keys = list(file.keys())
+            broken = [key for key in keys if not bool(file.get_tensor(key).isfinite().all())]
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is not a .safetensors file, or is damaged ({error}): download it again.") from error
     if strange := [key for key in keys if any(mark in key for mark in NO_LORA)]:
         raise ModelError(f"{path} holds an adapter of another kind than LoRA ({strange[0]}): give a plain LoRA.")
+    if broken:
+        raise ModelError(
+            f"{path} has {len(broken)} weights that are not finite (first {broken[0]}): its training went astray, give "
+            "another file."
+        )
     if text := [key for key in keys if key.startswith(("text_encoder", "lora_te"))]:
         raise ModelError(
             f"{path} adapts the text encoder too ({len(text)} weights, first {text[0]}), which stays as it is here: "

@@ -16,12 +16,11 @@ import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from ibkit.errors import PhotoError
+from ibkit.runs.files import IMAGE_SUFFIXES
 
-# A file with one of these endings is meant to be a picture: if it does not decode, that is an error.
-IMAGE_SUFFIXES = frozenset(
-    f".{name}"
-    for name in "jpg jpeg jpe jfif mpo png apng webp gif bmp tif tiff avif heic heif jp2 tga ppm pgm pnm".split()
-)
+# Pictures that Pillow does not decode: said, where it would otherwise look as if they were read.
+NOT_READ = frozenset(f".{name}" for name in "dng cr2 cr3 nef arw orf rw2 raf jxl svg psd eps pdf mov mp4".split())
+LFS_POINTER = b"version https://git-lfs"
 # Raster formats only: Pillow would pass an EPS file to Ghostscript, whatever its name.
 DECODERS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "TGA", "PPM", "HEIF")
 MAX_ENLARGEMENT = 4  # a photo that must be enlarged further has no detail to learn from
@@ -94,10 +93,23 @@ def photo_files(folder: str | Path) -> list[Path]:
     if not folder.is_dir():
         raise PhotoError(f"The photo folder {folder} does not exist: check the path (it is relative to {Path.cwd()}).")
     try:
-        files = sorted((path for path in folder.iterdir() if path.is_file()), key=lambda path: path.name)
+        entries = sorted(folder.iterdir(), key=lambda path: path.name)
+        files = [path for path in entries if path.is_file()]
+        lost = [path.name for path in entries if path.is_symlink() and not path.exists()]
+        folders = [path for path in entries if path.is_dir() and not path.name.startswith(".")]
+        below = next((one for one in folders if any(p.suffix.lower() in IMAGE_SUFFIXES for p in one.iterdir())), None)
     except OSError as error:
         raise PhotoError(f"The photo folder {folder} cannot be read ({error.strerror}).") from error
+    if lost:
+        raise PhotoError(f"{folder / lost[0]} is a link to nothing: bring back what it points to, or delete the link.")
     photos = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES and not path.name.startswith(".")]
+    unread = [path.name for path in files if path.suffix.lower() in NOT_READ]
+    if not photos and unread:
+        raise PhotoError(f"{folder} holds no photo that can be read ({unread[0]} cannot): export it as JPEG or PNG.")
+    if not photos and below:
+        raise PhotoError(f"{folder} holds no photo itself, and its folder {below.name!r} does: give {below}.")
+    if unread:
+        _warn(f"{', '.join(unread[:3])} in {folder} cannot be read and is left out: export it as JPEG or PNG.")
     if not photos:
         others = ", ".join(path.name for path in files[:3]) + (", …" if len(files) > 3 else "")
         found = f"only {others}" if files else "nothing"
@@ -179,6 +191,8 @@ def _open(content: bytes, path: Path) -> Image.Image:
 
 def _not_a_picture(content: bytes, path: Path) -> str:
     """The message for a file with an image ending that is no picture."""
+    if content.startswith(LFS_POINTER):
+        return f"The photo {path} is a git-lfs pointer and not the picture: run `git lfs pull` in its repository."
     if not content:
         return f"The photo {path} is empty (0 bytes): copy it again or delete it."
     if path.suffix.lower() in (".heic", ".heif"):

@@ -17,6 +17,12 @@ if TYPE_CHECKING:
 SLOT = "{subject}"  # the place of the subject in a template
 # Words whose first sound is not that of their first letter: "a unicorn" (but "an unidentified"), "an hour".
 CONSONANT_SOUND = re.compile(r"uni(?![dmn])|use|eu|one\b", re.IGNORECASE)
+# How other tools' users begin a prompt; here the kit puts the subject in, and such a prompt needs its place.
+PICTURE_OF = re.compile(
+    r"^\s*(?:(?:an?|the|my|one)\s+(?:[\w-]+\s+){0,2}?)?(?:photo|photograph|picture|image|portrait|painting|drawing|"
+    r"rendering|sketch|shot|close-?up)s?\s+of\b",
+    re.IGNORECASE,
+)
 VOWEL_SOUND = re.compile(r"[aeiou]|hour|honest|heir", re.IGNORECASE)
 
 
@@ -68,6 +74,9 @@ def make_prompt(
         ParameterError: another word is the identifier, the activity repeats the class noun, or there are braces other
             than one {subject}.
     """
+    if not class_noun.strip() or re.match(r"\s*(an?|the|my)\s+\S", class_noun, re.IGNORECASE):
+        noun = re.sub(r"^\s*(an?|the|my)\s+", "", class_noun, flags=re.IGNORECASE).strip() or "dog"
+        raise ParameterError(f"class noun {class_noun!r} must be a noun without an article, such as {noun!r}.")
     if activity.count(SLOT) > 1:
         raise ParameterError(f"prompt {activity!r} has {SLOT} more than once: name the subject once.")
     for what, words in (("prompt", activity), ("description", description), ("class noun", class_noun)):
@@ -79,6 +88,12 @@ def make_prompt(
                 f"write a prompt with {SLOT} where the subject stands."
             )
     before, slot, after = activity.partition(SLOT)
+    if not slot and PICTURE_OF.match(activity):
+        raise ParameterError(
+            f"prompt {activity!r} is a whole sentence, and the kit puts the subject in itself: write {SLOT} in place "
+            "of the subject and its words, such as 'a photo of {subject} in the snow', or only what follows it, "
+            "such as 'in the snow'."
+        )
     noun = _alone(class_noun)
     twice = rf"{noun}\s*{re.escape(SLOT)}|{re.escape(SLOT)}\s*{noun}" if slot else rf"^\s*((an?|the|my)\s+)?{noun}"
     if re.search(twice, activity, re.IGNORECASE):

@@ -19,8 +19,10 @@ import numpy as np
 import pandas as pd
 import seaborn
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator, PercentFormatter
+from matplotlib.text import Text
+from matplotlib.ticker import LogFormatterMathtext, MaxNLocator, PercentFormatter
 from PIL import Image
 
 from ibkit.data.photos import read_rgb
@@ -28,6 +30,7 @@ from ibkit.evaluate.arms import BLUE, GREEN, GREY, ORANGE, arms_of
 from ibkit.evaluate.stats import METRICS, summarise
 
 INK, FAINT = "#1f2328", "#d8dbe0"
+MOST_IN_STRIP = 30  # pictures of a strip; of more, as many spread evenly are shown
 LARGE_IN_ROW = 6  # large pictures of a grid; a report is some 1,050 px wide
 HOUSE_STYLE = seaborn.axes_style("whitegrid") | {
     "figure.facecolor": "white",
@@ -60,7 +63,23 @@ MONITOR_SERIES = {
 
 
 class NotebookFigure(Figure):
-    """A figure that a notebook shows when it is the last line of a cell, without pyplot."""
+    """A figure that a notebook shows when it is the last line of a cell, without pyplot.
+
+    Its texts hold no formulas: a "$" in a prompt or in a folder's name is a dollar.
+    """
+
+    def draw(self, renderer: RendererBase) -> None:
+        """Draw it; only numbers on a logarithmic axis are formulas, "$10^2$"."""
+        for axis in (axis for axes in self.axes for axis in (axes.xaxis, axes.yaxis)):
+            axis.get_major_ticks(len(axis.get_majorticklocs()))  # makes those that drawing would make
+            axis.get_minor_ticks(len(axis.get_minorticklocs()))
+        for text in self.findobj(Text):
+            text.set_parse_math(False)
+        for axis in (axis for axes in self.axes for axis in (axes.xaxis, axes.yaxis)):
+            if isinstance(axis.get_major_formatter(), LogFormatterMathtext):
+                for tick in (*axis.get_major_ticks(), *axis.get_minor_ticks()):
+                    tick.label1.set_parse_math(True)
+        super().draw(renderer)
 
     def _repr_png_(self) -> bytes:
         buffer = io.BytesIO()
@@ -97,6 +116,10 @@ def reference_strip(
         The figure, and one row a photo: position, name, width_px, height_px.
     """
     names = names if names is not None else [""] * len(photos)
+    if (n_all := len(photos)) > MOST_IN_STRIP:
+        shown = [i * n_all // MOST_IN_STRIP for i in range(MOST_IN_STRIP)]
+        photos, names = [photos[i] for i in shown], [names[i] for i in shown]
+        title = f"{title} ({MOST_IN_STRIP} of {n_all} shown)".strip()
     size, most = (2.0, 5) if is_large(photos[0]) else (1.6, len(photos))
     n_rows = math.ceil(len(photos) / most)
     columns = math.ceil(len(photos) / n_rows)

@@ -3,23 +3,27 @@
 import contextlib
 import logging
 import os
+import re
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from ibkit import errors
 from ibkit.errors import ArtifactError, IbkitError
 from ibkit.job.stages import Stage
 from ibkit.progress import duration
-from ibkit.runs import Run, compared, identify, project_root, read_run, resolve
-from ibkit.runs.manifest import INPUT_PATHS
+from ibkit.runs import MANIFEST, Run, compared, identify, project_root, read_manifest, read_run, resolve
+from ibkit.runs.manifest import INPUT_PATHS, differing, local_model
+from ibkit.runs.notebooks import set_aside
 
 EXIT_FAILED, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 KERNEL_START_S = 300  # importing torch on a busy machine takes its time
 INDENT = "      "
+PACKAGE = Path(errors.__file__).parent
+SET_ASIDE = "set-aside"  # folder of a job for runs of its stages that it does not go on with
 
 
 class StageFailed(Exception):
@@ -80,6 +84,7 @@ def complete(
     """
     if is_done(stage):
         return 0.0
+    make_room(stage)
     print(f"{start} {stage.title}".strip(), flush=True)
     clock, peaks = time.monotonic(), [0.0]
     try:
@@ -100,13 +105,38 @@ def is_done(stage: Stage) -> bool:
     """
     try:
         done = read_run(stage.folder, stage.notebook.stem)
-        named = [stage.parameters[name] for name in INPUT_PATHS & stage.parameters.keys()]
-        places = [place for one in named for place in (one if isinstance(one, list) else [one]) if place]
-        inputs = sorted(identify(resolve(place))["sha256"] for place in places)
+        places = [*_places(stage, INPUT_PATHS), *local_model(stage.parameters).values()]
+        inputs = sorted(identify(place)["sha256"] for place in places)
     except ArtifactError:  # not there, interrupted, or altered
         return False
     of_old = sorted(entry["sha256"] for entry in done.manifest["inputs"].values())
     return inputs == of_old and compared(done.parameters) == compared(stage.parameters)
+
+
+def make_room(stage: Stage) -> None:
+    """Set a run aside that its stage cannot go on with: one that is unfinished and of other values, or that was made
+    from runs that were made anew since.
+
+    A finished run of other values stays; its notebook refuses to go on with it.
+    """
+    if not (stage.folder / MANIFEST).is_file() or not stage.parameters["resume"]:
+        return
+    old = read_manifest(stage.folder)
+    differ = differing(compared(old["parameters"]), compared(stage.parameters))
+    used = {entry["sha256"] for entry in old["inputs"].values()}
+    runs = [run for name in ("run_in", "runs") for run in _places(stage, {name})]
+    why = "; ".join(differ) if old["status"] != "complete" else ""
+    if not why and any(identify(run)["sha256"] not in used for run in runs):
+        why = "what it was made from was made anew"
+    if why:
+        aside = set_aside(stage.folder, stage.folder.parent / SET_ASIDE)
+        print(f"{stage.name} begins anew ({why}); what was there is now {SET_ASIDE}/{aside.name}", flush=True)
+
+
+def _places(stage: Stage, names: Iterable[str]) -> list[Path]:
+    """The inputs of a stage that its parameters of these names give."""
+    given = [stage.parameters[name] for name in names if name in stage.parameters]
+    return [resolve(place) for one in given for place in (one if isinstance(one, list) else [one]) if place]
 
 
 def execute_notebook(stage: Stage, folder: Path, peaks: list[float]) -> None:
@@ -138,6 +168,7 @@ def execute_notebook(stage: Stage, folder: Path, peaks: list[float]) -> None:
             extra_arguments=["--log-level=ERROR"],  # it warns on the terminal that a local socket is not encrypted
             progress_bar=False,
             stdout_file=lines,
+            stderr_file=_Warnings(lines),
             start_timeout=KERNEL_START_S,
             iopub_timeout=60,  # the default of 4 s is too short for a machine that swaps or is shared
             cwd=project_root(),
@@ -212,6 +243,27 @@ def own_peak_gib() -> float:
 def gib(maxrss: int) -> float:
     """Peak memory as the system tells it, in KiB (macOS: bytes), in GiB."""
     return maxrss * (1 if sys.platform == "darwin" else 1024) / 2**30
+
+
+class _Warnings:
+    """What papermill takes for a notebook's stderr: of all that libraries write there, the kit's warnings are printed.
+
+    A warning is "path:line: Category: message", and the kit's are raised in a cell or in the package.
+    """
+
+    FORM = re.compile(r"(?P<path>.+?):\d+: (?:User|Photo)Warning: (?P<message>.+)")
+
+    def __init__(self, lines: "_Lines"):
+        self._lines, self._rest = lines, ""
+
+    def write(self, text: str) -> None:
+        *lines, self._rest = (self._rest + text).split("\n")
+        for found in filter(None, map(self.FORM.fullmatch, lines)):
+            if "ipykernel_" in found["path"] or Path(found["path"]).is_relative_to(PACKAGE):
+                self._lines.write(f"warning: {found['message']}\n")
+
+    def flush(self) -> None:
+        """Nothing: a warning is shown when its line is whole."""
 
 
 class _Lines:

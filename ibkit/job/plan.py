@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from pathlib import Path
 from typing import Any
 
 from ibkit.device import describe_device, keep_memory, pick_device, threads
@@ -29,6 +30,7 @@ def main(arguments: argparse.Namespace) -> int:
     """
     from ibkit.job import fit
     from ibkit.job.costs import PocketCosts, costs, count
+    from ibkit.job.ready import require_ready
 
     if arguments.ladder:
         print(fit.ladder(_one_of_each()))
@@ -37,7 +39,9 @@ def main(arguments: argparse.Namespace) -> int:
     threads()
     settings, folder = defaults() | given(arguments), main_job.OUTPUTS / "plan"
     stages = plan(settings, folder)
+    require_ready(stages)
     wanted = stages[0].parameters
+    _require_counted(wanted["model"])
     device = pick_device(wanted["device"])
     card, where = arguments.gpu or fit.card_gib(device), describe_device(device)
     if arguments.gpu and wanted["model"] == "pocket":
@@ -87,6 +91,25 @@ def _one_of_each() -> list[Stage]:
     usual, folder = defaults() | {f"{notebook}.model": "sd15" for notebook in JOB}, main_job.OUTPUTS / "plan"
     by_method = {stage.parameters.get("method"): stage for stage in plan(usual | methods, folder)}
     return [*(by_method[name] for stage in methods.values() for name in stage), plan(usual, folder)[-1]]
+
+
+def _require_counted(model: str) -> None:
+    """Refuse a folder whose U-Net has another shape than Stable Diffusion's: its passes are not counted.
+
+    Raises:
+        ParameterError: with its shape.
+    """
+    from ibkit.model.parts import SD_WIDTHS, read_configs
+
+    folder = Path(model).expanduser()
+    if model == "pocket" or not folder.is_dir():
+        return
+    widths = tuple(read_configs(model, folder)["unet"].get("block_out_channels", SD_WIDTHS))
+    if widths != SD_WIDTHS:
+        raise ParameterError(
+            f"plan counts the pocket model and Stable Diffusion's shape, and the U-Net of {folder} has the widths "
+            f"{widths}: start `ibkit run`, whose table says what each stage took."
+        )
 
 
 def _option(name: str, value: Any) -> str:

@@ -17,6 +17,7 @@ import re
 import signal
 import sys
 import time
+import warnings
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,11 +26,12 @@ from typing import Any
 from ibkit.data.protocols import names
 from ibkit.errors import ArtifactError, IbkitError, ParameterError
 from ibkit.job.notebook import EXIT_ERROR, EXIT_INTERRUPTED, StageFailed, execute, own_peak_gib
-from ibkit.job.stages import JOB, SHARED, Stage, defaults, given, plan, spell
+from ibkit.job.stages import CHAINS, JOB, SHARED, Stage, defaults, given, plan, spell
 from ibkit.params import schema
 from ibkit.progress import duration
 from ibkit.runs import MANIFEST, Run, held_by, project_root, read_manifest
 from ibkit.runs.files import require_disk
+from ibkit.runs.manifest import compared, differing
 
 KIND = "run"
 OUTPUTS = project_root() / "outputs"
@@ -96,19 +98,27 @@ def main(arguments: Namespace) -> int:
     wanted = launched | given(arguments)
     if arguments.resume:
         folder = _folder(arguments.name) if arguments.name else _newest()
-        settings = _stored(folder) | wanted
+        stored = _stored(folder)
+        settings = stored | wanted
         _wait_for_orphans(folder)
     else:
         folder = _folder(arguments.name or f"run-{datetime.datetime.now():%Y-%m-%d-%H%M%S}")
         settings = defaults() | wanted
     stages = plan(settings, folder, arguments.resume)
+    if arguments.resume:
+        _require_equal_where_finished(folder, stored, settings, stages)
+    from ibkit.job.ready import require_ready  # torch: what is malformed need not wait for it
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the stages say them
+        require_ready(stages)
     if not arguments.resume and stages[0].parameters["model"] != "pocket":
         settings |= _fitted(settings, folder)
         stages = plan(settings, folder)
     again = f"go on with:  ibkit run --resume --name {folder.name}"
     with _sigterm_is_ctrl_c():
         try:
-            run = Run.open(folder, KIND, settings, resume=arguments.resume)
+            run = Run.open(folder, KIND, settings, resume=arguments.resume, other_values=True)
         except KeyboardInterrupt:
             print("interrupted before anything was run", file=sys.stderr)
             return EXIT_INTERRUPTED
@@ -158,12 +168,22 @@ def _launched() -> dict[str, Any] | None:
     place = {name: os.environ.pop(name, "") for name in LAUNCHER_VARIABLES}
     for name in [name for name in os.environ if name.startswith("TORCHELASTIC_")]:
         del os.environ[name]  # or the kernels would look for torchrun's own server
-    count = int(place["WORLD_SIZE"] or 1)
+    try:
+        count = int(place["WORLD_SIZE"] or 1)
+    except ValueError:
+        count = 0
+    if count < 1:
+        raise ParameterError(f"WORLD_SIZE is {place['WORLD_SIZE']!r} and not a number of processes: unset it.")
     if count == 1:
         return {}
+    if not place["RANK"].isdecimal() or int(place["RANK"]) >= count:
+        raise ParameterError(
+            f"WORLD_SIZE is {count} and RANK is {place['RANK'] or 'not set'}: start by accelerate launch or torchrun, "
+            "or unset WORLD_SIZE."
+        )
     if place["LOCAL_WORLD_SIZE"] and int(place["LOCAL_WORLD_SIZE"]) < count:
         raise ParameterError(f"{count} processes were launched on several machines; ibkit trains on one.")
-    return {"02_rl_finetune.processes": count} if place["RANK"] == "0" else None
+    return {"02_rl_finetune.processes": count} if int(place["RANK"]) == 0 else None
 
 
 def _folder(name: str) -> Path:
@@ -189,6 +209,40 @@ def _stored(folder: Path) -> dict[str, Any]:
     if manifest["kind"] != KIND:
         raise ArtifactError(f"{folder} is a run of notebook {manifest['kind']}, not of `ibkit run`; check --name.")
     return manifest["parameters"]
+
+
+def _require_equal_where_finished(folder: Path, old: dict, new: dict, stages: list[Stage]) -> None:
+    """Let a resume change what no finished stage depended on.
+
+    Raises:
+        ArtifactError: a finished stage was made with other values.
+    """
+    differ = differing(compared(old), compared(new))
+    finished = {stage.name: manifest for stage in stages if (manifest := _manifest_if_complete(stage.folder))}
+    changed = [
+        stage.name
+        for stage in stages
+        if stage.name in finished and compared(finished[stage.name]["parameters"]) != compared(stage.parameters)
+    ]
+    chains = {name: old.get(name) for name in CHAINS} != {name: new.get(name) for name in CHAINS}
+    others = chains and any(_manifest_if_complete(child) for child in folder.glob("*/") if child.name not in finished)
+    if differ and (changed or others):
+        what = f"{', '.join(changed)} is finished" if changed else "stages of other names are finished"
+        raise ArtifactError(
+            f"The run in {folder} cannot be resumed with these values, because {what} with others: "
+            f"{'; '.join(differ)}; use the old ones, or start a run with another --name."
+        )
+
+
+def _manifest_if_complete(folder: Path) -> dict[str, Any]:
+    """The manifest of a complete run; {} of any other."""
+    if not (folder / MANIFEST).is_file():
+        return {}
+    try:
+        manifest = read_manifest(folder)
+    except ArtifactError:  # damaged: the stage says so
+        return {}
+    return manifest if manifest["status"] == "complete" else {}
 
 
 def _wait_for_orphans(folder: Path) -> None:

@@ -117,7 +117,8 @@ def given(arguments: Namespace) -> dict[str, Any]:
         settings[f"set.{method}.{name}"] = literal(value)
     if hasattr(arguments, "protocol"):
         about = known | settings
-        chosen = read_protocol(arguments.protocol, about["01_personalize.class_noun"], about["01_personalize.subject"])
+        noun = about["01_personalize.class_noun"] or "cat" * (not about["01_personalize.subject"])
+        chosen = read_protocol(arguments.protocol, noun, about["01_personalize.subject"])
         settings = {
             "01_personalize.class_noun": chosen.class_noun,
             "02_rl_finetune.prompts": list(chosen.train),

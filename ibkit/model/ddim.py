@@ -19,6 +19,8 @@ import torch
 
 from ibkit.errors import ParameterError
 
+MIN_WALKED = 0.9  # of the noise levels; below it a picture would begin as noise where the model expects less
+
 
 @dataclass(frozen=True)
 class Schedule:
@@ -58,6 +60,7 @@ def make_schedule(
         raise ParameterError(f"{n_steps} denoising steps are not possible: give 1 to {n_train}.")
     if eta < 0:
         raise ParameterError(f"eta is {eta}: it must be 0 (deterministic) or positive.")
+    check_spacing(n_steps, n_train)
     stride = n_train // n_steps
     t = (torch.arange(n_steps).flip(0) * stride + steps_offset).clamp(0, n_train - 1)
     t_prev = (t - stride).clamp(0, n_train - 1)
@@ -70,6 +73,26 @@ def make_schedule(
             f"log-probability is not defined; use a scheduler with steps_offset = 1."
         )
     return Schedule(t.to(device), a.float().to(device), a_prev.float().to(device), std.float().to(device))
+
+
+def check_spacing(n_steps: int, n_train: int = 1000) -> None:
+    """Refuse a number of steps whose spacing would begin far from pure noise: with 667 steps, of one level each, the
+    first is at t = 667, and noise is put in where the model expects a third of a picture.
+
+    Raises:
+        ParameterError: less than nine tenths of the noise levels are walked; the nearest numbers that are possible.
+    """
+
+    def walked(n: int) -> float:
+        return n * (n_train // n) / n_train
+
+    if 1 <= n_steps <= n_train and walked(n_steps) < MIN_WALKED:
+        fewer = next(n for n in range(n_steps, 0, -1) if walked(n) >= MIN_WALKED)
+        more = next(n for n in range(n_steps, n_train + 1) if walked(n) >= MIN_WALKED)
+        raise ParameterError(
+            f"{n_steps} denoising steps would begin at t = {round(n_train * walked(n_steps))} of {n_train}, where the "
+            f"model does not expect pure noise: give {fewer} or {more}."
+        )
 
 
 def step_mean(

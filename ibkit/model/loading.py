@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 
 from ibkit.errors import ModelError
 from ibkit.model import hub
+from ibkit.model.parts import check_parts, read_configs, square_side
 from ibkit.model.text_to_image import TextToImage, use_quick_attention
 
 if TYPE_CHECKING:
@@ -40,23 +41,14 @@ def load_model(model: str = "pocket", revision: str = "", device: torch.device |
     else:
         parts = _read_folder(model, source)
     unet, vae, text_encoder, tokenizer, scheduler = parts
-    config = unet.config
-    fits = config.in_channels == config.out_channels == vae.config.latent_channels
-    if not fits or config.cross_attention_dim != text_encoder.config.hidden_size or config.addition_embed_type:
-        raise ModelError(
-            f"model {model!r} is not a text-to-image model of Stable Diffusion 1.x or 2.x (an inpainting model, or "
-            "Stable Diffusion XL?): give one that is."
-        )
-    if len(tokenizer) != text_encoder.config.vocab_size:
+    if len(tokenizer) > text_encoder.config.vocab_size:  # a table that is padded has more rows, which nothing reads
         raise ModelError(
             f"model {model!r}: the tokenizer has {len(tokenizer)} tokens and the text "
             f"encoder {text_encoder.config.vocab_size}: its files are incomplete."
         )
-    if scheduler.config.prediction_type != "epsilon":
-        raise ModelError(
-            f"model {model!r} predicts {scheduler.config.prediction_type}; ibkit's "
-            f"methods are written for noise prediction (epsilon), as in SD 1.x and the base models of 2.x."
-        )
+    room = text_encoder.config.max_position_embeddings
+    if tokenizer.model_max_length > room:  # not every tokenizer's config says it
+        tokenizer.model_max_length = room
     device = torch.device(device)
     autocast = torch.bfloat16 if device.type == "cuda" and torch.cuda.is_bf16_supported(False) else None
     if device.type == "cuda" and not autocast and unet.config.sample_size > 16:
@@ -104,14 +96,20 @@ def _read_folder(model: str, folder: Path) -> tuple:
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import AutoTokenizer, CLIPTextModel
 
+    check_parts(model, folder)
+    configs = read_configs(model, folder)
+    side = square_side(model, configs["unet"].get("sample_size"))
+    # Of schedulers that sample in another way (Euler, DDPM) the noise levels are read; the sampler is the kit's own,
+    # and its offset Stable Diffusion's.
+    offset = {} if "steps_offset" in configs["scheduler"] else {"steps_offset": 1}
     fp32 = torch.float32
     try:
         return (
-            load_weights(UNet2DConditionModel, folder, "unet", torch_dtype=fp32),
+            load_weights(UNet2DConditionModel, folder, "unet", torch_dtype=fp32, sample_size=side),
             load_weights(AutoencoderKL, folder, "vae", torch_dtype=fp32),
             load_weights(CLIPTextModel, folder, "text_encoder", dtype=fp32),
-            AutoTokenizer.from_pretrained(folder / "tokenizer"),
-            DDIMScheduler.from_pretrained(folder, subfolder="scheduler", clip_sample=False),
+            AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False),
+            DDIMScheduler.from_pretrained(folder, subfolder="scheduler", clip_sample=False, **offset),
         )
     except (OSError, ValueError) as error:
         first = str(error).splitlines()[0]

@@ -15,8 +15,9 @@ import torch
 from PIL import Image
 
 from ibkit.device import generator, working
+from ibkit.errors import ModelError, ParameterError
 from ibkit.fields import field
-from ibkit.model.ddim import Schedule, log_prob, make_schedule, step_mean
+from ibkit.model.ddim import Schedule, check_spacing, log_prob, make_schedule, step_mean
 from ibkit.model.text_to_image import TextToImage, default_batch
 
 
@@ -27,6 +28,9 @@ class Sampler:
     n_steps: int = field(50, "denoising steps of a picture", "InstructBooth", low=1, high=1000)
     guidance: float = field(7.5, "classifier-free guidance scale; 1 = without", "InstructBooth", low=0.0, high=50.0)
     eta: float = field(1.0, "DDIM's η: 0 deterministic, 1 as DDPO samples", "DDPO", low=0.0, high=1.0)
+
+    def __post_init__(self):
+        check_spacing(self.n_steps)  # before hours of a job that would end there
 
     def schedule(self, model: TextToImage) -> Schedule:
         offset = model.scheduler.config.steps_offset
@@ -96,6 +100,20 @@ def denoise(
             x = x_prev
 
 
+def check_prompts(prompts: Sequence[str], seeds: Sequence[int]) -> None:
+    """Refuse what makes no picture.
+
+    Raises:
+        ParameterError: no prompt, a text in place of a list, or another number of seeds.
+    """
+    if isinstance(prompts, str):
+        raise ParameterError(f"prompts is the text {prompts!r}: give a list of texts, such as [{prompts!r}].")
+    if not len(prompts):
+        raise ParameterError("there are no prompts to draw: give a list of one or more.")
+    if len(prompts) != len(seeds):
+        raise ParameterError(f"there are {len(prompts)} prompts and {len(seeds)} seeds: give one seed a prompt.")
+
+
 @torch.no_grad()
 def sample_latents(
     model: TextToImage,
@@ -112,6 +130,7 @@ def sample_latents(
         batch_size: pictures in a forward pass (twice as many rows with guidance); 0 = what suits their size.
         on_batch: called with the number of pictures done, for progress.
     """
+    check_prompts(prompts, seeds)
     schedule = sampler.schedule(model)
     batch_size = batch_size or default_batch(model.image_px)
     parts = []
@@ -119,6 +138,12 @@ def sample_latents(
         generators = [generator(seed, "sample") for seed in seeds[first : first + batch_size]]
         for step in denoise(model, prompts[first : first + batch_size], schedule, sampler.guidance, generators):
             x_prev = step.x_prev
+        if not bool(x_prev.isfinite().all()):
+            raise ModelError(
+                f"{model.name} draws latents that are not finite numbers, first for {prompts[first]!r} or one of the "
+                f"{len(x_prev) - 1} after it: its weights are damaged or its training went astray; restore the model, "
+                "or train again with a lower learning rate."
+            )
         parts.append(x_prev)
         if on_batch:
             on_batch(min(first + batch_size, len(prompts)))

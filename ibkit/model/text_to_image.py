@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 from ibkit.device import park, working
-from ibkit.errors import ParameterError
+from ibkit.errors import ModelError, ParameterError
 
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler, UNet2DConditionModel
@@ -88,7 +88,7 @@ class TextToImage:
 
     def token_ids(self, prompt: str) -> list[int]:
         """Token ids of a prompt without the start and end marks."""
-        return self.tokenizer(self.spelled_out(prompt), add_special_tokens=False)["input_ids"]
+        return self.tokenizer(self.spelled_out(prompt), add_special_tokens=False, verbose=False)["input_ids"]
 
     def check_prompt(self, prompt: str) -> str:
         """Refuse a prompt that the text encoder would cut off silently.
@@ -196,7 +196,13 @@ class TextToImage:
         images = []
         with working(self.vae):
             for part in latents.split(pictures_at_once(self.image_px)):
-                images += to_pictures(self.decode_pixels(part))
+                decoded = self.decode_pixels(part)
+                if not bool(decoded.isfinite().all()):  # they would be shown black
+                    raise ModelError(
+                        f"the autoencoder of {self.name} gives pixels that are not finite numbers: its weights or the "
+                        "latents are damaged; restore the model."
+                    )
+                images += to_pictures(decoded)
         return images
 
     def park(self) -> None:

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +18,11 @@ from ibkit.errors import ArtifactError
 if TYPE_CHECKING:
     import torch
 
+# A file with one of these endings is meant to be a picture: if it does not decode, that is an error.
+IMAGE_SUFFIXES = frozenset(
+    f".{name}"
+    for name in "jpg jpeg jpe jfif mpo png apng webp gif bmp tif tiff avif heic heif jp2 tga ppm pgm pnm".split()
+)
 TEMPORARY_SUFFIX = ".tmp"
 DISK_RESERVE_BYTES = 64 * 2**20  # kept free beyond what a write needs: full file systems get slow and fail oddly
 
@@ -49,10 +54,11 @@ def hash_json(value: Any) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def hash_tree(folder: str | os.PathLike) -> str:
-    """SHA-256 of a folder's files: their relative names and contents. Hidden files are left out."""
+def hash_tree(folder: str | os.PathLike, files: Iterable[Path] | None = None) -> str:
+    """SHA-256 of a folder's files, or of some of them: their relative names and contents. Hidden ones are left out."""
     folder = Path(folder)
-    return hash_json({path.relative_to(folder).as_posix(): hash_file(path) for path in files_of(folder)})
+    files = files_of(folder) if files is None else files
+    return hash_json({path.relative_to(folder).as_posix(): hash_file(path) for path in files})
 
 
 def files_of(folder: Path) -> Iterator[Path]:

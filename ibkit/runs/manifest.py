@@ -11,13 +11,13 @@ import os
 import platform
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ibkit import __version__
 from ibkit.errors import ArtifactError
-from ibkit.runs.files import hash_file, hash_json, hash_tree, plain, project_root, resolve
+from ibkit.runs.files import IMAGE_SUFFIXES, files_of, hash_file, hash_json, hash_tree, plain, project_root, resolve
 from ibkit.runs.locks import HOLDER, LOCK, held_by
 
 if TYPE_CHECKING:
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 MANIFEST, JOURNAL = "manifest.json", "outputs.jsonl"
 INPUT_PATHS = {"subject", "lora", "run_in", "runs", "run_evaluate", "ratings"}  # compared by content
+MODEL_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 HOW = {"device", "processes", "micro_batch"}  # parameters, and settings, that say how to run, not what
 NO_DEVICE = "nothing computed in this process"
 PACKAGES = (
@@ -83,13 +84,31 @@ def identify(value: Any) -> dict[str, str]:
         outputs = {name: entry.get("content", entry["sha256"]) for name, entry in manifest["outputs"].items()}
         digest = hash_json([manifest["kind"], compared(manifest["parameters"]), inputs, outputs])
     elif path.is_dir():
-        digest = hash_tree(path)
+        digest = hash_tree(path, read_of(path))
     elif path.is_file():
         digest = hash_file(path)
     else:
         raise ArtifactError(f"The input {path} does not exist; check the path.")
     root = project_root()
     return {"path": path.relative_to(root).as_posix() if path.is_relative_to(root) else str(path), "sha256": digest}
+
+
+def read_of(folder: Path) -> Iterable[Path]:
+    """The files of an input folder that are read: a model's parts, or the photos; of another kind of folder all.
+
+    So captions, thumbnails or a second checkpoint that appear beside them do not make another input of it.
+    """
+    if (folder / "unet" / "config.json").is_file():
+        return [path for part in MODEL_PARTS if (folder / part).is_dir() for path in files_of(folder / part)]
+    photos = [path for path in files_of(folder) if path.parent == folder and path.suffix.lower() in IMAGE_SUFFIXES]
+    return photos or files_of(folder)
+
+
+def local_model(parameters: Mapping[str, Any]) -> dict[str, Path]:
+    """The base model as an input, by its content, where it is a folder or file of the user's."""
+    model = parameters.get("model", "")
+    path = Path(model).expanduser()
+    return {"model": path.resolve()} if model not in ("", "pocket", "sd15") and path.exists() else {}
 
 
 def versions() -> dict[str, str]:

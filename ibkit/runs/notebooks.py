@@ -15,7 +15,15 @@ from typing import Any
 from ibkit.errors import ArtifactError
 from ibkit.runs.files import resolve
 from ibkit.runs.locks import FolderLock
-from ibkit.runs.manifest import MANIFEST, CompletedRun, differing_runs, identify, read_manifest, read_run
+from ibkit.runs.manifest import (
+    MANIFEST,
+    CompletedRun,
+    differing_runs,
+    identify,
+    local_model,
+    read_manifest,
+    read_run,
+)
 from ibkit.runs.writing import Run, let_go
 
 OUTPUTS = "outputs"
@@ -33,9 +41,10 @@ def open_run(notebook: str, parameters: Any, inputs: Mapping[str, Any] | None = 
         ArtifactError: see `Run.open`. By hand neither other values nor a finished run are refused.
     """
     values, by_hand = asdict(parameters), not parameters.run_out
+    inputs = {**(inputs or {}), **local_model(values)}
     folder = resolve(parameters.run_out or f"{OUTPUTS}/notebook-{notebook}").resolve()
     if by_hand and not parameters.resume:
-        _make_room(folder, notebook, values, inputs or {})
+        _make_room(folder, notebook, values, inputs)
     return Run.open(folder, notebook, values, inputs, resume=parameters.resume or by_hand, by_hand=by_hand)
 
 
@@ -47,13 +56,24 @@ def _make_room(folder: Path, kind: str, values: Mapping[str, Any], inputs: Mappi
     differ = differing_runs(old, kind, values, {name: identify(value) for name, value in inputs.items()})
     if not differ:
         return
+    aside = set_aside(folder, folder.parent)
+    print(f"other values ({'; '.join(differ)}): the run that was here is now {aside.name}")
+
+
+def set_aside(folder: Path, place: Path) -> Path:
+    """Move a run into the folder `place`, under the time it was started at; returns where it is.
+
+    Raises:
+        ArtifactError: another process is writing it.
+    """
     let_go(folder)
     FolderLock(folder).release()  # refuses to move what another process is writing
-    stem = f"{folder.name}-{old['started'].partition('+')[0].replace(':', '-')}"
+    stem = f"{folder.name}-{read_manifest(folder)['started'].partition('+')[0].replace(':', '-')}"
     names = (stem if i == 1 else f"{stem}-{i}" for i in itertools.count(1))
-    aside = next(place for name in names if not (place := folder.with_name(name)).exists())
+    place.mkdir(exist_ok=True)
+    aside = next(path for name in names if not (path := place / name).exists())
     folder.rename(aside)
-    print(f"other values ({'; '.join(differ)}): the run that was here is now {aside.name}")
+    return aside
 
 
 def input_run(kind: str | tuple[str, ...], named: str = "") -> CompletedRun:

@@ -96,6 +96,7 @@ class Run:
         inputs: Mapping[str, Any] | None = None,
         resume: bool = False,
         by_hand: bool = False,
+        other_values: bool = False,
     ) -> "Run":
         """Start a run in an empty or new folder, or resume the one that is there.
 
@@ -105,6 +106,7 @@ class Run:
             parameters: plain values; on resuming, those of the run that is there must be equal.
             inputs: name -> file, folder, finished run's folder, or `CompletedRun`; recorded with their hashes.
             resume: whether to resume a run in that folder. A folder without one starts a new run either way.
+            other_values: whether a run that is resumed may get other parameters and inputs; its caller compares them.
             by_hand: whether the run may be written to after its end, which marks it as edited.
 
         Raises:
@@ -112,7 +114,7 @@ class Run:
                 `resume` is False; the run there is of another kind, parameters or inputs; an input is not usable.
         """
         folder = Path(folder).resolve()
-        plainly = json.loads(json.dumps(dict(parameters), default=plain))
+        plainly = json.loads(_to_json(dict(parameters), f"open the run {folder} with its parameters"))
         identified = {name: identify(value) for name, value in (inputs or {}).items()}
         if folder in _OPEN and not resume:
             raise ArtifactError(_taken(folder))
@@ -120,7 +122,7 @@ class Run:
         _require_run_or_empty(folder)
         lock = FolderLock(folder)
         try:
-            manifest = cls._prepare(folder, kind, plainly, identified, resume)
+            manifest = cls._prepare(folder, kind, plainly, identified, resume, other_values)
             run = cls(folder, lock, manifest, by_hand)
             if manifest["status"] != "complete":
                 manifest["status"] = "running"
@@ -133,7 +135,9 @@ class Run:
         return run
 
     @staticmethod
-    def _prepare(folder: Path, kind: str, parameters: dict, inputs: dict, resume: bool) -> dict[str, Any]:
+    def _prepare(
+        folder: Path, kind: str, parameters: dict, inputs: dict, resume: bool, other_values: bool
+    ) -> dict[str, Any]:
         """The manifest to go on with: a new one, or that of the run in the folder when it may be resumed."""
         manifest: dict[str, Any] = {
             "schema": SCHEMA,
@@ -158,7 +162,7 @@ class Run:
         old = read_manifest(folder)
         if old["kind"] != kind:
             raise ArtifactError(f"{folder} has a run of {old['kind']} in it, not of {kind}; choose another folder.")
-        if differ := differing_runs(old, kind, parameters, inputs):
+        if differ := [] if other_values else differing_runs(old, kind, parameters, inputs):
             raise ArtifactError(
                 f"The run in {folder} cannot be resumed, because it was started with other values: "
                 f"{'; '.join(differ)}; use the old ones, or choose another folder."

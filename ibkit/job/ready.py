@@ -1,0 +1,115 @@
+"""What a job needs, looked at before its first stage and before a prediction: what would end a later stage after hours
+ends the command at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from ibkit.data.photos import photo_files
+from ibkit.data.prompts import check_identifier
+from ibkit.data.subject import PersonalizedSubject, choose_activities, demo_subject
+from ibkit.device import pick_device
+from ibkit.errors import ModelError
+from ibkit.job.stages import Stage
+from ibkit.methods.records import METHODS
+from ibkit.model import hub
+from ibkit.model.loading import find
+from ibkit.model.parts import check_parts, read_configs, square_side
+from ibkit.model.text_to_image import TextToImage
+from ibkit.presets import preset_of
+from ibkit.runs import resolve
+from ibkit.scorers import make_scorer
+
+SHIPPED = ("pocket", "image_reward")  # weights and reward that are always there
+
+
+def require_ready(stages: Sequence[Stage]) -> None:
+    """Refuse a job of which a stage cannot do what its parameters ask for.
+
+    Raises:
+        ParameterError: a device that is not here; a class, activity, prompt or identifier that cannot be.
+        PhotoError: no photos.
+        ModelError: no model, or one of another kind; no weights of a reward or of the scorers.
+    """
+    for name in dict.fromkeys(stage.parameters["device"] for stage in stages):
+        pick_device(name)
+    for stage in (s for s in stages if s.notebook.stem == "01_personalize"):
+        given = stage.parameters
+        place = _model(given["model"], given["revision"])
+        who = _subject(given)
+        for other in stages:
+            if "prompts" in other.parameters:
+                _require_prompts(given, who, other.parameters["prompts"], place)
+    for stage in stages:
+        _require_scorers(stage.parameters, judged=who.world is not None)
+
+
+def _model(model: str, revision: str) -> Path | None:
+    """The model's folder or file; None where it would have to be downloaded, which the first stage does."""
+    if model in hub.HUB_NAMES or (hub.is_name(model) and not Path(model).expanduser().exists()):
+        folder, missing = hub.in_cache(hub.HUB_NAMES.get(model, model), revision)
+        if missing:
+            return None
+    else:
+        folder = find(model, revision)
+    if folder.is_dir():
+        check_parts(model, folder)
+        square_side(model, read_configs(model, folder)["unet"].get("sample_size"))
+    return folder
+
+
+def _subject(given: dict[str, Any]) -> PersonalizedSubject:
+    world = None if given["subject"] else demo_subject(given["class_noun"])
+    if given["subject"]:
+        photo_files(resolve(given["subject"]))
+    words = (given["class_noun"], given["identifier"], given["description"])
+    return PersonalizedSubject("", *words, given["model"], given["revision"], world)
+
+
+def _require_prompts(given: dict[str, Any], who: PersonalizedSubject, asked: Sequence[str], place: Path | None) -> None:
+    """Build each prompt, and read it by the model's tokenizer where that is here."""
+    reader = _reader(given["model"], place) if place else None
+    if reader:
+        check_identifier(reader, who.identifier, who.class_noun)
+    activities = choose_activities(who, asked, preset_of(given["model"]).activities)
+    named = METHODS[given["method"]].names(who)
+    prompts = [who.prompt(activity, identifier).text for activity in ["", *activities] for identifier in (True, False)]
+    prompts += [named.prompt(activity).text for activity in activities]
+    for prompt in prompts if reader else ():
+        reader.check_prompt(prompt)
+
+
+def _reader(model: str, place: Path) -> TextToImage:
+    """A model of which only the tokenizer is there."""
+    from transformers import AutoTokenizer
+
+    from ibkit.model.single_file import clip_tokenizer
+
+    if place.is_file():
+        tokenizer = clip_tokenizer()
+    else:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(place / "tokenizer", trust_remote_code=False)
+        except (OSError, ValueError) as error:
+            first = str(error).splitlines()[0]
+            raise ModelError(f"model {model!r}: a part of {place} cannot be read: {first}") from error
+        room = read_configs(model, place)["text_encoder"].get("max_position_embeddings", 77)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, room)
+    nothing = cast(Any, None)
+    return TextToImage(model, nothing, nothing, nothing, tokenizer, nothing, nothing)
+
+
+def _require_scorers(given: dict[str, Any], judged: bool) -> None:
+    """Load once, on the CPU, what a later stage scores by and what the kit's own weights may lack."""
+    from ibkit.evaluate.score import make_scorers
+
+    weights = given.get("scorer_weights") or preset_of(given["model"]).scorers
+    for name, options in (("reward", "reward_options"), ("subject_reward", "subject_reward_options")):
+        scorer = given.get(name, "")
+        if scorer and (weights, scorer) != SHIPPED:
+            make_scorer(scorer, weights, "cpu", given[options])
+    if "scorers" in given and (given["scorers"] or weights != SHIPPED[0]):
+        make_scorers(given["scorers"], weights, "cpu", judged)
