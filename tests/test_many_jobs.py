@@ -1,4 +1,4 @@
-"""`ibkit list`, several subjects in one call, a name after a failed start, a personalization used again."""
+"""`ibkit list`, several subjects in one call, names of failed starts, reused personalizations, own prompt files."""
 
 import json
 import os

@@ -400,6 +400,28 @@ class Browser:
         self.process.wait(timeout=30)
 
 
+# Rows of tables that are much higher than what stands in them, and captions that are cut off.
+HOLLOW = """[...document.querySelectorAll('tr')].filter(e => e.checkVisibility()).flatMap(row => {
+  const texts = [...row.cells].map(cell => { const r = document.createRange(); r.selectNodeContents(cell);
+    return r.getBoundingClientRect().height; });
+  const block = getComputedStyle(row).display === 'block';
+  const needed = block ? texts.reduce((a, b) => a + b, 0) : Math.max(...texts);
+  return row.getBoundingClientRect().height > needed + (block ? 80 : 40) ? [row.innerText] : []; })"""
+CUT = """[...document.querySelectorAll('figcaption, caption, dd, dt')].filter(
+  e => e.checkVisibility() && e.scrollWidth > e.clientWidth + 1 && e.clientWidth).map(e => e.innerText)"""
+
+
+def _click(browser):
+    """Click on the first picture, wherever it is shown now."""
+    place = "document.images[0].getBoundingClientRect()"
+    browser.evaluate("document.images[0].scrollIntoView({block: 'center'})")
+    x, y = (
+        browser.evaluate(f"{place}.{side} + {place}.{size} / 2") for side, size in (("x", "width"), ("y", "height"))
+    )
+    for kind in ("mousePressed", "mouseReleased"):
+        browser.call("Input.dispatchMouseEvent", type=kind, x=x, y=y, button="left", clickCount=1)
+
+
 @pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
 def test_report_in_a_browser(report, tmp_path):
     pytest.importorskip("websocket", reason="websocket-client (part of Jupyter) is not installed")
@@ -410,13 +432,25 @@ def test_report_in_a_browser(report, tmp_path):
         browser.call("Page.navigate", url=report.as_uri())
         browser.wait_for("Page.loadEventFired")
         widths = browser.evaluate("[...document.images].map(image => image.complete ? image.naturalWidth : 0)")
-        assert len(widths) == 7 and min(widths) > 100
-        assert browser.evaluate("document.images[0].getBoundingClientRect().width") > 100
+        assert len(widths) > 7 and min(widths) >= 64
+        shown = "[...document.querySelectorAll('.zoom img')].filter(i => i.checkVisibility())"
+        assert browser.evaluate(f"Math.min(...{shown}.map(i => i.getBoundingClientRect().width))") >= 96
+        small = browser.evaluate("document.images[0].getBoundingClientRect().width")
+        for scale in (4, 1):  # a click enlarges a picture, and another puts it back
+            _click(browser)
+            width = browser.evaluate("document.images[0].getBoundingClientRect().width")
+            assert width >= 2 * small if scale > 1 else width == small
         for width in (360, 1280):  # a phone and a desktop: the page itself never scrolls sideways
             browser.call(
                 "Emulation.setDeviceMetricsOverride", width=width, height=800, deviceScaleFactor=1, mobile=width < 500
             )
             assert browser.evaluate("document.documentElement.scrollWidth") <= width
+            assert browser.evaluate(HOLLOW) == [], width
+            assert browser.evaluate(CUT) == [], width
+        browser.call("Emulation.setEmulatedMedia", media="print")
+        folded = "[...document.querySelectorAll('details > :not(summary)')].filter(e => !e.checkVisibility()).length"
+        assert browser.evaluate(folded) == 0
+        assert browser.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"
         requested = [
             e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"
         ]

@@ -180,7 +180,7 @@ def picture_grid(
             axis = figure.add_subplot(grid[cell.row, 1 + cell.column + block])
             draw_picture(axis, opened(cell.image, root))
             if cell.row == 0 and place_in_block == 0:
-                arm, letters = arms[cell.arm], round(13.5 * picture * n_seeds)
+                arm, letters = arms[cell.arm], round(12 * picture * n_seeds)
                 axis.set_title(textwrap.fill(arm.label, letters), color=arm.colour, fontsize=10, pad=5)
     data["image"] = [str(value) if isinstance(value, str | Path) else "" for value in data["image"]]
     return figure, data
@@ -222,12 +222,15 @@ def learning_curves(history: pd.DataFrame, title: str = "") -> tuple[Figure, pd.
     return figure, pd.concat(parts, ignore_index=True)[["panel", "series", *names, "value"]]
 
 
-def training_curves(histories: pd.DataFrame, title: str = "") -> tuple[Figure, pd.DataFrame]:
+def training_curves(
+    histories: pd.DataFrame, title: str = "", beside: Sequence[str] = ()
+) -> tuple[Figure, pd.DataFrame]:
     """Draw several trainings: each a thin line that ends at its name, each arm's mean, and a band around it.
 
     Args:
         histories: one row an epoch and training, with arm, subject, seed, tune_seed, epoch, reward, and any of
             monitor, judge_activity, judge_identity (`report.gather`).
+        beside: arms of the figures beside this one, so that each arm has one colour in all of them.
 
     Returns:
         The figure, and one row a point: series, arm, subject, seed, tune_seed, epoch, value. The band is one standard
@@ -236,7 +239,9 @@ def training_curves(histories: pd.DataFrame, title: str = "") -> tuple[Figure, p
     wanted = {"reward": REWARD_SERIES["reward"][0], **{name: words[0] for name, words in MONITOR_SERIES.items()}}
     shown = {name: label for name, label in wanted.items() if name in histories and histories[name].notna().any()}
     shown["reward"] = "Reward, mean of the epoch's images"
-    arms = arms_of(histories["arm"].unique())
+    trained = list(arms_of(histories["arm"].unique()))
+    looks = arms_of({*trained, *beside})
+    arms = {name: looks[name] for name in trained}
     names = ["arm", "subject", "seed", "tune_seed", "epoch"]
     parts, n_rows = [], math.ceil(len(shown) / 2)
     with house_figure(9.6, 3.1 * n_rows + 0.5, title) as figure:

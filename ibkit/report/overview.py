@@ -114,9 +114,11 @@ def drawings(runs: Gathered, titles: bool = False) -> dict[str, tuple[Figure, pd
         titles: whether each has its name burnt in.
     """
     found: dict[str, Any] = {}
+    beside: list[str] = []
     if runs.scores is not None:
         rows, axes = as_compared(runs.scores), primary_metrics(runs.scores)
         rows = rows[rows["arm"] != REAL]
+        beside = list(rows["arm"].unique())
         if {"text", "subject"} <= axes.keys():
             found["plane"] = figures.fidelity_plane(
                 rows, axes["text"], axes["subject"], "Text against subject fidelity" * titles
@@ -124,7 +126,7 @@ def drawings(runs: Gathered, titles: bool = False) -> dict[str, tuple[Figure, pd
         if "text" in axes and "text" in rows and rows["prompt_id"].nunique() <= MOST_BARS:
             found["bars"] = figures.prompt_bars(rows, axes["text"], "Prompt by prompt" * titles)
     if len(runs.histories) and runs.histories.groupby(["run", "arm", "subject", *SEEDS]).ngroups > 1:
-        found["trainings"] = figures.training_curves(runs.histories, "While they learn" * titles)
+        found["trainings"] = figures.training_curves(runs.histories, "While they learn" * titles, beside)
     return found
 
 
