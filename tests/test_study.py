@@ -373,7 +373,8 @@ def test_the_page_asks_saves_undoes_and_ends(items, evaluated, tmp_path, fast_cl
         state = "".join(str(w.get_state()) for w in widgets_below(page.box))
         assert not any(word in state.lower() for word in ("dreambooth", "dreambooth+ddpo", "'base'", str(tmp_path)))
         page.first.click()
-    assert "Thank you, Ann" in page.headline.value
+    assert "Thank you, Ann" in page.headline.value and str(session.path) in page.headline.value
+    assert "<code>ratings</code>" in page.headline.value
     page.first.click()  # a click on a hidden button changes nothing and says why
     assert "Every item of this study is answered" in page.message.value
     assert session.path.read_text().count('"undo"') == 1
@@ -394,13 +395,21 @@ def test_a_double_click_is_one_answer(items, evaluated, tmp_path, monkeypatch):
         assert session.n_done == done
 
 
-def test_a_button_that_was_pressed_gives_up_the_focus(items, evaluated, tmp_path, monkeypatch):
-    done = []
-    monkeypatch.setattr(widgets.Button, "blur", lambda button: done.append(button.description))
-    page = RatingPage(RatingSession(items, "Ann", tmp_path), {"orange cat": evaluated.references})
+def test_after_a_press_the_focus_rests_between_the_answers(items, evaluated, tmp_path, monkeypatch, fast_clicks):
+    focused = []
+    session = RatingSession(items, "Ann", tmp_path)
+    page = RatingPage(session, {"orange cat": evaluated.references})
+    monkeypatch.setattr(
+        widgets.Button, "focus", lambda button: focused.append((button is page.rest, page.rest.layout.display))
+    )
     for button in (page.start, page.first, page.second, page.undo):
         button.click()
-    assert done == ["Start", "Yes", "No", "Undo"]
+    assert focused == [(True, None)] * 4  # in sight by then
+    row = [child for child in page.answers.children if child is not page.undo]
+    assert row.index(page.rest) - row.index(page.first) == row.index(page.second) - row.index(page.rest) == 1
+    before = session.n_done
+    page.rest.click()  # a second Enter
+    assert session.n_done == before
 
 
 def test_the_subject_is_asked_about_as_in_the_paper():

@@ -203,7 +203,7 @@ def picture_grid(
             axis = figure.add_subplot(grid[cell.row, 1 + cell.column + block])
             draw_picture(axis, opened(cell.image, root))
             if cell.row == 0 and place_in_block == 0:
-                arm, letters = arms[cell.arm], round(13.5 * picture * n_seeds)
+                arm, letters = arms[cell.arm], round(12 * picture * n_seeds)
                 axis.set_title(textwrap.fill(arm.label, letters), color=arm.colour, fontsize=10, pad=5)
     data["image"] = [str(value) if isinstance(value, str | Path) else "" for value in data["image"]]
     return figure, data
@@ -243,6 +243,53 @@ def learning_curves(history: pd.DataFrame, title: str = "") -> tuple[Figure, pd.
             if axis.get_legend():  # below, where no curve runs
                 axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.16), ncol=2)
     return figure, pd.concat(parts, ignore_index=True)[["panel", "series", *names, "value"]]
+
+
+def training_curves(
+    histories: pd.DataFrame, title: str = "", beside: Sequence[str] = ()
+) -> tuple[Figure, pd.DataFrame]:
+    """Draw several trainings: each a thin line that ends at its name, each arm's mean, and a band around it.
+
+    Args:
+        histories: one row an epoch and training, with arm, subject, seed, tune_seed, epoch, reward, and any of
+            monitor, judge_activity, judge_identity (`report.gather`).
+        beside: arms of the figures beside this one, so that each arm has one colour in all of them.
+
+    Returns:
+        The figure, and one row a point: series, arm, subject, seed, tune_seed, epoch, value. The band is one standard
+        deviation of an arm's trainings.
+    """
+    wanted = {"reward": REWARD_SERIES["reward"][0], **{name: words[0] for name, words in MONITOR_SERIES.items()}}
+    shown = {name: label for name, label in wanted.items() if name in histories and histories[name].notna().any()}
+    shown["reward"] = "Reward, mean of the epoch's images"
+    trained = list(arms_of(histories["arm"].unique()))
+    looks = arms_of({*trained, *beside})
+    arms = {name: looks[name] for name in trained}
+    names = ["arm", "subject", "seed", "tune_seed", "epoch"]
+    parts, n_rows = [], math.ceil(len(shown) / 2)
+    with house_figure(9.6, 3.1 * n_rows + 0.5, title) as figure:
+        axes = figure.subplots(n_rows, 2, squeeze=False).ravel()
+        for axis in axes[len(shown) :]:
+            axis.set_axis_off()
+        for axis, (column, label) in zip(axes, shown.items(), strict=False):
+            points = histories[[*names, column]].dropna(subset=[column]).rename(columns={column: "value"})
+            parts.append(points.assign(series=column))
+            for training, line in points.groupby(names[:-1], sort=False):
+                look = arms[training[0]]
+                axis.plot(line["epoch"], line["value"], color=look.colour, lw=0.7, alpha=0.5)
+                words = f" {training[1]} s{training[2]} t{training[3]}" if len(points["subject"].unique()) > 1 else ""
+                words = words or f" s{training[2]} t{training[3]}"
+                axis.annotate(words, line[["epoch", "value"]].iloc[-1], fontsize=6, color=look.colour, va="center")
+            for arm, of in points.groupby("arm", sort=False):
+                found = of.groupby("epoch")["value"].agg(["mean", "std"]).fillna(0)
+                axis.plot(found.index, found["mean"], color=arms[arm].colour, lw=2, label=arms[arm].label)
+                low, high = found["mean"] - found["std"], found["mean"] + found["std"]
+                axis.fill_between(found.index, low, high, color=arms[arm].colour, alpha=0.12, lw=0)
+            axis.set(xlabel="epoch", ylabel=label)
+            axis.yaxis.label.set_size(8)
+            axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=min(len(arms), 3))
+    return figure, pd.concat(parts, ignore_index=True)[["series", *names, "value"]]
 
 
 def _mark_guard(axis: Axes, history: pd.DataFrame) -> None:

@@ -41,7 +41,7 @@ def fidelity(scores: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.D
     Raises:
         ScoreError: a metric that the scores do not have.
     """
-    return _wide(summarise(as_compared(scores), ("arm",), _asked(scores, metrics)), ["arm"])
+    return _wide(summarise(as_compared(scores), ("arm",), asked_metrics(scores, metrics)), ["arm"])
 
 
 def measured(scores: pd.DataFrame) -> list[str]:
@@ -50,7 +50,7 @@ def measured(scores: pd.DataFrame) -> list[str]:
     return [name for name in metrics_in(scores) if "judge_text" not in scores.columns or name not in parts]
 
 
-def _asked(scores: pd.DataFrame, metrics: Sequence[str] | None) -> list[str]:
+def asked_metrics(scores: pd.DataFrame, metrics: Sequence[str] | None) -> list[str]:
     """The metrics asked for, by default all that were measured; a ScoreError for one that the scores do not have."""
     there = metrics_in(scores)
     for name in metrics or ():
@@ -72,7 +72,7 @@ def by_prompts(scores: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd
     compared = as_compared(scores)
     compared = compared[compared["seen"].notna()]
     compared = compared.assign(prompts=compared["seen"].astype(bool).map(SEEN_LABELS))
-    return _wide(summarise(compared, ("arm", "prompts"), _asked(scores, metrics)), ["arm", "prompts"])
+    return _wide(summarise(compared, ("arm", "prompts"), asked_metrics(scores, metrics)), ["arm", "prompts"])
 
 
 def differences(scores: pd.DataFrame, against: str = "", metrics: Sequence[str] | None = None) -> pd.DataFrame:
@@ -92,7 +92,7 @@ def differences(scores: pd.DataFrame, against: str = "", metrics: Sequence[str] 
     Raises:
         ScoreError: no rows of `against`, or a metric that the scores do not have.
     """
-    compared, rows, asked = as_compared(scores), [], _asked(scores, metrics)
+    compared, rows, asked = as_compared(scores), [], asked_metrics(scores, metrics)
     there = [name for name in arms_of(compared["arm"]) if name != REAL]
     if against and against not in there:
         known = ", ".join(there) or "none"

@@ -1,17 +1,27 @@
-"""`ibkit export`: what a run made, as a folder that diffusers loads."""
+"""`ibkit export`: a trained model as a folder that diffusers loads, or evaluated runs as the material of a paper."""
 
 import argparse
 import shutil
 from pathlib import Path
 
 from ibkit.errors import ArtifactError
-from ibkit.runs import read_run, resolve
+from ibkit.runs import read_manifest, read_run, resolve
+
+MODELS = ("01_personalize", "02_rl_finetune")  # kinds of runs that hold one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `ibkit export`."""
-    parser.add_argument("run", metavar="RUN", help="folder of a finished run of 01_personalize or 02_rl_finetune")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN",
+        help="a finished run of 01_personalize or 02_rl_finetune, whose model is written; or evaluated runs, "
+        "whose figures and tables are",
+    )  # fmt: skip
     parser.add_argument("folder", metavar="FOLDER", help="to write, which must not be there yet")
+    paper = parser.add_argument_group("of a paper's figures and tables")
+    paper.add_argument("--columns", nargs="+", default=[], metavar="METRIC", help="of the LaTeX tables")
+    paper.add_argument("--pictures", default="first", metavar="WHICH", help="first, best, worst, or noise seeds")
+    paper.add_argument("--titles", action="store_true", help="write each figure's title into it")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -20,11 +30,19 @@ def main(arguments: argparse.Namespace) -> int:
     Raises:
         ArtifactError: no such run, a run without a model, or a folder that is there.
     """
-    from ibkit.adapt import Adapted
-
-    adapted, folder = Adapted.read(read_run(resolve(arguments.run))), Path(arguments.folder).expanduser().resolve()
+    folder = Path(arguments.folder).expanduser().resolve()
     if folder.exists():
         raise ArtifactError(f"{folder} is there already: name another folder.")
+    runs = [resolve(run) for run in arguments.runs]
+    if len(runs) > 1 or read_manifest(runs[0])["kind"] not in MODELS:
+        from ibkit.report.paper import export_paper
+
+        files = export_paper(runs, folder, arguments.columns, arguments.pictures, arguments.titles)
+        print(f"written to {folder}: {', '.join(files)}")
+        return 0
+    from ibkit.adapt import Adapted
+
+    adapted = Adapted.read(read_run(runs[0]))
     building = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(building, ignore_errors=True)
     adapted.export(building)

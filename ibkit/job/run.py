@@ -26,6 +26,7 @@ from typing import Any
 from ibkit.data.protocols import names
 from ibkit.errors import ArtifactError, IbkitError, ParameterError
 from ibkit.job.notebook import EXIT_ERROR, EXIT_INTERRUPTED, StageFailed, execute, own_peak_gib
+from ibkit.job.reuse import free_name, reuse
 from ibkit.job.stages import CHAINS, JOB, SHARED, Stage, defaults, given, plan, spell
 from ibkit.params import schema
 from ibkit.progress import duration
@@ -51,6 +52,19 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--resume", action="store_true",
         help="go on with an interrupted or failed run, by default the newest, with the settings it was started with",
     )  # fmt: skip
+    parser.add_argument(
+        "--no-reuse", action="store_true",
+        help="personalize anew, even where a finished run of the same code, settings and photos did it already",
+    )  # fmt: skip
+    for name, metavar, text in (
+        (
+            "class-nouns",
+            "WORD",
+            "several subjects, a run NAME-WORD each; or the classes of --subjects",
+        ),
+        ("subjects", "FOLDER", "several folders of photos, a run NAME-FOLDER each; then a report of all"),
+    ):
+        parser.add_argument(f"--{name}", nargs="+", default=[], metavar=metavar, help=text)
     add_settings(parser)
 
 
@@ -77,8 +91,9 @@ def add_settings(parser: ArgumentParser) -> None:
         help="a setting of a method, such as ddpo.n_epochs=20, guard.patience=5, or reward.NAME=VALUE; repeatable",
     )  # fmt: skip
     parser.add_argument(
-        "--protocol", default=SUPPRESS, metavar="NAME",
-        help="train and evaluate on the prompts that this protocol has for the subject: " + ", ".join(names()),
+        "--protocol", default=SUPPRESS, metavar="NAME|FILE",
+        help="train and evaluate on the prompts that this protocol has for the subject: " + ", ".join(names())
+        + "; or your own: a .toml file made like theirs, or a .txt file of prompts, one a line",
     )  # fmt: skip
     parser.add_argument(
         "-p", dest="parameters", action="append", default=[], metavar="NOTEBOOK.PARAMETER=VALUE",
@@ -87,7 +102,7 @@ def add_settings(parser: ArgumentParser) -> None:
 
 
 def main(arguments: Namespace) -> int:
-    """Run `ibkit run`.
+    """Run `ibkit run`, for one subject or for each of several.
 
     Returns:
         0: all done; 1: a notebook failed; 2: it failed for a reason the user can do something about; 130: interrupted.
@@ -95,6 +110,63 @@ def main(arguments: Namespace) -> int:
     launched = _launched()
     if launched is None:
         return 0
+    if arguments.class_nouns or arguments.subjects:
+        return _several(arguments, launched)
+    return _one(arguments, launched)
+
+
+def _several(arguments: Namespace, launched: dict[str, Any]) -> int:
+    """A run NAME-SUBJECT for each subject, one after the other, and a report of all; the worst of their statuses.
+
+    Raises:
+        ParameterError: two subjects would share a name, or the numbers of subjects and of class nouns differ.
+    """
+    nouns, photos = arguments.class_nouns, arguments.subjects
+    if hasattr(arguments, "class_noun") or hasattr(arguments, "subject"):
+        raise ParameterError(
+            "--class-nouns and --subjects name several subjects: leave out --class-noun and --subject."
+        )
+    if nouns and photos and len(nouns) not in (1, len(photos)):
+        raise ParameterError(f"--subjects names {len(photos)} folders and --class-nouns {len(nouns)} words: one each.")
+    nouns = nouns * len(photos) if photos and len(nouns) == 1 else nouns
+    count = len(photos) or len(nouns)
+    named = [Path(folder).expanduser().resolve().name for folder in photos] or nouns
+    labels = [re.sub(r"[^A-Za-z0-9._]+", "-", name) for name in named]
+    if len(set(labels)) < count:
+        raise ParameterError(f"Two subjects have one name: {', '.join(labels)}; rename a folder, or run them apart.")
+    stem = arguments.name or f"run-{datetime.datetime.now():%Y-%m-%d-%H%M%S}"
+    jobs = []
+    for k, label in enumerate(labels):
+        own = Namespace(**vars(arguments) | {"name": f"{stem}-{label}", "class_nouns": [], "subjects": []})
+        own.resume = arguments.resume and (_folder(own.name) / MANIFEST).is_file()
+        if nouns:
+            own.class_noun = nouns[k]
+        if photos:
+            own.subject = photos[k]
+        # All are checked before the first of them starts.
+        plan((_stored(_folder(own.name)) if own.resume else defaults()) | launched | given(own), _folder(own.name))
+        jobs.append(own)
+    status = 0
+    done: list[Path] = []
+    for own in jobs:
+        try:
+            ended = _one(own, launched)
+        except IbkitError as error:
+            print(f"error: {own.name}: {error}", file=sys.stderr)
+            ended = EXIT_ERROR
+        if ended == EXIT_INTERRUPTED:
+            return ended
+        status, done = max(status, ended), done + [_folder(own.name)] * (ended == 0)
+    if len(done) > 1:
+        from ibkit.report import build_report
+
+        (OUTPUTS / "reports").mkdir(parents=True, exist_ok=True)
+        print(f"all subjects: open {build_report(done, OUTPUTS / 'reports' / f'{stem}.html')}")
+    return status
+
+
+def _one(arguments: Namespace, launched: dict[str, Any]) -> int:
+    """Run the job of one subject."""
     wanted = launched | given(arguments)
     if arguments.resume:
         folder = _folder(arguments.name) if arguments.name else _newest()
@@ -117,6 +189,8 @@ def main(arguments: Namespace) -> int:
         stages = plan(settings, folder)
     again = f"go on with:  ibkit run --resume --name {folder.name}"
     with _sigterm_is_ctrl_c():
+        if not arguments.resume:
+            free_name(folder)
         try:
             run = Run.open(folder, KIND, settings, resume=arguments.resume, other_values=True)
         except KeyboardInterrupt:
@@ -124,6 +198,8 @@ def main(arguments: Namespace) -> int:
             return EXIT_INTERRUPTED
         try:
             print(f"run {spell(folder)}", flush=True)
+            if not arguments.no_reuse:
+                reuse(stages, OUTPUTS)
             execute(stages, run)
             _report(stages, run)
             run.finish()

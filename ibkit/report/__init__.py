@@ -1,83 +1,98 @@
-"""The report of a run: one HTML file that reads offline, on a phone, in print and with a screen reader.
+"""The report of one run or of many: one HTML file that reads offline, on a phone, in print and with a screen reader.
 
 It is built from what the notebooks wrote to their run folders: scores, figures (each with the table it draws),
-parameters, versions and seconds. Nothing else is computed here but means with their intervals, and verdicts on claims.
+parameters, versions and seconds. Nothing else is computed here but means with their intervals,
+verdicts on claims, and figures over many runs.
 Pictures are inlined, there are no scripts, and a content policy forbids every request.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from ibkit import __version__
-from ibkit.errors import ArtifactError
 from ibkit.evaluate.arms import arms_of, label_of
-from ibkit.evaluate.claims import CONTRADICTED, NOT_TESTED, SCORES, SUPPORTED, UNDECIDED, claims_from, evidence_files
+from ibkit.evaluate.claims import CONTRADICTED, NOT_TESTED, SUPPORTED, UNDECIDED, claims_from
 from ibkit.evaluate.claims.command import summary
 from ibkit.evaluate.published import EVALUATORS, PAPER, PUBLISHED, TABLE_TITLES, PublishedNumber, published
-from ibkit.evaluate.stats import METRICS, as_compared, check_scores, summarise
+from ibkit.evaluate.stats import METRICS, as_compared, summarise
 from ibkit.progress import duration
-from ibkit.report.figures import figures_of
-from ibkit.runs import CompletedRun, read_run, write_atomically
+from ibkit.report.figures import ReportFigure, drawn, figures_of
+from ibkit.report.gather import Gathered, gather
+from ibkit.report.overview import drawings, facts, headline, label_of_metric, rows_of_trainings
+from ibkit.report.pictures import FIRST, check_choice, hacked, walls, worst
+from ibkit.runs import CompletedRun, write_atomically
 
 MAX_ROWS = 60  # of a figure's table; all rows are in the CSV file beside the figure
 TEMPLATE, STYLE = "report.html", "report.css"
 MARKS = {SUPPORTED: ("good", "✓"), CONTRADICTED: ("bad", "✗"), UNDECIDED: ("open", "?"), NOT_TESTED: ("open", "–")}
 
 
-def build_report(run_folder: str | Path) -> Path:
-    """Write `report.html` of a main run and return its path.
+def build_report(run_folder: str | Path | Sequence[str | Path], path: str | Path = "", pictures: str = FIRST) -> Path:
+    """Write the report of one main run or of several together and return its path.
 
     Args:
-        run_folder: `outputs/<run>`, whose subfolders are the finished runs of the notebooks.
+        run_folder: `outputs/<run>`, whose subfolders are the finished runs of the notebooks; or several of them.
+        path: of the file; empty = `report.html` in the folder, which must be a single one.
+        pictures: which to show: first, best, worst, or image seeds such as "0,3".
 
     Raises:
-        ArtifactError: there is no finished notebook run in the folder, or one is incomplete or altered.
-        ScoreError: the score table is malformed.
+        ArtifactError: there is no finished notebook run in a folder, or one is incomplete or altered.
+        ScoreError: a score table is malformed, or two runs score one image differently.
+        ParameterError: `pictures` is none of these.
     """
-    folder = Path(run_folder)
-    stages = [read_run(child) for child in sorted(folder.glob("*/")) if (child / "manifest.json").is_file()]
-    if not stages:
-        raise ArtifactError(f"{folder} has no finished run, so there is nothing to report: finish one first.")
-    data = render(folder.resolve().name, stages).encode()
-    path = folder / "report.html"
+    folders = [run_folder] if isinstance(run_folder, str | Path) else list(run_folder)
+    data = render(gather(folders), check_choice(pictures)).encode()
+    path = Path(path) if path else Path(folders[0]) / "report.html"
     write_atomically(path, len(data), lambda temporary: temporary.write_bytes(data))
     return path
 
 
-def render(name: str, stages: list[CompletedRun]) -> str:
+def render(runs: Gathered, pictures: str = FIRST) -> str:
     """Make the HTML text of a report from finished notebook runs, in the order they ran."""
-    evaluation = next((stage for stage in stages if SCORES in stage.outputs), None)
-    scores = check_scores(evaluation.table(SCORES), f"03_evaluate/{SCORES}") if evaluation else None
-    evidence = {SCORES: scores} if scores is not None else {}
-    for file, notebook in evidence_files().items():
-        made = next((stage for stage in stages if stage.kind == notebook and file in stage.outputs), None)
-        if made and file != SCORES:
-            evidence[file] = made.table(file)
-    claims = claims_from(evidence) if evidence else []
+    stages, scores = runs.stages, runs.scores
+    claims = claims_from(runs.evidence) if runs.evidence else []
     known, others = figures_of(stages)
+    if runs.many:  # what a single run drew of itself is not what all show together
+        known, others = [], [*known, *others]
+    redrawn = _redrawn(runs)
+    known = [figure for figure in known if figure.kind.word != "curves" or len(redrawn) == 0] + redrawn
+    shown = walls(scores, pictures) if scores is not None and (scores["file"] != "").any() else []
+    if shown:  # the same pictures, larger
+        known = [figure for figure in known if figure.kind.word != "grid"]
+    rewards = {stage.parameters["reward"] for stage in stages if stage.parameters.get("reward")}
     environment = Environment(
         loader=PackageLoader("ibkit.report", ""), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters |= {"arm": label_of, "seconds": duration, "cell": _cell, "nobreak": _nobreak}
+    gaps = {metric: why for stage in runs.evaluations for metric, why in stage.metrics.get("gaps", {}).items()}
     return environment.get_template(TEMPLATE).render(
         css=Path(__file__).with_name(STYLE).read_text(encoding="utf-8"),
-        name=name,
-        subject=_subject(stages, scores),
+        name=runs.name,
+        many=runs.many,
+        subject=", ".join(runs.subjects) or "no subject",
+        headline=headline(scores) if scores is not None else [],
+        facts=facts(runs),
+        walls=shown,
+        worst=worst(scores) if shown else [],
+        hacked=hacked(scores, next(iter(rewards))) if shown and len(rewards) == 1 else [],
+        reward=label_of_metric(next(iter(rewards))) if len(rewards) == 1 else "",
         summary=summary(claims),
         counts=[(verdict, sum(claim.verdict == verdict for claim in claims)) for verdict in MARKS],
         marks=MARKS,
         claims=claims,
         figures=known,
         more_figures=others,
-        results=_results(scores, evaluation) if evaluation else [],
-        gaps=evaluation.metrics.get("gaps", {}) if evaluation else {},
+        results=_results(scores, runs.evaluations[0]) if scores is not None else [],
+        rows=rows_of_trainings(scores) if scores is not None else None,
+        gaps=gaps,
         published=_published_tables(),
         paper=PAPER,
         paper_evaluators={_published_label(metric): words for metric, words in EVALUATORS.items()},
-        models=sorted({str(stage.parameters["model"]) for stage in stages if "model" in stage.parameters}),
+        models=runs.models,
         stages=stages,
         total_seconds=sum(stage.manifest["seconds"] for stage in stages),
         versions=_versions(stages),
@@ -87,11 +102,11 @@ def render(name: str, stages: list[CompletedRun]) -> str:
     )
 
 
-def _subject(stages: list[CompletedRun], scores: pd.DataFrame | None) -> str:
-    """The names of the run's subjects."""
-    if scores is not None:
-        return ", ".join(map(str, scores["subject"].unique()))
-    return next((str(s.parameters["subject"]) for s in stages if "subject" in s.parameters), "no subject")
+def _redrawn(runs: Gathered) -> list[ReportFigure]:
+    """Figures over all runs, where one notebook's own does not show them all."""
+    of = "all runs" if runs.many else runs.name
+    found = [drawn(*figure, stem, of) for stem, figure in drawings(runs).items() if runs.many or stem == "trainings"]
+    return found
 
 
 # --- numbers -------------------------------------------------------------------------------------------------------

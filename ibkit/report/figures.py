@@ -5,6 +5,7 @@ import io
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pandas as pd
 from PIL import Image
@@ -12,6 +13,9 @@ from PIL import Image
 from ibkit.evaluate.arms import arms_of, label_of
 from ibkit.evaluate.stats import METRICS
 from ibkit.runs import CompletedRun
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 PX_PER_DOT = 100 / 150  # Run.save_figure writes 150 dots to the inch; at 100 px to the inch all letters have one size
 
@@ -75,6 +79,13 @@ def _figure(content: bytes, table: pd.DataFrame, folder: str, stem: str) -> Repo
     return ReportFigure(kind, title, uri, width, height, alt, table, f"{folder}/{stem}")
 
 
+def drawn(figure: "Figure", table: pd.DataFrame, stem: str, source: str) -> ReportFigure:
+    """A figure that the report draws itself, of several runs; `source` says of what."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+    return _figure(buffer.getvalue(), table, source, stem)
+
+
 def _describe_photos(table: pd.DataFrame) -> str:
     return f"{len(table)} reference photos of the subject, side by side."
 
@@ -96,6 +107,15 @@ def _describe_curves(table: pd.DataFrame) -> str:
         means = points.groupby("epoch")["value"].mean()
         parts.append(f"{series.replace('_', ' ')} from {means.iloc[0]:.2f} to {means.iloc[-1]:.2f}")
     return f"Curves over epochs {table['epoch'].min()} to {table['epoch'].max()}: {'; '.join(parts)}."
+
+
+def _describe_trainings(table: pd.DataFrame) -> str:
+    if "series" not in table or "arm" not in table:
+        return _describe_curves(table)
+    rewards, last = table[table["series"] == "reward"], table["epoch"].max()
+    ends = [f"{label_of(arm)} {part['value'].mean():.2f}" for arm, part in rewards.groupby("arm", sort=False)]
+    n = len(table.drop_duplicates(["arm", "subject", "seed", "tune_seed"]))
+    return f"Curves of {n} trainings over epochs 0 to {last}; mean reward over the epochs: {', '.join(ends)}."
 
 
 def _describe_plane(table: pd.DataFrame) -> str:
@@ -153,6 +173,14 @@ FIGURE_KINDS = (
         "Left: the reward that training maximizes. Right: what the reward does not see. A reward that rises while the "
         "curves on the right fall is being hacked.",
         _describe_curves,
+    ),
+    FigureKind(
+        "trainings",
+        "While they learn: every training",
+        "Thin lines are single trainings, each ending at its seeds (s of the personalization, t of the tuning); thick "
+        "lines are an arm's mean, and the band is one standard deviation of its trainings. A reward that rises while "
+        "the other curves fall is being hacked.",
+        _describe_trainings,
     ),
 )
 OTHER_KIND = FigureKind("", "", "", _describe_other)

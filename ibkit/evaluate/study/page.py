@@ -1,8 +1,10 @@
 """The rating page: the widgets over a `ratings.RatingSession`, for JupyterLab.
 
 It holds buttons, pictures and texts only (no Output widget, no code in the browser). Tab and Shift+Tab move between the
-buttons, Enter or the space bar presses the one in focus. A pressed button gives up the focus and no other one gets it:
-no answer is nearer than the other, and a second Enter answers nothing. The second half of a double click is ignored,
+buttons, Enter or the space bar presses the one in focus. After each press the focus goes to a button between the two
+answers that does nothing: from there Shift+Tab leads to one answer and Tab to the other, so neither is nearer, and a
+second Enter answers nothing. (A button that only gives up the focus leaves the browser's place at itself, and Tab then
+reaches the other answer first.) The second half of a double click is ignored,
 since it would answer an item that nobody has seen.
 """
 
@@ -33,6 +35,7 @@ class RatingPage:
     Attributes:
         box: the widget to display.
         start, first, second, undo: its buttons.
+        rest: the button between the answers, where the focus rests.
     """
 
     def __init__(self, session: RatingSession, references: Mapping[str, Sequence[Image.Image]]):
@@ -44,18 +47,23 @@ class RatingPage:
         self.count = widgets.Label()
         self.start, self.first, self.second = widgets.Button(description="Start"), widgets.Button(), widgets.Button()
         self.undo = widgets.Button(description="Undo", tooltip="Take the last answer back", icon="undo")
-        for button in (self.start, self.first, self.second, self.undo):
-            button.on_click(lambda pressed: pressed.blur())
+        self.rest = widgets.Button(
+            description="·", tooltip="The keyboard rests here: Shift+Tab, or Tab, then Enter, to answer",
+            layout=widgets.Layout(width="2.5em"),
+        )  # fmt: skip
         self.start.on_click(lambda _: self._begin())
         self.first.on_click(lambda _: self._answer(0))
         self.second.on_click(lambda _: self._answer(1))
         self.undo.on_click(lambda _: self._do(session.undo))
-        self.answers = widgets.HBox([self.first, self.second, self.undo])
+        self.answers = widgets.HBox([self.first, self.rest, self.second, self.undo])
         foot = widgets.HBox([self.progress, self.count])
         self.box = widgets.VBox(
             [self.headline, self.photos, self.pictures, self.start, self.answers, foot, self.message]
         )
         self._show()
+        # After what a press does: a hidden button cannot take the focus.
+        for button in (self.start, self.first, self.second, self.undo, self.rest):
+            button.on_click(lambda _: self.rest.focus())
 
     def _begin(self) -> None:
         if self.session.current:
@@ -82,19 +90,26 @@ class RatingPage:
         self.progress.value, self.count.value = self.session.n_done, f"{self.session.n_done} of {n}"
         self.undo.disabled = self.session.n_done == 0
         asking = task is not None and task.question == self._instructed
-        shown = {self.start: task is not None and not asking, self.first: asking, self.second: asking}
+        shown = {self.start: task is not None and not asking} | dict.fromkeys(
+            (self.first, self.rest, self.second), asking
+        )
         for button, visible in shown.items():
             button.layout.display = None if visible else "none"
         photos: list[widgets.Widget] = []
         pictures: list[widgets.Widget] = []
         if task is None:
             self.headline.value = f"<h3>Done. Thank you, {html.escape(self.session.rater)}.</h3>"
+            self.headline.value += (
+                f"<p>Your answers are in <code>{html.escape(str(self.session.path))}</code>. Next: name that file, and "
+                "those of other raters, in <code>ratings</code> of the parameters cell, and run the notebook again.</p>"
+            )
         elif not asking:
             part, asked = list(QUESTIONS).index(task.question) + 1, QUESTIONS[task.question]
             self.headline.value = (
                 f"<h3>Part {part} of {len(QUESTIONS)}: {html.escape(asked.ask)}</h3><p>{html.escape(asked.guide)}</p>"
                 "<p>Answer every item, by your first impression; a guess is an answer too. Each click is saved at "
-                "once: you can stop at any moment and go on later. Keyboard: Tab to a button, Enter to press it.</p>"
+                "once: you can stop at any moment and go on later. Keyboard: Tab or Shift+Tab to an answer, Enter to "
+                "press it.</p>"
             )
         else:
             asked = QUESTIONS[task.question]
