@@ -177,13 +177,7 @@ class Evaluate(Drawn):
         from ibkit.scorers import SCORERS
 
         super().__post_init__()
-        SCORERS.find(self.best_of_reward)
-
-    def __post_init__(self):
-        from ibkit.scorers import SCORERS
-
-        super().__post_init__()
-        for name in self.scorers:
+        for name in (*self.scorers, self.best_of_reward):
             SCORERS.find(name)
 
 

@@ -78,8 +78,9 @@ def _require_prompts(given: dict[str, Any], who: PersonalizedSubject, asked: Seq
     named = METHODS[given["method"]].names(who)
     prompts = [who.prompt(activity, identifier).text for activity in ["", *activities] for identifier in (True, False)]
     prompts += [named.prompt(activity).text for activity in activities]
-    for prompt in prompts if reader else ():
-        reader.check_prompt(prompt)
+    if reader:
+        for prompt in prompts:
+            reader.check_prompt(prompt)
 
 
 def _reader(model: str, place: Path) -> TextToImage:

@@ -87,9 +87,8 @@ def _text(node: ast.AST) -> str:
         return node.value
     if isinstance(node, ast.JoinedStr):
         return "".join(
-            part.value if isinstance(part, ast.Constant) else f"‹{_name(part.value)}›"
+            f"‹{_name(part.value)}›" if isinstance(part, ast.FormattedValue) else str(ast.literal_eval(part))
             for part in node.values
-            if isinstance(part, ast.Constant | ast.FormattedValue)
         )
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return _text(node.left) + _text(node.right)

@@ -42,7 +42,8 @@ from ibkit.model.ddim import predict_x0, step_mean
 from ibkit.model.sample import Sampler, denoise
 from ibkit.model.text_to_image import TextToImage, model_fingerprint, to_pictures
 from ibkit.runs import hash_json
-from ibkit.scorers.base import Scorer, has_gradient, without_gradient
+from ibkit.scorers.base import Scorer
+from ibkit.scorers.gradient import has_gradient, without_gradient
 from ibkit.train.guard import Guard
 from ibkit.train.kept import Average, Copy, Kept, Optimizer, Weights, memory_advice
 from ibkit.train.loop import hash_pictures, loop, settings_origin

@@ -125,6 +125,8 @@ class Scorer(ABC):
         Raises:
             ParameterError: This scorer offers no gradient; the error names those that do.
         """
+        from ibkit.scorers.gradient import without_gradient
+
         raise ParameterError(without_gradient(self.name))
 
     @classmethod
@@ -207,17 +209,6 @@ def to_pixel_values(
     squares = np.stack([np.asarray(rgb_square(image, resize_px, crop_px)) for image in images])
     pixels = torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 255.0
     return (pixels - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
-
-
-def differentiable_pixel_values(
-    pixels: torch.Tensor, resize_px: int, crop_px: int, mean: Sequence[float], std: Sequence[float]
-) -> torch.Tensor:
-    """`to_pixel_values` of pixels (B, 3, H, W) in [0, 1], with their gradient."""
-    from torchvision.transforms import InterpolationMode, functional
-
-    resized = functional.resize(pixels, [resize_px], InterpolationMode.BICUBIC, antialias=True).clamp(0, 1)
-    square = functional.center_crop(resized, [crop_px])
-    return (square - square.new_tensor(mean).view(3, 1, 1)) / square.new_tensor(std).view(3, 1, 1)
 
 
 class Sliced(Protocol):
@@ -409,20 +400,6 @@ SCORERS: Registry[type[Scorer]] = Registry(
         "feedback": "ibkit.scorers.feedback:FeedbackReward",
     },
 )
-
-
-def has_gradient(name: str) -> bool:
-    """Whether a scorer offers `differentiable`."""
-    return SCORERS.find(name).differentiable is not Scorer.differentiable
-
-
-def without_gradient(name: str) -> str:
-    """What to say of one that does not."""
-    able = ", ".join(filter(has_gradient, SCORERS))
-    return (
-        f"{name} has no gradient with respect to a picture here: choose one of {able} as the reward, or a method that "
-        "needs none, such as ddpo."
-    )
 
 
 def column_of(name: str) -> str:

@@ -24,7 +24,6 @@ from ibkit.scorers.base import (
     CLIP_STD,
     TruncationWarning,
     check_vocabulary,
-    differentiable_pixel_values,
     from_hub,
     hub_name,
     load_state,
@@ -32,6 +31,7 @@ from ibkit.scorers.base import (
     weights_folder,
 )
 from ibkit.scorers.encoder import Encoder, OnEncoder
+from ibkit.scorers.gradient import differentiable_pixel_values
 
 # OpenAI trained with QuickGELU. open_clip 3 builds plain "ViT-B-32" with GELU even for its weights, and only warns.
 OFFICIAL_MODEL, OFFICIAL_WEIGHTS = "ViT-B-32-quickgelu", "openai"

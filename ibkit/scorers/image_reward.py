@@ -32,7 +32,6 @@ from ibkit.scorers.base import (
     as_model_error,
     batches,
     check_vocabulary,
-    differentiable_pixel_values,
     from_hub,
     hub_name,
     load_state,
@@ -42,6 +41,7 @@ from ibkit.scorers.base import (
     tokenize,
     weights_folder,
 )
+from ibkit.scorers.gradient import differentiable_pixel_values
 
 OFFICIAL_REPOSITORY = "THUDM/ImageReward"
 OFFICIAL_TOKENIZER = "bert-base-uncased"
