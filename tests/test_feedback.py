@@ -17,6 +17,7 @@ from ibkit.data.prompts import training_prompts
 from ibkit.data.subject import PersonalizedSubject
 from ibkit.device import generator
 from ibkit.errors import ArtifactError, ModelError, ParameterError, TrainingError
+from ibkit.methods import feedback
 from ibkit.methods.engine.objectives import RewardSpec
 from ibkit.methods.feedback import FeedbackConfig, read_labelled, train, weighted_likelihood_loss
 from ibkit.methods.records import METHODS, Job
@@ -321,12 +322,23 @@ def test_the_stage_weighs_labelled_and_scored_pictures(tiny, tmp_path):
             METHODS["feedback"].train(tiny, dataclasses.replace(job, **changed), config, **given)
 
 
+def test_skipped_pictures_are_left_out_of_the_tuning(tiny, tmp_path, monkeypatch):
+    folder = write_rated(tmp_path / "rated", ["0.png,a cat,1", "2.png,a dog,", "1.png,two cats,0"])
+    who = PersonalizedSubject("cat", "cat", "sks", "", "tiny", "", None)
+    job = Job(Adapted.of(tiny), who, [], "feedback", 0, tmp_path / "run", PICTURES, (), RewardSpec("clip_t"))
+    monkeypatch.setattr(feedback, "train", lambda model, pictures, prompts, rewards, *rest: (pictures, prompts))
+    config = dataclasses.replace(CONFIG, labelled=str(folder), scored=False)
+    pictures, texts = METHODS["feedback"].train(tiny, job, config)
+    assert texts == ["a cat", "two cats"] and [p.tobytes() for p in pictures] == [p.tobytes() for p in PICTURES[:2]]
+
+
 def test_work_and_presets():
     method = METHODS["feedback"]
     work = method.work(CONFIG)
     assert (work.tuned, work.trained, work.graph_rows) == (2 * 6 * 2, 0, 4)
     assert work.pictures == 4 * (2 + 2) and work.forward == 16 * 3 * 2
     paper = method.configure("sd15")
+    assert method.work(paper).graph_rows == 2 * 4
     assert method.delta(paper)[0] == "unet" and method.work(paper).trained == 2 * 10_000 * 256
     assert (
         method.class_pictures(paper) == 200

@@ -51,6 +51,7 @@ METRICS: Registry[Metric] = Registry("ibkit.metrics", "metric", {
     "pick_score": Metric("PickScore", "text"),
     "align_t": Metric("ALIGN-T", "text"),
     "weak_reward": Metric("Weak reward", "text"),
+    "feedback": Metric("Reward learned from feedback", "text"),
     "clip_i": Metric("CLIP-I", "subject"),
     "dino": Metric("DINO", "subject"),
     "subject_score": Metric("Subject in any pose", "subject"),

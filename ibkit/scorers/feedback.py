@@ -188,6 +188,7 @@ class FeedbackReward(OnEncoder):
 
     @classmethod
     def load(cls, weights: str | Path, device: str | torch.device = "cpu", head: str = "") -> FeedbackReward:
+        encoder = ClipEncoder.load(weights, device)
         if not head:
             raise ModelError(
                 "feedback: no head is shipped, since it is learned from your feedback: train one "
@@ -195,7 +196,6 @@ class FeedbackReward(OnEncoder):
             )
         folder = Path(head).expanduser()
         require_files("feedback", folder, CONFIG_FILE, WEIGHTS_FILE)
-        encoder = ClipEncoder.load(weights, device)
         with reading("feedback", "head", folder):
             facts = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
             net = FeedbackNet(facts["width"], facts["settings"]["hidden"])
