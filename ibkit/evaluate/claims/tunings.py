@@ -1,7 +1,7 @@
 """Claims about the ways to follow a reward from one personalized model, each against DDPO or against drawing more.
 
-They compare what evaluation 03 drew; how many pictures and seconds each training took stands in notebook 12's costs.csv.
-The pocket presets of DDPO and DPOK draw equally many pictures. DRaFT's draws fewer.
+They compare what evaluation 03 drew; how many pictures and seconds each training took stands in costs.csv of notebook
+12. The pocket presets of DDPO and DPOK draw equally many pictures. DRaFT's draws fewer.
 """
 
 from ibkit.evaluate.claims import BEST_OF, ROLES, Claim
