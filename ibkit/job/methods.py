@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `ibkit methods`."""
     parser.add_argument("name", nargs="?", default="", metavar="METHOD", help="one of them, with its settings")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--json", action="store_true", help="print JSON")
+    how.add_argument("--markdown", action="store_true", help="print the settings as a table of Markdown")
 
 
 def main(arguments: argparse.Namespace) -> int:
@@ -29,6 +31,8 @@ def main(arguments: argparse.Namespace) -> int:
     rows = [facts(method) for method in chosen]
     if arguments.json:
         print(json.dumps(rows[0] if arguments.name else rows, indent=1))
+    elif arguments.markdown:
+        print("\n\n".join(in_markdown(row["settings"]) for row in rows))
     elif arguments.name:
         print(in_words(chosen[0], rows[0]["settings"]))
     else:
@@ -62,4 +66,15 @@ def in_words(method: Method, settings: list[dict[str, Any]]) -> str:
         lines.append(f"{'':{width}}{'':14}default: {row['source']}")
         if row["why"]:
             lines.append(f"{'':{width}}{'':14}pocket: {row['pocket']}, {row['why']}")
+    return "\n".join(lines)
+
+
+def in_markdown(settings: list[dict[str, Any]]) -> str:
+    """The settings as a table, as the pages of `docs/methods` have it."""
+    lines = ["| setting | default | from | pocket | what it is |", "|---|---|---|---|---|"]
+    for row in settings:
+        default = list(row["default"]) if isinstance(row["default"], tuple) else row["default"]
+        pocket = f"{row['pocket']}: {row['why']}" if row["why"] else ""
+        cells = [f"`{row['name']}`", f"`{default}`" if default != "" else "", row["source"], pocket, row["help"]]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines)

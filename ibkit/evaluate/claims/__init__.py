@@ -13,6 +13,7 @@ The metric of each axis is fixed beforehand (`stats.PRIMARY`), so that none is c
 experiment, is a file with a tuple of claims and a line in `CLAIMS`.
 """
 
+import fnmatch
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,6 +36,7 @@ SCORES = "scores.csv"
 FEW_PROMPTS = 5  # below this many prompts × subjects the intervals are wide, and a claim says so
 INSTRUCTBOOTH = "InstructBooth"
 ROLES = {"base": BASE, "personalized": "dreambooth", "tuned": "dreambooth+ddpo"}  # the arms of InstructBooth
+BEST_OF = "*+best_of_*"  # arms that train nothing, see `evaluate.best_of`
 COMPARED = ("textual_inversion", "custom_diffusion", "neti")  # methods that it is compared with; no role of `ROLES`
 
 
@@ -81,8 +83,10 @@ class Claim:
         threshold, border: what the decisive interval is compared with, and the same in words.
         file, notebook: the table to read, and the notebook that makes it.
         test: (claim, table, role -> arm) -> `Outcome`, where the figure is not treatment − control.
-        roles: role -> arm, as in the paper.
-        only_with: arms without any of which a run is not about the claim, and does not list it; empty = always.
+        roles: role -> arm, as in the paper; "{personalized}+dpok" is a tuning of whatever plays that role, and * stands
+            for anything in a name.
+        only_with: arms without any of which a run is not about the claim, and does not list it, * as above; empty =
+            always.
     """
 
     id: str
@@ -161,6 +165,7 @@ CLAIMS: Registry[Sequence[Claim]] = Registry(
         "baselines": "ibkit.evaluate.claims.baselines:CLAIMS",
         "dpg": "ibkit.evaluate.claims.dpg:CLAIMS",
         "rpo": "ibkit.evaluate.claims.rpo:CLAIMS",
+        "tunings": "ibkit.evaluate.claims.tunings:CLAIMS",
     },
 )
 
@@ -241,29 +246,39 @@ def claims_from(tables: Mapping[str, pd.DataFrame], arms: Mapping[str, str] | No
             raise ParameterError(f"No claim has the role {role!r}{nearest(role, roles)}")
     there = set(tables[SCORES]["arm"]) if SCORES in tables else set()
     cast = stand_ins(there) | dict(arms or {})
-    return [_test(claim, tables, cast) for claim in all_claims() if _listed(claim, there, tables)]
+    return [_test(claim, tables, cast, there) for claim in all_claims() if _listed(claim, there, tables)]
 
 
 def _listed(claim: Claim, there: Collection[str], tables: Collection[str]) -> bool:
     """Whether the run is about the claim: it has one of its arms, or a table that is made for it."""
     has_own = claim.file != SCORES and claim.file in tables
-    return not claim.only_with or has_own or any(arm in there for arm in claim.only_with)
+    return not claim.only_with or has_own or any(fnmatch.filter(there, arm) for arm in claim.only_with)
+
+
+def _cast(claim: Claim, arms: Mapping[str, str], there: Collection[str]) -> dict[str, str]:
+    """The arm of each role of a claim; of several that a name with * fits, the last."""
+    cast = dict(claim.roles) | {role: arm for role, arm in arms.items() if role in claim.roles}
+    named = {role: arm.format(personalized=cast.get("personalized", "")) for role, arm in cast.items()}
+    return {role: max(fnmatch.filter(there, arm), default=arm) for role, arm in named.items()}
 
 
 def stand_ins(there: Collection[str]) -> dict[str, str]:
     """Role -> arm, for roles whose paper's arm is missing in a run that has only one other candidate; the methods that
     InstructBooth is compared with are none while there are others.
 
-    A tuned arm is a chain of two or more methods; the personalized arm is what it started from, else the only method.
+    A tuned arm is a chain of two or more methods, of several the only one by DDPO, and none that draws the best of n;
+    the personalized arm is what it started from, else the only method.
     """
     arms = set(there) - {BASE, REAL}
     arms = {arm for arm in arms if arm.partition("+")[0] not in COMPARED} or arms
-    tuned = [arm for arm in arms if "+" in arm]
+    chains = {arm for arm in arms if "+" in arm}
+    tuned = [arm for arm in chains if not fnmatch.fnmatchcase(arm, BEST_OF)]
+    tuned = [arm for arm in tuned if arm.endswith("+ddpo")] or tuned
     cast = {}
     if ROLES["tuned"] not in arms and len(tuned) == 1:
         cast["tuned"] = tuned[0]
     below = cast.get("tuned", ROLES["tuned"]).rpartition("+")[0]
-    alone = [below] if below in arms else sorted(arms - set(tuned))
+    alone = [below] if below in arms else sorted(arms - chains)
     if ROLES["personalized"] not in arms and len(alone) == 1:
         cast["personalized"] = alone[0]
     return cast
@@ -275,8 +290,8 @@ def claims_from_scores(scores: pd.DataFrame, arms: Mapping[str, str] | None = No
     return [found for found in claims_from({SCORES: scores}, arms) if files[found.paper, found.id] == SCORES]
 
 
-def _test(claim: Claim, tables: Mapping[str, pd.DataFrame], arms: Mapping[str, str]) -> Finding:
-    cast = dict(claim.roles) | {role: arm for role, arm in arms.items() if role in claim.roles}
+def _test(claim: Claim, tables: Mapping[str, pd.DataFrame], arms: Mapping[str, str], there: Collection[str]) -> Finding:
+    cast = _cast(claim, arms, there)
     labels = {role: label_of(arm) for role, arm in cast.items()}
     statement, quantity = (words.format(**labels) for words in (claim.statement, claim.quantity))
     finding = Finding(claim.id, claim.paper, statement, claim.source, quantity)

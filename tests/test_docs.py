@@ -1,0 +1,39 @@
+"""Pages of the methods: their tables of settings are the command's output, their columns are the code's."""
+
+import re
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from ibkit.job.methods import facts, in_markdown
+from ibkit.methods.records import METHODS
+
+PAGES = sorted((Path(__file__).parents[1] / "docs" / "methods").glob("*.md"))
+TABLE = re.compile(r"<!-- settings (\w+) -->\n(.*?)<!-- end -->", re.DOTALL)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_the_settings_of_a_page_are_the_records(page):
+    tables = TABLE.findall(page.read_text())
+    assert tables, "a page of a method has its settings"
+    for name, table in tables:
+        assert table.strip() == in_markdown(facts(METHODS.find(name))["settings"]), f"ibkit methods {name} --markdown"
+
+
+def test_a_bar_in_a_text_does_not_end_the_cell():
+    row = {"name": "a", "default": (1, 2), "source": "x|y", "help": "h", "allowed": "", "pocket": 3, "why": "w"}
+    assert in_markdown([row]).splitlines()[-1] == "| `a` | `[1, 2]` | x\\|y | 3: w | h |"
+
+
+def test_the_hacked_rewards_rows_are_the_committed_history():
+    """The table of docs/methods/reward_gradient.md."""
+    root = Path(__file__).parents[1]
+    history = pd.read_csv(root / "outputs" / "reference" / "tunings" / "cat-DRaFT_long-0-history.csv")
+    rows = re.findall(r"^\| (\d+) \|(.*)\|$", (root / "docs/methods/reward_gradient.md").read_text(), re.MULTILINE)
+    drawn = history["pictures"].cumsum()
+    assert len(rows) == 7
+    for pictures, said in rows:
+        row = history[drawn == int(pictures)].iloc[0]
+        shares = [f"{100 * row[name]:.0f} %" for name in ("above_level", "judge_activity", "judge_identity")]
+        assert [cell.strip() for cell in said.split("|")] == [f"{row['reward']:.2f}".replace("-", "−"), *shares]
