@@ -24,8 +24,9 @@ from ibkit.pocket.world import sample_scene
 from ibkit.scorers import SCORERS as ALL_SCORERS
 from ibkit.scorers import make_scorer
 
-# Every scorer with pocket weights; harmonic, like align_t and align_i, reads the pocket CLIP in ALIGN's place.
-SCORERS = tuple(name for name in ALL_SCORERS if name != "pick_score")
+# Every scorer with shipped pocket weights (one from feedback is learned first); harmonic, like align_t and align_i,
+# reads the pocket CLIP in ALIGN's place.
+SCORERS = tuple(name for name in ALL_SCORERS if name not in ("pick_score", "feedback"))
 N_REFERENCES = 5
 TOLERANCE = 1e-4  # of a score; batched arithmetic sums in another order
 TARGETS = {"cpu": 1.5, "cuda": 5.0}  # times as many pictures a second as one by one, by the type of device

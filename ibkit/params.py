@@ -277,8 +277,6 @@ class Variants(Common):
         preset = preset_of(self.model)
         if not preset.world:
             raise ParameterError("The judge knows the pocket world's pictures alone: give model='pocket'.")
-        if not self.class_nouns or not self.train_seeds:
-            raise ParameterError("There is nothing to train: give at least one of class_nouns and of train_seeds.")
         if wrong := [noun for noun in self.class_nouns if noun not in CLASSES]:
             raise ParameterError(f"The pocket world has no class {wrong[0]!r}{nearest(wrong[0], CLASSES)}")
         chosen = choose(known, self.variants).values()

@@ -1,7 +1,6 @@
 """Deltas on a model: they stack, each can be looked below, and what is written is built again, or refused in words."""
 
 import json
-from argparse import Namespace
 from dataclasses import replace
 
 import diffusers
@@ -9,9 +8,9 @@ import pytest
 import torch
 
 from ibkit.adapt import KINDS, Adapted, attach, freeze, load_state, parameters_of, state, without
+from ibkit.cli import main
 from ibkit.device import generator
 from ibkit.errors import ArtifactError, ModelError
-from ibkit.job import export
 from ibkit.model.loading import load_model
 from ibkit.model.text_to_image import use_quick_attention
 from ibkit.runs import Run, read_run
@@ -163,7 +162,7 @@ def test_what_a_run_wrote_is_built_again(folder, tmp_path, chain):
 @pytest.mark.parametrize("chain", CHAINS, ids=named)
 def test_what_is_exported_draws_the_same_in_diffusers(folder, tmp_path, capsys, chain):
     run, model = trained_run(folder, tmp_path / "run", *chain)
-    export.main(Namespace(run=str(run.folder), folder=str(tmp_path / "exported")))
+    assert main(["export", str(run.folder), str(tmp_path / "exported")]) == 0
     loaded = {"diffusers": diffusers}
     exec(capsys.readouterr().out, loaded)  # the command says how to load what it wrote
     theirs = load_model(str(tmp_path / "exported"))

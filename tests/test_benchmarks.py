@@ -54,10 +54,13 @@ def test_a_batch_scores_as_its_pictures_do_alone(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["scoring.py", "--images=3", "--repeats=1", "--device=cpu", "--json"])
     assert scoring.main() == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {row["scorer"] for row in found["scorers"]} == SCORERS.keys() - {"pick_score"} and found["target"] == 1.5
+    assert {row["scorer"] for row in found["scorers"]} == SCORERS.keys() - {"pick_score", "feedback"} and found[
+        "target"
+    ] == 1.5
     assert all(row["max_abs_diff"] <= 1e-4 for row in found["scorers"])
-    with pytest.raises(ModelError, match="the pocket weights have none"):
-        make_scorer("pick_score", "pocket")  # the only one that is left out
+    for name, why in (("pick_score", "the pocket weights have none"), ("feedback", "learned from your feedback")):
+        with pytest.raises(ModelError, match=why):
+            make_scorer(name, "pocket")  # the only ones that are left out
 
 
 def test_a_score_that_depends_on_its_batch_ends_in_failure_and_a_slow_one_in_a_sentence(monkeypatch, capsys):

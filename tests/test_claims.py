@@ -268,7 +268,8 @@ def test_other_arms_can_play_the_roles_and_give_the_sentences_their_names():
             {"personalized": "lora_dreambooth", "tuned": "lora_dreambooth+ddpo"},
         ),
         ({"base", "neti", "custom_diffusion"}, {}),  # nobody can say which
-        ({"base", "neti+ddpo", "neti+dpok"}, {}),
+        ({"base", "neti+ddpo", "neti+dpok"}, {"tuned": "neti+ddpo"}),  # by the paper's method
+        ({"base", "neti+draft", "neti+dpok"}, {}),
     ],
 )
 def test_who_stands_in_where_the_papers_arms_are_missing(there, cast):

@@ -148,7 +148,7 @@ def test_every_notebook_draws_class_images_from_its_seed():
     for path in (project_root() / "notebooks").glob("*.ipynb"):
         cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
         calls += [(path.stem, source) for cell in cells if "= class_images(" in (source := "".join(cell["source"]))]
-    assert len(calls) == 4
+    assert len(calls) == 5
     assert [name for name, source in calls if "parameters.seed" not in source] == []
 
 

@@ -1,7 +1,6 @@
 """A LoRA made elsewhere as a start: read as diffusers reads it, below all stages, and refused where it cannot be."""
 
 import re
-from argparse import Namespace
 
 import diffusers
 import pytest
@@ -10,10 +9,10 @@ from safetensors.torch import load_file, save_file
 
 from ibkit.adapt import Adapted, attach, parameters_of
 from ibkit.adapt.lora import attach_file
+from ibkit.cli import main
 from ibkit.device import generator
 from ibkit.errors import ModelError
 from ibkit.evaluate.score import read_inputs
-from ibkit.job import export
 from ibkit.model.loading import load_model
 from ibkit.runs import Run, hash_file, read_run
 from tests.test_adapt import noise_of, put
@@ -130,7 +129,7 @@ def test_full_dreambooth_can_stand_on_it(tokenizer, folder, tmp_path):
 @pytest.mark.parametrize("write", [as_diffusers, as_kohya])
 def test_it_is_exported_with_the_rest(tokenizer, folder, tmp_path, capsys, write):
     run, model = started(folder, tmp_path / "run", write(tokenizer, tmp_path))
-    export.main(Namespace(run=str(run.folder), folder=str(tmp_path / "exported")))
+    assert main(["export", str(run.folder), str(tmp_path / "exported")]) == 0
     loaded = {"diffusers": diffusers}
     exec(capsys.readouterr().out, loaded)
     theirs = load_model(str(folder))

@@ -514,8 +514,8 @@ def test_the_methods_are_listed_with_every_setting_and_its_source(capsys):
     assert cli.main(["methods", "ddpo"]) == 0
     text = capsys.readouterr().out
     assert "sampler.n_steps" in text and "default: InstructBooth" in text and "pocket: 10, " in text
-    assert cli.main(["methods", "dpo"]) == 2
-    assert "There is no method 'dpo'; did you mean 'ddpo'?" in capsys.readouterr().err
+    assert cli.main(["methods", "ddpoo"]) == 2
+    assert "There is no method 'ddpoo'; did you mean 'ddpo'?" in capsys.readouterr().err
 
 
 def test_lines_are_whole_and_indented(capsys):

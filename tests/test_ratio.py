@@ -8,8 +8,8 @@ import torch
 
 from ibkit.device import generator
 from ibkit.errors import TrainingError
-from ibkit.methods import ddpo
 from ibkit.methods.ddpo import policy_loss, train
+from ibkit.methods.engine import policy
 from ibkit.methods.engine.ratio import approx_kl, gradient_cut, ratio_tolerance, rounding_tolerance
 from ibkit.methods.engine.rollout import rollout
 from ibkit.model.ddim import log_prob, make_schedule, step_mean
@@ -77,7 +77,7 @@ def test_ratios_that_are_not_one_before_the_first_update_end_the_training(tiny, 
     """Rollouts of another prompt than training reads; in bf16 they have to differ by more than rounding does."""
     tiny.autocast = autocast
     other = lambda model, texts, *rest: rollout(model, [t + " on the moon" for t in texts], *rest)  # noqa: E731
-    monkeypatch.setattr(ddpo, "rollout", other)
+    monkeypatch.setattr(policy, "rollout", other)
     with torch.no_grad():  # random weights hardly read the text
         for name, weight in tiny.unet.named_parameters():
             if "attn2" in name:
@@ -100,7 +100,7 @@ def test_rounding_is_no_reason_to_end_a_training(tiny, tmp_path, monkeypatch, au
         tiny.autocast = autocast
         return made
 
-    monkeypatch.setattr(ddpo, "rollout", exact)
+    monkeypatch.setattr(policy, "rollout", exact)
     (row,) = train(tiny, PROMPTS, brightness, config, tmp_path)
     assert row["ratio_first"] < ratio_tolerance(tiny, config.sampler.schedule(tiny), config).max()
     assert autocast is None or row["ratio_first"] > 1e-5  # more than a tenth of the clip range

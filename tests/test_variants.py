@@ -113,9 +113,9 @@ def test_a_variant_is_trained_drawn_and_judged(tmp_path):
     "values, sentence",
     [
         ({"variants": ["dpgg"]}, "no variant 'dpgg'"),
-        ({"variants": []}, "no variants to train"),
+        ({"variants": []}, "'variants' must be a list of one or more"),
         ({"class_nouns": ["catt"]}, "no class 'catt'; did you mean 'cat'"),
-        ({"train_seeds": []}, "nothing to train"),
+        ({"train_seeds": []}, "'train_seeds' must be a list of one or more"),
         ({"settings": {"n_stepz": 3}}, "has the setting 'n_stepz'; did you mean 'n_steps'"),
         ({"settings": {"n_steps": 0}}, "n_steps"),
         ({"model": "sd15"}, "give model='pocket'"),

@@ -39,7 +39,7 @@ def main(arguments: argparse.Namespace) -> int:
     threads()
     settings, folder = defaults() | given(arguments), main_job.OUTPUTS / "plan"
     stages = plan(settings, folder)
-    require_ready(stages)
+    require_ready(stages, scorers=False)
     wanted = stages[0].parameters
     _require_counted(wanted["model"])
     device = pick_device(wanted["device"])

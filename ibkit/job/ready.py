@@ -26,8 +26,10 @@ from ibkit.scorers import make_scorer
 SHIPPED = ("pocket", "image_reward")  # weights and reward that are always there
 
 
-def require_ready(stages: Sequence[Stage]) -> None:
+def require_ready(stages: Sequence[Stage], scorers: bool = True) -> None:
     """Refuse a job of which a stage cannot do what its parameters ask for.
+
+    Without `scorers` no scorer is loaded: a prediction needs no weights, and gigabytes are not downloaded for one.
 
     Raises:
         ParameterError: a device that is not here; a class, activity, prompt or identifier that cannot be.
@@ -43,7 +45,7 @@ def require_ready(stages: Sequence[Stage]) -> None:
         for other in stages:
             if "prompts" in other.parameters:
                 _require_prompts(given, who, other.parameters["prompts"], place)
-    for stage in stages:
+    for stage in stages if scorers else ():
         _require_scorers(stage.parameters, judged=who.world is not None)
 
 
