@@ -54,9 +54,8 @@ def test_a_batch_scores_as_its_pictures_do_alone(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["scoring.py", "--images=3", "--repeats=1", "--device=cpu", "--json"])
     assert scoring.main() == 0
     found = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert {row["scorer"] for row in found["scorers"]} == SCORERS.keys() - {"pick_score", "feedback"} and found[
-        "target"
-    ] == 1.5
+    assert {row["scorer"] for row in found["scorers"]} == SCORERS.keys() - {"pick_score", "feedback"}
+    assert found["target"] == 1.5
     assert all(row["max_abs_diff"] <= 1e-4 for row in found["scorers"])
     for name, why in (("pick_score", "the pocket weights have none"), ("feedback", "learned from your feedback")):
         with pytest.raises(ModelError, match=why):
