@@ -19,6 +19,7 @@ from ibkit.errors import IbkitError
 COMMANDS = {  # name: (module, what it does)
     "run": ("ibkit.job.run", "personalize, fine-tune by RL, evaluate, and write the report"),
     "stage": ("ibkit.job.stage", "execute one notebook into one folder, or go on with it"),
+    "grid": ("ibkit.job.grid", "run subjects × methods × seeds from one file, here or on a cluster, and report"),
     "plan": ("ibkit.job.plan", "predict the time and memory that `ibkit run` will take on this machine"),
     "methods": ("ibkit.job.methods", "the methods there are, and the settings of one with their sources"),
     "list": ("ibkit.job.listing", "the runs there are: status, methods, when, how long"),

@@ -64,6 +64,7 @@ SEEDS = ("seed", "tune_seed")  # of the personalization and of the tuning; empty
 KEYS = ("arm", *SEEDS, "subject", "prompt_id", "identifier", "image_seed")
 # The unit that pairs two arms: one noise seed of one prompt of one subject.
 UNIT = ("subject", "prompt_id", "image_seed")
+SAME = 1e-4  # two scores of one picture differ by no more, relative or absolute
 NO_SEED = -1  # stands for a missing seed in an index of integers
 
 # Use the first available metric of an axis, in this order: the judge (ground truth), then others; ImageReward last,
@@ -119,11 +120,14 @@ def check_scores(scores: pd.DataFrame, where: str = "the score table") -> pd.Dat
             if not (answers.isin(("true", "false")) | ((name == "seen") & (answers == ""))).all():
                 raise ScoreError(f"The column {name} of {where} must hold {allowed}.")
             scores[name] = answers.map({"true": True, "false": False}).astype(kind)
-    # Several evaluations may list the same images of the base model.
+    # Several evaluations may list the same images of the base model; the last bits of a score may depend on a batch.
     scores = scores.drop_duplicates(subset=[*KEYS, *metrics])
     twice = scores[scores.duplicated(subset=list(KEYS), keep=False)]
-    if len(twice):
-        row = twice.iloc[0]
+    first = twice.groupby(list(KEYS), dropna=False, sort=False)[metrics].transform("first").to_numpy(dtype=float)
+    differ = ~np.isclose(twice[metrics].to_numpy(dtype=float), first, rtol=SAME, atol=SAME, equal_nan=True).all(axis=1)
+    scores = scores.drop_duplicates(subset=list(KEYS))
+    if differ.any():
+        row = twice[differ].iloc[0]
         raise ScoreError(
             f"{where} lists {row['arm']} ({in_words(row)}), prompt {row['prompt_id']}, image seed {row['image_seed']} "
             "more than once with different scores: keep one evaluation of each image."

@@ -28,7 +28,7 @@ SCHEMA = 1
 MANIFEST, JOURNAL = "manifest.json", "outputs.jsonl"
 INPUT_PATHS = {"subject", "lora", "run_in", "runs", "run_evaluate", "ratings"}  # compared by content
 MODEL_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-HOW = {"device", "processes", "micro_batch"}  # parameters, and settings, that say how to run, not what
+HOW = {"device", "processes", "micro_batch", "picture_cache"}  # parameters, and settings, that say how to run, not what
 NO_DEVICE = "nothing computed in this process"
 PACKAGES = (
     "torch torchvision transformers diffusers peft accelerate open-clip-torch numpy pandas pillow papermill".split()

@@ -28,7 +28,7 @@ from ibkit.evaluate.intervals import ROUNDING, Interval
 from ibkit.evaluate.stats import METRICS, PRIMARY, bootstrap_difference, check_scores, metrics_in, n_trainings, pair_up
 from ibkit.fields import nearest
 from ibkit.registry import Registry
-from ibkit.runs import read_run
+from ibkit.runs import MANIFEST, notebook_runs, read_run
 
 SUPPORTED, CONTRADICTED, UNDECIDED, NOT_TESTED = "supported", "contradicted", "undecided", "not tested"
 VERDICTS = (SUPPORTED, CONTRADICTED, UNDECIDED, NOT_TESTED)
@@ -186,8 +186,8 @@ def evaluate_claims(run_or_folder: str | Path, arms: Mapping[str, str] | None = 
     """Test every claim on a run.
 
     Args:
-        run_or_folder: a main run (`outputs/<run>`, with a folder for each notebook), one notebook's own folder, or a
-            folder that holds the tables directly (`outputs/reference`).
+        run_or_folder: a main run (`outputs/<run>`, with a folder for each notebook), a grid, one notebook's own folder,
+            or a folder that holds the tables directly (`outputs/reference`).
         arms: role -> arm, instead of the paper's arm or of what `stand_ins` finds.
 
     Returns:
@@ -217,13 +217,15 @@ def load_scores(run_or_folder: str | Path) -> pd.DataFrame:
 
 
 def _find_table(folder: Path, notebook: str, file: str) -> pd.DataFrame | None:
-    """Read a table from a notebook's run that lies in the folder, or is the folder; None where there is none."""
-    stage = folder / notebook if (folder / notebook).is_dir() else folder
-    path = stage / file
+    """A table of a notebook's runs that lie in the folder, or of the folder itself; None where there is none."""
+    runs = [run for run in notebook_runs(folder, notebook)[0] if file in run.outputs]
+    if runs:
+        return pd.concat([run.table(file) for run in runs], ignore_index=True)
+    path = folder / file
     if not path.is_file():
         return None
-    if (stage / "manifest.json").is_file():
-        return read_run(stage).table(file)
+    if (folder / MANIFEST).is_file():
+        return read_run(folder).table(file)
     try:
         return pd.read_csv(path, keep_default_na=False, na_values=[""])
     except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
