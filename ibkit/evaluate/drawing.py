@@ -80,8 +80,10 @@ def generate(
                 else:
                     run.write_bytes(path, made[i])
             n_done += len(missing)
-            if on_image and missing:
+            if on_image and missing and folder is None:
                 on_image(n_done)
+        if on_image and folder is not None:
+            on_image(n_done)
 
 
 def _png(picture: Image.Image) -> bytes:

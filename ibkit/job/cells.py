@@ -124,12 +124,13 @@ def _named(names: tuple[str, ...]) -> str:
     return ", ".join(names)
 
 
-def lay_out(config: Mapping[str, Any], folder: Path) -> list[Cell]:
+def lay_out(config: Mapping[str, Any], folder: Path, card_gib: float = 0.0) -> list[Cell]:
     """All cells of a grid, each after those that it needs; nothing has run when this returns.
 
     Args:
         config: from `read_config`.
         folder: of the grid; a subject's runs lie in a folder below it.
+        card_gib: memory of the GPUs that a large model must fit on, with what `fit.chosen` adds; 0 = no matter.
 
     Raises:
         ParameterError: two subjects of one name, and what `stages.given` and `stages.plan` refuse.
@@ -152,6 +153,10 @@ def lay_out(config: Mapping[str, Any], folder: Path) -> list[Cell]:
         labels.add(label)
         try:
             settings = defaults() | given(Namespace(**common | own, parameters=parameters, set=sets))
+            if card_gib and settings["01_personalize.model"] != "pocket":
+                from ibkit.job.fit import chosen
+
+                settings |= chosen(settings, folder / label, card_gib)[0]
             cells += _of_subject(label, settings, folder / label)
         except IbkitError as error:
             raise type(error)(f"Subject {label}: {error}") from error

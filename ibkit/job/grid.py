@@ -50,6 +50,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=int, default=1, metavar="N", help="cells at a time on this machine (default: 1)"
     )
     parser.add_argument("--gpus", default="", metavar="I,J", help="GPUs of this machine, one cell on each at a time")
+    parser.add_argument("--gpu", type=float, default=0.0, metavar="GIB", help="memory of GPUs that are not here")
     parser.add_argument(
         "--profile", default="", metavar="slurm|FOLDER",
         help="a Snakemake profile that says where cells run: the one shipped for Slurm, or a folder of your own",
@@ -75,7 +76,7 @@ def main(arguments: argparse.Namespace) -> int:
         raise ParameterError("--gpus runs one cell on each GPU of this machine: leave out --workers and --profile.")
     config = read_config(Path(arguments.config).expanduser().resolve())
     folder = OUTPUTS / config["name"]
-    cells = lay_out(config, folder)
+    cells = lay_out(config, folder, arguments.gpu or _card_gib(config))
     require_cells_ready(cells)
     todo = missing(cells, folder)
     workers = len(arguments.gpus.split(",")) if arguments.gpus else arguments.workers
@@ -94,6 +95,14 @@ def main(arguments: argparse.Namespace) -> int:
         return _conclude(todo, folder, status)
     finally:
         lock.release()
+
+
+def _card_gib(config: dict[str, Any]) -> float:
+    """Memory of this machine's GPU where a large model will use it; 0 = none."""
+    from ibkit.device import pick_device
+    from ibkit.job.fit import card_gib
+
+    return card_gib(pick_device(config.get("device", "auto"))) or 0.0
 
 
 def require_cells_ready(cells: Sequence[Cell]) -> None:
@@ -148,7 +157,7 @@ def print_plan(cells: Sequence[Cell], todo: Sequence[Cell], folder: Path, worker
     Args:
         workers: cells at a time; 0 = a cluster says.
     """
-    from ibkit.device import describe_device, keep_memory, pick_device, threads
+    from ibkit.device import describe_device, give_back_memory, keep_memory, pick_device, threads
     from ibkit.job.costs import PocketCosts, costs
     from ibkit.job.grid_costs import predicted
 
@@ -161,6 +170,7 @@ def print_plan(cells: Sequence[Cell], todo: Sequence[Cell], folder: Path, worker
     device = pick_device(given["device"])
     cost = costs(given["model"], device)
     work = predicted(cells, todo, cost)
+    give_back_memory()
     print(f"\n{'':14}{'cells':>8}{'to do':>8}{'time':>14}")
     for notebook, name in RULES.items():
         left = [cell for cell in todo if cell.stage.notebook.stem == notebook]
