@@ -27,6 +27,7 @@ COMMANDS = {  # name: (module, what it does)
     "export": ("ibkit.job.export", "a model as a folder that diffusers loads, or figures and LaTeX tables for a paper"),
     "claims": ("ibkit.evaluate.claims.command", "read the papers' claims against a finished run"),
     "tables": ("ibkit.evaluate.tables", "the results of one or more runs as tables, in CSV, Markdown and LaTeX"),
+    "study": ("ibkit.evaluate.study.command", "a rating page for people without Jupyter, as one file"),
     "data": ("ibkit.data.dreambench", "how to get a published set of subjects and prompts, and whether it is whole"),
     "check": ("ibkit.job.check", "look at this machine: what can run here, and what to do about what cannot"),
 }

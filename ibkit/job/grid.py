@@ -91,7 +91,7 @@ def main(arguments: argparse.Namespace) -> int:
     lock = FolderLock(folder)
     try:
         _write_grid(cells, folder, arguments.gpus)
-        status = _run(command, todo, folder, workers) if todo else 0
+        status = _run(command, todo, folder, 0 if arguments.profile else workers) if todo else 0
         return _conclude(todo, folder, status)
     finally:
         lock.release()
@@ -242,12 +242,16 @@ def _snakemake(folder: Path, workers: int, profile: str, more: Sequence[str]) ->
 
 
 def _run(command: Sequence[str], todo: Sequence[Cell], folder: Path, workers: int) -> int:
-    """Run Snakemake to its end and print which cells are done; returns its exit status, or 130 after Ctrl-C."""
+    """Run Snakemake to its end and print which cells are done; returns its exit status, or 130 after Ctrl-C.
+
+    Args:
+        workers: cells at a time on this machine; 0 = on a cluster.
+    """
     from ibkit.device import available_cpus
 
-    environment = os.environ | {
-        "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS") or str(max(1, available_cpus() // workers))
-    }
+    environment = dict(os.environ)
+    if workers:  # else each machine of a cluster says how many cores a cell has
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, available_cpus() // workers)))
     waiting = {cell.name: target(cell, folder) for cell in todo}
     log = folder / "logs" / "snakemake.txt"
     log.parent.mkdir(parents=True, exist_ok=True)

@@ -32,6 +32,7 @@ from ibkit.runs import resolve
 
 SCHEMA = 1
 UNDO = "undo"
+NAME = re.compile(r"[^\W_][\w .,'’()+@-]{0,99}")  # of a rater: no markup, and no formula of a spreadsheet
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "schema": int, "study": str, "rater": str, "question": str, "item": str, "answer": str, "shown": str, "time": str,
     "seconds": (int, float),
@@ -75,6 +76,9 @@ def read_ratings(path: str | Path) -> Ratings:
         place = f"{ratings.path}, line {number}"
         try:
             line = _checked(json.loads(raw.decode("utf-8")))
+        except (RecursionError, OverflowError):
+            ratings.problems.append(f"{place} is left out: it is no rating.")
+            continue
         except ValueError as error:
             ratings.problems.append(f"{place} is left out: {error}.")
             continue
@@ -104,10 +108,16 @@ def _checked(line: Any) -> dict[str, Any]:
     for name, kind in FIELDS.items():
         if not isinstance(line.get(name), kind) or isinstance(line[name], bool) or line[name] == "":
             raise ValueError(f"its field {name!r} is missing or of the wrong kind")
+    if not NAME.fullmatch(same_rater(line["rater"])):
+        raise ValueError("its rater's name has characters that no name has, or is too long")
+    if not math.isfinite(line["seconds"]) or line["seconds"] < 0:
+        raise ValueError("its seconds are no duration")
     if line["question"] not in QUESTIONS:
         raise ValueError(f"there is no question {line['question']!r}")
     if line["answer"] not in (*QUESTIONS[line["question"]].answers, UNDO):
         raise ValueError(f"{line['answer']!r} is no answer to the question {line['question']!r}")
+    if line["shown"] not in (("ab", "ba") if line["question"] == "preference" else ("a",)):
+        raise ValueError(f"{line['shown']!r} is no order of its pictures")
     return line
 
 
@@ -229,11 +239,11 @@ def ratings_file(folder: str | Path, rater: str) -> Path:
     """The file of a rater's clicks.
 
     Raises:
-        StudyError: a name without a letter or digit.
+        StudyError: a name that `NAME` does not allow.
     """
     stem = re.sub(r"\W+", "-", same_rater(rater)).strip("-")
-    if not stem:
-        raise StudyError(f"The rater {rater!r} needs a name with a letter or a digit in it.")
+    if not NAME.fullmatch(same_rater(rater)):
+        raise StudyError(f"The rater {rater!r} needs a name of letters and digits, at most 100, that begins with one.")
     return Path(folder) / f"{stem}.jsonl"
 
 
