@@ -175,12 +175,10 @@ def _api() -> dict[str, str]:
     """A page for each room of the package, for mkdocstrings."""
     found = {}
     package = ROOT / "ibkit"
-    for room in sorted([*package.glob("*/__init__.py"), *package.glob("*.py")]):
+    for room in sorted([*package.glob("*/__init__.py"), *package.glob("[a-z]*.py")]):
         inside = sorted(room.parent.rglob("*.py")) if room.name == "__init__.py" else [room]
         name = room.parent.name if room.name == "__init__.py" else room.stem
         names = [".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in inside]
-        if name.startswith("_"):
-            continue
         found[f"reference/api/{name}.md"] = f"# {name}\n\n" + "\n\n".join(f"::: {module}" for module in names) + "\n"
     rows = [f"* [{Path(page).stem}](reference/{page.removeprefix('reference/')})" for page in found]
     return found | {"api.md": "# API reference\n\n" + "\n".join(rows) + "\n"}
