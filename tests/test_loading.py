@@ -94,7 +94,7 @@ def test_any_name_on_the_hub_and_any_revision(cache):
     with pytest.raises(ModelError, match="no unet/config.json of the model some-org/some-model at revision v2, and HF"):
         load_model("some-org/some-model", "v2")
     for local in ("pocket", str(cache / "models--some-org--some-model" / "snapshots" / COMMIT)):
-        with pytest.raises(ModelError, match="is on this machine and has no revision 'v2': leave revision out"):
+        with pytest.raises(ModelError, match="is on this machine and has no revision 'v2': leave it out"):
             load_model(local, "v2")
 
 

@@ -78,7 +78,7 @@ def find(model: str, revision: str = "") -> Path:
         )
     if path.is_file() or (path / "unet" / "config.json").is_file():
         if revision:
-            raise ModelError(f"model {model!r} is on this machine and has no revision {revision!r}: leave revision out.")
+            raise ModelError(f"model {model!r} is on this machine and has no revision {revision!r}: leave it out.")
         return path
     if path.exists():
         raise ModelError(
