@@ -139,7 +139,9 @@ def evaluated(tmp_path, monkeypatch):
 
 
 def test_tables_are_written_where_the_runs_are_read_from(evaluated, monkeypatch):
-    monkeypatch.setattr("ibkit.evaluate.tables.all_tables", lambda scores: {"fidelity": pd.DataFrame({"Method": ["a"]})})
+    monkeypatch.setattr(
+        "ibkit.evaluate.tables.all_tables", lambda scores: {"fidelity": pd.DataFrame({"Method": ["a"]})}
+    )
     for _ in range(2):  # into its own folder again
         assert main(["tables", "run", "--out", "made"]) == 0
     assert {path.suffix for path in (evaluated / "made").iterdir()} == {".csv", ".md", ".tex"}
