@@ -5,7 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ibkit.runs.files import TEMPORARY_SUFFIX, write_atomically
+from ibkit.runs.files import TEMPORARY_SUFFIX, read_json, write_atomically
 from ibkit.runs.locks import alone_in
 
 INDEX = "index.json"  # file name -> SHA-256 of its bytes
@@ -58,7 +58,7 @@ def _write(path: Path, data: bytes) -> None:
 def _read_index(folder: Path) -> dict[str, str]:
     """The hashes noted; none where the index is missing or unreadable, so that everything is made again."""
     try:
-        index = json.loads((folder / INDEX).read_bytes())
+        index = read_json(folder / INDEX)
     except (FileNotFoundError, ValueError):
         return {}
     return index if isinstance(index, dict) else {}
