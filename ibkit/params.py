@@ -172,6 +172,7 @@ class Evaluate(Drawn):
         high=64,
     )
     best_of_reward: str = field("image_reward", "name of the scorer that chooses it")
+    picture_cache: str = field("", "folder in which evaluations share pictures of the same models; empty = none")
 
     def __post_init__(self):
         from ibkit.scorers import SCORERS
