@@ -29,6 +29,7 @@ from PIL import Image
 
 from ibkit.adapt import Adapted
 from ibkit.data.subject import PersonalizedSubject, choose_activities, demo_subject, world_photos
+from ibkit.experiments.variants import DPG, RPO, train
 from ibkit.methods.class_images import class_images
 from ibkit.methods.engine.objectives import RewardSpec
 from ibkit.methods.records import METHODS, Job
@@ -45,7 +46,7 @@ LOOKS = {  # steps
     "custom_diffusion": (400, 800),
     "neti": (200, 400, 1000),
     "dpg": (600, 1000, 1400),
-    "rpo": (400, 800, 1400),
+    "rpo": (400,),
 }
 KEPT, SHOWN = 0.88, (0.30, 0.75)  # of the rule
 BETWEEN_CHECKPOINTS = 50  # steps, the most that a continued training repeats
@@ -75,16 +76,18 @@ SETTINGS: dict[str, tuple[str, dict]] = {
     "custom fast light prior": ("custom_diffusion", {"learning_rate": 1e-2, "prior_weight": 0.3}),
     "neti": ("neti", {}),
     "neti slow": ("neti", {"learning_rate": 1e-3}),
-    "dpg": ("dpg", {}),
-    "dpg no critic": ("dpg", {"critic": "none"}),
-    "dpg undiscounted": ("dpg", {"discount": 1.0}),
-    "dpg dino": ("dpg", {"cost": "scorer"}),
-    "rpo": ("rpo", {}),
-    "rpo all": ("rpo", {"patience": 0}),
-    "rpo similarity": ("rpo", {"preference_weight": 0.0, "early_stopping": False}),
-    "rpo last": ("rpo", {"early_stopping": False}),
+    "rpo slow": ("rpo", {"learning_rate": 2e-3}),
+    "rpo fast": ("rpo", {"learning_rate": 8e-3}),
+    "rpo no average": ("rpo", {"ema_decay": 0.0}),
+    "rpo slow last": ("rpo", {"learning_rate": 2e-3, "early_stopping": False}),
+    "rpo fast last": ("rpo", {"learning_rate": 8e-3, "early_stopping": False}),
+    "rpo no average last": ("rpo", {"ema_decay": 0.0, "early_stopping": False}),
     "rpo sharp": ("rpo", {"temperature": 0.05}),
 }
+ARMS = {"lora": "lora_dreambooth"} | {  # setting -> the arm of notebooks 10 and 11
+    name.replace("_", " "): name for name in DPG | RPO if name != "lora_dreambooth"
+}
+SETTINGS |= {name: (each.method, dict(each.settings)) for name, arm in ARMS.items() if (each := (DPG | RPO)[arm])}
 
 
 def train_and_look(noun: str, setting: str, seed: int, folder: Path, weights: str, looks: Sequence[int]) -> None:
@@ -95,7 +98,7 @@ def train_and_look(noun: str, setting: str, seed: int, folder: Path, weights: st
     world, judge, started, rows = demo_subject(noun), Judge.load(), time.monotonic(), []
     method, given = SETTINGS[setting]
     config = POCKET.settings(method, given | {"checkpoint_every": BETWEEN_CHECKPOINTS})
-    cache, work, photos = folder / "class-images", folder / f".{table.stem}", world_photos(world)
+    cache, work, photos = folder / "class-images", folder / ".work" / table.stem, world_photos(world)
     who = METHODS[method].names(PersonalizedSubject(noun, noun, IDENTIFIER, "", weights, "", world))
     phrases = ["", *activities_of(noun)[:N_PHRASES]]
     asked = [phrase for phrase in phrases for _ in range(N_PICTURES)]
@@ -107,7 +110,7 @@ def train_and_look(noun: str, setting: str, seed: int, folder: Path, weights: st
         asked_for = [who.prompt(activity) for activity in choose_activities(who, [], POCKET.activities)]
         reward = RewardSpec(METHODS[method].reward) if METHODS[method].reward else None
         job = Job(Adapted.of(model), who, photos, method, seed, work, pictures, asked_for, reward)
-        METHODS[method].train(model, job, replace(config, n_steps=steps))
+        history = train(model, job, method, replace(config, n_steps=steps))
         drawn = sample(model, prompts, list(range(N_PICTURES)) * len(phrases), POCKET.sampler)
         mosaic(drawn, N_PICTURES).save(folder / f"{table.stem}-{steps:04d}.png")
         look = pd.DataFrame({"phrase": asked, "image_seed": [i % N_PICTURES for i in range(len(asked))]})
@@ -115,13 +118,13 @@ def train_and_look(noun: str, setting: str, seed: int, folder: Path, weights: st
         look["same_subject"] = judge.identifies(drawn, world).int()
         look["right_class"] = judge.agrees(drawn, "class", [noun] * len(drawn)).int()
         look["pose"] = judge.answers(drawn, "pose")
-        rows.append(look.assign(subject=noun, setting=setting, seed=seed, steps=steps))
+        rows.append(look.assign(subject=noun, setting=setting, seed=seed, steps=len(history)))
         means = look[look["phrase"] != ""][["shown", "same_subject"]].mean()
         print(f"{noun} {setting} seed {seed} step {steps}: {means.to_dict()}", flush=True)
     temporary = table.with_suffix(".tmp")
     pd.concat(rows).to_csv(temporary, index=False)
     temporary.replace(table)
-    shutil.rmtree(work)
+    shutil.rmtree(work, ignore_errors=True)  # a training that variants share stays beside it
     print(f"{table.name}: {time.monotonic() - started:.0f} s", flush=True)
 
 

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from ibkit.data.prompts import Prompt
 from ibkit.data.subject import PersonalizedSubject
 from ibkit.device import generator
 from ibkit.errors import ArtifactError, ParameterError, TrainingError
+from ibkit.experiments import variants
 from ibkit.methods import dpg, rpo
 from ibkit.methods.dpg import Critic, DPGConfig, residual
 from ibkit.methods.engine.objectives import RewardSpec
@@ -198,6 +200,60 @@ def test_validations_stop_the_training_and_the_best_weights_are_the_result(token
     assert found == pytest.approx([0.1, 0.5, 0.4, 0.3])
     assert len(rows) == 6  # validated at 0, 2, 4 and 6 steps
     assert all(torch.equal(p, weights[1][n]) for n, p in state(model, "rpo").items())
+
+
+def test_the_average_is_what_is_validated_and_kept(tokenizer, tmp_path, monkeypatch):
+    """With a decay near 1 the average stays at the start while the last weights move."""
+    seen, model = [], tiny_model(tokenizer)
+    monkeypatch.setattr(RewardSpec, "scorer", lambda self, device: SimpleNamespace(evaluator=""))
+    monkeypatch.setattr(rpo, "parts_of", lambda scorer, pictures, *_: (torch.full((len(pictures),), 0.5),) * 2)
+    monkeypatch.setattr(rpo, "sample", lambda model, texts, *_: seen.append(state(model, "rpo")) or CLASS[: len(texts)])
+    config = dataclasses.replace(SETTINGS["rpo"], ema_decay=0.9, patience=0, early_stopping=False)
+    last = []
+    train("rpo", model, tmp_path, config, on_row=lambda row, m: last.append(state(m, "rpo")))
+    result = state(model, "rpo")
+    assert all(torch.equal(p, seen[-1][name]) for name, p in result.items())
+    assert any(not torch.equal(p, last[-1][name]) for name, p in result.items())
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"lambda_val": 0.9}, {"mean": "arithmetic", "patience": 1}, {"early_stopping": False}]
+)
+def test_variants_that_share_a_training_end_as_they_would_alone(tokenizer, tmp_path, monkeypatch, change):
+    """The history and, bit by bit, the weights."""
+
+    def parts(scorer, pictures, prompts, photos):  # of which nobody can say when they are best
+        sums = torch.tensor([sum(picture.tobytes()) for picture in pictures])
+        return 0.1 + sums % 89 / 100, 0.1 + sums % 83 / 100
+
+    monkeypatch.setattr(rpo, "parts_of", parts)
+    monkeypatch.setattr(RewardSpec, "scorer", lambda self, device: SimpleNamespace(evaluator=""))
+    first = dataclasses.replace(SETTINGS["rpo"], patience=2, n_steps=6, validate_every=1, ema_decay=0.5)
+    config, found = dataclasses.replace(first, **change), {}
+    for name, run in (
+        ("alone", METHODS["rpo"].train),
+        ("shared", lambda *of: variants.train(of[0], of[1], "rpo", of[2])),
+    ):
+        model = tiny_model(tokenizer)
+        job = Job(Adapted.of(model), CAT, PHOTOS, "rpo", 0, tmp_path / name, [], PROMPTS, RewardSpec("harmonic"))
+        if name == "shared":  # whose training is there already
+            variants.train(tiny_model(tokenizer), job, "rpo", first)
+        found[name] = run(model, job, config), state(model, "rpo")
+    rows = {name: [{k: v for k, v in row.items() if k != "seconds"} for row in of] for name, (of, _) in found.items()}
+    assert rows["alone"] == rows["shared"]
+    assert all(torch.equal(p, found["shared"][1][name]) for name, p in found["alone"][1].items())
+    assert len(list(tmp_path.glob("rpo-cat-0-*"))) == 1
+    assert change.get("early_stopping", True) is False or len(rows["alone"]) < 6
+
+
+def test_pure_similarity_draws_no_negatives(tokenizer, tmp_path):
+    config = dataclasses.replace(SETTINGS["rpo"], preference_weight=0.0)
+    rows = train("rpo", tiny_model(tokenizer), tmp_path, config)
+    assert all(row["loss"] == row["loss_similarity"] for row in rows) and not {"k", "pr"} & rows[0].keys()
+    assert not (tmp_path / "negatives").exists()
+    pairs, alone = (METHODS["rpo"].work(each) for each in (SETTINGS["rpo"], config))
+    assert alone.tuned == pairs.tuned / 2 and alone.graph_rows == pairs.graph_rows / 2
+    assert pairs.forward - alone.forward == pairs.tuned + SETTINGS["rpo"].n_negatives * config.sampler.rows
 
 
 def test_without_early_stopping_the_last_weights_are_the_result(tokenizer, tmp_path):
