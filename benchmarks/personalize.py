@@ -4,6 +4,12 @@
     python -m benchmarks.personalize --out outputs/personalize --subjects cat --seeds 0 --settings usual
     python -m benchmarks.personalize --out outputs/personalize --tables   # print what is there
 
+The variants of DPG and RPO, beside LoRA DreamBooth on the same photos, prompts and noise, as notebook 03's scores:
+
+    python -m benchmarks.personalize --out outputs/rpo --subjects cat dog --seeds 0 1 --settings rpo "rpo last"
+    python -m benchmarks.personalize --out outputs/rpo --beside outputs/personalize --subjects cat dog \
+        --scores outputs/rpo/scores.csv
+
 The rule by which the pocket preset's number of steps is chosen (`chosen`): the fewest at which the mean over subjects
 and seeds has the same subject in 88 % of the pictures or more and the prompt shown in 30 to 75 %, where the paper's
 DreamBooth is (people: 81 % text, 97 % subject).
@@ -29,6 +35,7 @@ from PIL import Image
 
 from ibkit.adapt import Adapted
 from ibkit.data.subject import PersonalizedSubject, choose_activities, demo_subject, world_photos
+from ibkit.evaluate.stats import KEYS, check_scores
 from ibkit.experiments.variants import DPG, RPO, train
 from ibkit.methods.class_images import class_images
 from ibkit.methods.engine.objectives import RewardSpec
@@ -85,7 +92,7 @@ SETTINGS: dict[str, tuple[str, dict]] = {
     "rpo sharp": ("rpo", {"temperature": 0.05}),
 }
 ARMS = {"lora": "lora_dreambooth"} | {  # setting -> the arm of notebooks 10 and 11
-    name.replace("_", " "): name for name in DPG | RPO if name != "lora_dreambooth"
+    name.replace("_", " "): name for name, each in (DPG | RPO).items() if name != "lora_dreambooth" and not each.start
 }
 SETTINGS |= {name: (each.method, dict(each.settings)) for name, arm in ARMS.items() if (each := (DPG | RPO)[arm])}
 
@@ -156,9 +163,26 @@ def chosen(rows: pd.DataFrame) -> pd.Series:
     return kept.reset_index("steps").groupby("setting")["steps"].min()
 
 
-def read(folder: Path) -> pd.DataFrame:
-    tables = [pd.read_csv(path, keep_default_na=False) for path in sorted(folder.glob("*.csv"))]
-    return pd.concat(tables, ignore_index=True)
+def as_scores(rows: pd.DataFrame) -> pd.DataFrame:
+    """The end of each training as the scores of notebooks 10 and 11, which claims read, with LoRA DreamBooth's where
+    there is another: a row a picture of an activity.
+    """
+    rows = rows[rows["setting"].isin(ARMS) & (rows["phrase"] != "")]
+    of = ["subject", "seed"]
+    others = rows.loc[rows["setting"] != "lora", of].drop_duplicates()
+    rows = rows.merge(others, on=of)
+    rows = rows[rows["steps"] == rows.groupby([*of, "setting"])["steps"].transform("max")]
+    named = {"prompt_id": rows["phrase"], "activity": rows["phrase"], "class_noun": rows["subject"]}
+    text = [f"a {IDENTIFIER} {noun} {phrase}" for noun, phrase in zip(rows["subject"], rows["phrase"], strict=True)]
+    scores = rows.assign(**named, arm=rows["setting"].map(ARMS), tune_seed=None, identifier=True, text=text)
+    scores = scores.rename(columns={"shown": "judge_text", "same_subject": "judge_identity"})
+    columns = [*KEYS, "class_noun", "activity", "text", "steps", "judge_text", "judge_identity"]
+    return check_scores(scores)[columns].sort_values(list(KEYS), ignore_index=True)
+
+
+def read(folders: Sequence[Path]) -> pd.DataFrame:
+    paths = [path for folder in folders for path in sorted(folder.glob("*-*-*.csv"))]
+    return pd.concat([pd.read_csv(path, keep_default_na=False) for path in paths], ignore_index=True)
 
 
 def main() -> int:
@@ -173,15 +197,22 @@ def main() -> int:
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tables", action="store_true", help="only print the tables of what is there")
+    parser.add_argument("--beside", nargs="+", type=Path, default=[], help="folders whose tables are printed too")
+    parser.add_argument("--scores", type=Path, help="write the ends of notebook 10's and 11's variants as scores there")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
-    if not arguments.tables:
+    if not arguments.tables and not arguments.scores:
         for seed in arguments.seeds:
             for setting in arguments.settings:
                 for noun in arguments.subjects:
                     train_and_look(noun, setting, seed, arguments.out, arguments.model, arguments.looks)
-    rows = read(arguments.out)
+    rows = read([arguments.out, *arguments.beside])
+    if arguments.scores:
+        chosen_rows = rows["subject"].isin(arguments.subjects) & rows["seed"].isin(arguments.seeds)
+        as_scores(rows[chosen_rows]).to_csv(arguments.scores, index=False)
+        print(f"{arguments.scores}: ibkit claims {arguments.scores.parent}")
+        return 0
     with pd.option_context("display.max_rows", None, "display.max_columns", None, "display.width", 160):
         print(of_subjects(rows).round(2))
         print(curve(rows, ["setting", "steps", "subject"])[["shown", "same_subject"]].round(2).unstack())

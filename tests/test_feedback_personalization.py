@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from ibkit.adapt import Adapted, state
+from ibkit.adapt import Adapted, attach, state
 from ibkit.data.prompts import Prompt
 from ibkit.data.subject import PersonalizedSubject
 from ibkit.device import generator
@@ -248,9 +248,11 @@ def test_variants_that_share_a_training_end_as_they_would_alone(tokenizer, tmp_p
 
 def test_pure_similarity_draws_no_negatives(tokenizer, tmp_path):
     config = dataclasses.replace(SETTINGS["rpo"], preference_weight=0.0)
-    rows = train("rpo", tiny_model(tokenizer), tmp_path, config)
+    model = tiny_model(tokenizer)
+    job = Job(Adapted.of(model), CAT, PHOTOS, "rpo", 0, tmp_path / "one", [], PROMPTS, RewardSpec("harmonic"))
+    rows = variants.train(model, job, "rpo", config)
     assert all(row["loss"] == row["loss_similarity"] for row in rows) and not {"k", "pr"} & rows[0].keys()
-    assert not (tmp_path / "negatives").exists()
+    assert not list(tmp_path.rglob("negatives"))
     pairs, alone = (METHODS["rpo"].work(each) for each in (SETTINGS["rpo"], config))
     assert alone.tuned == pairs.tuned / 2 and alone.graph_rows == pairs.graph_rows / 2
     assert pairs.forward - alone.forward == pairs.tuned + SETTINGS["rpo"].n_negatives * config.sampler.rows
@@ -274,6 +276,20 @@ def test_only_the_delta_moves(tiny, tmp_path, method):
     after = {n.replace(".base_layer", ""): p for part in tiny.parts().values() for n, p in part.named_parameters()}
     assert all(torch.equal(p, after[name]) for name, p in before.items())
     assert any(p.abs().max() > 0 for name, p in state(tiny, method).items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_a_training_goes_on_from_a_personalized_model(tiny, tmp_path, method):
+    """Its delta comes on top of the one that is there, which stays; that model is what it is compared with."""
+    below = attach(tiny, "lora", "first", {"rank": 2}, generator(0, "first"))
+    with torch.no_grad():
+        for weight in below.values():
+            weight.add_(0.1)
+    before = {name: p.clone() for name, p in below.items()}
+    rows = train(method, tiny, tmp_path)
+    assert list(tiny.deltas) == ["first", method] and all(torch.equal(p, before[n]) for n, p in below.items())
+    assert any(p.abs().max() > 0 for name, p in state(tiny, method).items() if "lora_B" in name)
+    assert method == "dpg" or rows[0]["k"] == pytest.approx(0, abs=1e-6) and rows[-1]["k"] != 0
 
 
 def killed_in_step_4(method, folder, tokenizer):

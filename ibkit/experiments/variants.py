@@ -30,7 +30,7 @@ from ibkit.methods.engine.objectives import RewardSpec
 from ibkit.methods.records import METHODS, Job
 from ibkit.methods.rpo import RPOConfig, Validations, harmonic
 from ibkit.model.sample import sample
-from ibkit.model.text_to_image import TextToImage
+from ibkit.model.text_to_image import TextToImage, model_fingerprint
 from ibkit.presets import Preset
 from ibkit.runs import Run, hash_json
 from ibkit.runs.files import save_tensors
@@ -40,11 +40,16 @@ from ibkit.train.loop import Row
 
 @dataclass(frozen=True)
 class Variant:
-    """A method, its settings that differ from the preset's, and what the variant is for."""
+    """A method, its settings that differ from the preset's, and what the variant is for.
+
+    Attributes:
+        start: a method that personalizes the model first, with its preset; the variant then trains a delta on top.
+    """
 
     method: str
     settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     why: str = ""
+    start: str = ""
 
 
 DPG = {
@@ -53,6 +58,7 @@ DPG = {
     "dpg_no_critic": Variant("dpg", {"critic": "none"}, "look forward, the mean in Q's place"),
     "dpg_undiscounted": Variant("dpg", {"discount": 1.0}, "all steps trusted alike: γ = 1"),
     "dpg_dino": Variant("dpg", {"cost": "scorer"}, "the noise's loss and Q of 1 - DINO"),
+    "dpg_after": Variant("dpg", why="from the personalized model", start="lora_dreambooth"),
 }
 RPO = {
     "lora_dreambooth": Variant("lora_dreambooth", why="what RPO is compared with"),
@@ -66,6 +72,7 @@ RPO = {
     "rpo_train_5": Variant("rpo", {"lambda_train": 0.5}, "λ_train = 0.5"),
     "rpo_train_7": Variant("rpo", {"lambda_train": 0.7}, "λ_train = 0.7"),
     "rpo_arithmetic": Variant("rpo", {"mean": "arithmetic"}, "the arithmetic mean in the harmonic one's place"),
+    "rpo_after": Variant("rpo", why="from the personalized model", start="lora_dreambooth"),
 }
 
 
@@ -113,8 +120,10 @@ def train(
         return METHODS[method].train(model, job, config, on_row=lambda row, _: on_row(row))
     assert job.reward is not None
     scorer, seen, whole = job.reward.scorer(model.device), [], unchosen(config)
-    name = f"rpo-{job.subject.name}-{job.seed}-{hash_json(asdict(whole))[:8]}".replace(" ", "-")
+    key = hash_json([asdict(whole), model_fingerprint(model)])[:8]
+    name = f"rpo-{job.subject.name}-{job.seed}-{key}".replace(" ", "-")
     folder = job.folder.parent / name
+    folder.mkdir(parents=True, exist_ok=True)
 
     def see(pictures: list[Image.Image], prompts: list[Prompt]) -> dict[str, float]:
         parts = dict(zip(rpo.PARTS, rpo.parts_of(scorer, pictures, prompts, job.photos), strict=True))
@@ -175,21 +184,23 @@ def train_and_draw(
     Returns:
         A row a picture, with the picture itself as `image`; the training's history; the model.
     """
-    world, method = demo_subject(noun), METHODS[variant.method]
-    who = method.names(PersonalizedSubject(noun, noun, "sks", "", base.name, "", world))
+    world, model = demo_subject(noun), base.copy()
+    who = METHODS[variant.method].names(PersonalizedSubject(noun, noun, "sks", "", base.name, "", world))
     activities = choose_activities(who, [], preset.activities)
-    config = config_of(preset, variant, given)
-    n_class = method.class_pictures(config)
-    classes = class_images(base, who.class_prompt, n_class, preset.class_sampler, cache, seed=0) if n_class else []
-    model, asked = base.copy(), [who.prompt(activity) for activity in activities]
-    job = Job(
-        Adapted.of(base), who, [photo.resize((base.image_px,) * 2) for photo in world_photos(world)], variant.method,
-        seed, run.folder / "variants" / f"{noun}-{name}-{seed}".replace(" ", "-"), classes, asked,
-        RewardSpec(method.reward, preset.scorers) if method.reward else None,
-    )  # fmt: skip
-    history = train(model, job, variant.method, config, on_row)
+    asked, photos = [who.prompt(each) for each in activities], world_photos(world)
+    start = {variant.start: Variant(variant.start)} if variant.start else {}
+    for stage, each in (start | {name: variant}).items():
+        method, config = METHODS[each.method], config_of(preset, each, given)
+        n_class = method.class_pictures(config)
+        job = Job(
+            Adapted.of(base), who, [photo.resize((base.image_px,) * 2) for photo in photos], each.method, seed,
+            run.folder / "variants" / f"{noun}-{stage}-{seed}".replace(" ", "-"),
+            class_images(base, who.class_prompt, n_class, preset.class_sampler, cache, seed=0) if n_class else [],
+            asked, RewardSpec(method.reward, preset.scorers) if method.reward else None,
+        )  # fmt: skip
+        history = train(model, job, each.method, config, on_row if each is variant else lambda row: None)
+        run.write_tensors(f"models/{job.folder.name}.safetensors", state(model, each.method))
     rows, pictures = look(model, who, activities, image_seeds(seed, n_images), preset)
-    run.write_tensors(f"models/{job.folder.name}.safetensors", state(model, variant.method))
     return rows.assign(arm=name, seed=seed, steps=len(history), image=pictures), history, model
 
 
