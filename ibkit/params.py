@@ -293,6 +293,9 @@ class DeterministicPG(Variants):
     """10_deterministic_pg: DPG and its variants beside DreamBooth."""
 
     variants: list[str] = field(["lora_dreambooth", "dpg", "dpg_no_critic"], "which to train, by name")
+    settings: dict = field(
+        {"n_steps": 600}, "of all variants that have them; the rest is the preset's, whose steps are 1,400"
+    )
 
     def __post_init__(self):
         from ibkit.experiments.variants import DPG
