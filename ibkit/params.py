@@ -259,6 +259,40 @@ class Baselines(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HumanFeedback(Common):
+    """09_human_feedback: a reward learned from good and bad, and a model fine-tuned by it."""
+
+    kinds: list[str] = field(["count", "colour", "place", "all"], "kinds of prompts")
+    n_prompts: int = field(8, "rated prompts of each kind; half as many of each unseen sort", low=2, high=1000)
+    n_rated: int = field(6, "pictures of each to rate, and as many that nobody does", low=1, high=1000)
+    best_of: int = field(8, "new pictures of each prompt, of which the best four are kept", low=2, high=1000)
+    error_rate: float = field(0.1, "share of pictures that a simulated rater gets wrong", low=0.0, high=0.5)
+    skip_rate: float = field(0.05, "share that a simulated rater skips", low=0.0, high=0.9)
+    rater: str = field("", "who rates in this notebook, such as a nickname; empty = nobody does")
+    ratings: list[str] = field([], "files of ratings, one or more a rater; empty = a simulated rater")
+    reward_settings: dict = field(
+        {}, "of the learned reward, such as {'n_steps': 500}; the rest is the paper's or ours"
+    )
+    arms: list[str] = field(["labelled", "scored", "pretrain"], "what to fine-tune; empty = the reward alone")
+    settings: dict = field({}, "of fine-tuning, such as {'n_steps': 100}; the rest is the preset's")
+    second_round: bool = field(True, "rate and fine-tune once more, from the last arm")
+
+    def __post_init__(self):
+        from ibkit.experiments.human_feedback import ARMS
+        from ibkit.pocket.feedback import KINDS
+        from ibkit.presets import preset_of
+        from ibkit.scorers.feedback import FeedbackRewardConfig
+
+        if not preset_of(self.model).world:
+            raise ParameterError("The counter knows the pocket world's pictures alone: give model='pocket'.")
+        for name, given, known in (("kind of prompt", self.kinds, KINDS), ("arm", self.arms, ARMS)):
+            if wrong := [one for one in given if one not in known]:
+                raise ParameterError(f"There is no {name} {wrong[0]!r}{nearest(wrong[0], known)}")
+        fill(FeedbackRewardConfig(), self.reward_settings, "The reward")
+        _check_settings(self, "feedback")
+
+
+@dataclass(frozen=True, kw_only=True)
 class Variants(Common):
     """What 10 and 11 take: variants of a personalization, trained beside each other in the pocket world."""
 
@@ -328,6 +362,7 @@ SCHEMAS: dict[str, type[Common]] = {
     "06_prompt_ablation": PromptAblation,
     "07_human_study": HumanStudy,
     "08_baselines": Baselines,
+    "09_human_feedback": HumanFeedback,
     "10_deterministic_pg": DeterministicPG,
     "11_rpo": Preferences,
     "12_compare_rl": CompareRL,
