@@ -107,14 +107,16 @@ class Pictures:
         return [p.asked.fulfilled(a) for p, a in zip(self.prompts, self.answers, strict=True)]
 
     def take(self, rows: Sequence[int]) -> Pictures:
-        return Pictures(*([of[i] for i in rows] for of in (self.prompts, self.seeds, self.images, self.answers)))
-
-    def of(self, *subsets: str) -> Pictures:
-        return self.take([i for i, one in enumerate(self.prompts) if one.subset in subsets])
+        return Pictures(
+            [self.prompts[i] for i in rows], [self.seeds[i] for i in rows],
+            [self.images[i] for i in rows], [self.answers[i] for i in rows],
+        )  # fmt: skip
 
     def __add__(self, other: Pictures) -> Pictures:
-        mine, theirs = ((p.prompts, p.seeds, p.images, p.answers) for p in (self, other))
-        return Pictures(*([*a, *b] for a, b in zip(mine, theirs, strict=True)))
+        return Pictures(
+            [*self.prompts, *other.prompts], [*self.seeds, *other.seeds],
+            [*self.images, *other.images], [*self.answers, *other.answers],
+        )  # fmt: skip
 
 
 def prompts_of(kinds: Sequence[Kind], n_seen: int, n_unseen: int, seed: int = 0) -> list[Prompt]:
@@ -249,11 +251,11 @@ def tune(
     if arm not in ARMS:
         raise ParameterError(f"There is no arm {arm!r} of feedback: choose from {', '.join(ARMS)}.")
     pictures = rated if arm == "labelled" else rated + unrated
-    true = pretraining_pictures(config.n_pretrain, seed) if config.pretrain_weight else ((), ())
+    true, captions = pretraining_pictures(config.n_pretrain if config.pretrain_weight else 0, seed)
     weights = reward(list(pictures.images), pictures.texts).tolist()
     return feedback.train(
-        model, pictures.images, pictures.texts, weights, replace(config, validate_every=0), folder, seed, *true,
-        on_step=on_step, name=name,
+        model, pictures.images, pictures.texts, weights, replace(config, validate_every=0), folder, seed, true,
+        captions, on_step=on_step, name=name,
     )  # fmt: skip
 
 

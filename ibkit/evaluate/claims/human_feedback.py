@@ -28,15 +28,17 @@ def predicts(claim: Claim, table: pd.DataFrame, arms: Mapping[str, str]) -> Outc
     rows = table[table["subset"].isin(UNSEEN)]
     if rows.empty:
         raise CannotTest(f"{claim.file} has no pictures of unseen prompts.")
-    wide = [rows.pivot_table(index="seed", columns=["prompt", "image_seed"], values=f"{name} right") for name in names]
-    prompts = wide[0].columns.get_level_values("prompt")
-    interval = difference_interval(*(w.to_numpy() for w in wide), prompts.to_numpy())
+    mine, other = (
+        rows.pivot_table(index="seed", columns=["prompt", "image_seed"], values=f"{name} right") for name in names
+    )
+    prompts = mine.columns.get_level_values("prompt")
+    interval = difference_interval(mine.to_numpy(), other.to_numpy(), prompts.to_numpy())
     of = "; ".join(
         f"{subset}: " + ", ".join(f"{name} {METRICS['agreement'].show(part[f'{name} right'].mean())}" for name in names)
         for subset, part in rows.groupby("subset", sort=False)
     )
     cells = pd.Series(np.ones(len(prompts))).groupby(prompts).size()
-    return Outcome("agreement", interval, of, cells, len(wide[0]))
+    return Outcome("agreement", interval, of, cells, len(mine))
 
 
 def on_prompts(
