@@ -166,11 +166,9 @@ class Evaluate(Drawn):
         [], "metrics such as clip_t, image_reward, clip_i, dino, subject, pick_score; empty = the first five"
     )
     best_of: int = field(
-        0,
-        "pictures drawn for one that is kept, as one more arm of each personalization; 0 = no such arm",
-        low=0,
+        0, "pictures drawn for one that is kept, as one more arm of each personalization; 0 = no such arm", low=0,
         high=64,
-    )
+    )  # fmt: skip
     best_of_reward: str = field("image_reward", "name of the scorer that chooses it")
 
     def __post_init__(self):
@@ -270,26 +268,15 @@ class HumanFeedback(Common):
     skip_rate: float = field(0.05, "share that a simulated rater skips", low=0.0, high=0.9)
     rater: str = field("", "who rates in this notebook, such as a nickname; empty = nobody does")
     ratings: list[str] = field([], "files of ratings, one or more a rater; empty = a simulated rater")
-    reward_settings: dict = field(
-        {}, "of the learned reward, such as {'n_steps': 500}; the rest is the paper's or ours"
-    )
+    reward_settings: dict = field({}, "of the learned reward, such as {'n_steps': 500}; the rest is its own")
     arms: list[str] = field(["labelled", "scored", "pretrain"], "what to fine-tune; empty = the reward alone")
     settings: dict = field({}, "of fine-tuning, such as {'n_steps': 100}; the rest is the preset's")
     second_round: bool = field(True, "rate and fine-tune once more, from the last arm")
 
     def __post_init__(self):
-        from ibkit.experiments.human_feedback import ARMS
-        from ibkit.pocket.feedback import KINDS
-        from ibkit.presets import preset_of
-        from ibkit.scorers.feedback import FeedbackRewardConfig
+        from ibkit.experiments.human_feedback import check
 
-        if not preset_of(self.model).world:
-            raise ParameterError("The counter knows the pocket world's pictures alone: give model='pocket'.")
-        for name, given, known in (("kind of prompt", self.kinds, KINDS), ("arm", self.arms, ARMS)):
-            if wrong := [one for one in given if one not in known]:
-                raise ParameterError(f"There is no {name} {wrong[0]!r}{nearest(wrong[0], known)}")
-        fill(FeedbackRewardConfig(), self.reward_settings, "The reward")
-        _check_settings(self, "feedback")
+        check(self)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -427,7 +414,8 @@ def collect(notebook: str, namespace: Mapping[str, Any]) -> Any:
     values = {
         name: value
         for name, value in namespace.items()
-        if name in names or (name in candidates and _is_public(name) and type(value) in LITERALS)
+        if name in names
+        or (name in candidates - IPYTHON_NAMES and not name.startswith("_") and type(value) in LITERALS)
     }
     parameters = make(notebook, values)
     missing = [name for name in names if name not in values]
@@ -446,10 +434,6 @@ def literal(text: str) -> Any:
         with contextlib.suppress(ValueError, SyntaxError):
             return read(text)
     return text
-
-
-def _is_public(name: str) -> bool:
-    return not name.startswith("_") and name not in IPYTHON_NAMES
 
 
 def _cell_names(namespace: Mapping[str, Any], names: list[str]) -> set[str]:

@@ -27,6 +27,7 @@ from ibkit.evaluate.study.items import ITEM_COLUMNS
 from ibkit.evaluate.study.ratings import merge_ratings
 from ibkit.evaluate.study.votes import majority
 from ibkit.experiments.variants import Variant
+from ibkit.fields import fill, nearest
 from ibkit.methods import feedback
 from ibkit.methods.feedback import FeedbackConfig
 from ibkit.model.loading import load_model
@@ -34,9 +35,9 @@ from ibkit.model.sample import Sampler, sample
 from ibkit.model.text_to_image import TextToImage
 from ibkit.pocket import world
 from ibkit.pocket.draw import render
-from ibkit.pocket.feedback import Asked, Kind, alternatives, split
+from ibkit.pocket.feedback import KINDS, Asked, Kind, alternatives, split
 from ibkit.pocket.words import caption
-from ibkit.presets import Preset
+from ibkit.presets import Preset, preset_of
 from ibkit.runs import hash_file, hash_json
 from ibkit.scorers import make_scorer
 from ibkit.scorers.base import POCKET_WEIGHTS
@@ -63,6 +64,21 @@ ARMS = {
     "pretrain": Variant("feedback", {}, "and the pre-training term"),
 }
 BASE = "base"
+
+
+def check(given: Any) -> None:
+    """Refuse what notebook 09 cannot do; `given` has its parameters.
+
+    Raises:
+        ParameterError: a model without a counter, no such kind, arm or setting, or a value that is not allowed.
+    """
+    if not preset_of(given.model).world:
+        raise ParameterError("The counter knows the pocket world's pictures alone: give model='pocket'.")
+    for what, names, known in (("kind of prompt", given.kinds, KINDS), ("arm", given.arms, tuple(ARMS))):
+        if wrong := [name for name in names if name not in known]:
+            raise ParameterError(f"There is no {what} {wrong[0]!r}{nearest(wrong[0], known)}")
+    fill(FeedbackRewardConfig(), given.reward_settings, "The reward")
+    preset_of(given.model).settings("feedback", given.settings)
 
 
 def counting_model(device: torch.device | str = "cpu") -> TextToImage:
