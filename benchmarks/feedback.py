@@ -10,7 +10,8 @@ pre-training term. New pictures from other noise, of seen prompts, unseen combin
 rewards predict and what the arms draw; best of n keeps those of the base that the reward likes.
 
 Writes `feedback_reward.csv` and `feedback.csv` (see `ibkit.experiments.human_feedback`), which `ibkit claims` reads, a
-history of each training, and a wall of pictures an arm. A stopped training goes on where it was.
+history of each training, a wall of pictures an arm, and the pictures (`pictures-*.npz`, not to be committed). A stopped
+run goes on where it was.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import torch
+from PIL import Image
 
 from ibkit.device import generator
 from ibkit.evaluate.claims import claims_from
@@ -30,6 +33,7 @@ from ibkit.evaluate.figures import picture_wall
 from ibkit.evaluate.score import image_seeds
 from ibkit.evaluate.stats import check_scores
 from ibkit.experiments import human_feedback as study
+from ibkit.model.text_to_image import model_fingerprint
 from ibkit.pocket.feedback import KINDS, simulated_labels
 from ibkit.presets import POCKET
 from ibkit.scorers import make_scorer
@@ -52,9 +56,9 @@ def measure(
     asked = study.prompts_of(KINDS, n_seen, n_unseen)
     seen = [one for one in asked if one.subset == study.SEEN]
     rated, unrated = (
-        study.draw(base, seen, [first + i for i in range(n_rated)], POCKET.sampler, counter) for first in (0, n_rated)
+        draw(out, base, seen, [first + i for i in range(n_rated)], counter, f"seen-{first}") for first in (0, n_rated)
     )
-    candidates = study.draw(base, asked, image_seeds(0, n_best), POCKET.sampler, counter)
+    candidates = draw(out, base, asked, image_seeds(0, n_best), counter, "new")
     first = candidates.take([i for i in range(len(candidates.seeds)) if i % n_best < KEEP])
     fidelity = study.Fidelity.of(base, KINDS, N_TRUE, 0)
     wall(out, study.BASE, first)
@@ -74,6 +78,21 @@ def measure(
             pd.concat(rows).to_csv(out / "feedback.csv", index=False)
 
 
+def draw(out: Path, model, prompts, seeds: Sequence[int], counter: Counter, name: str) -> study.Pictures:
+    """Pictures of a model; they are kept in a file, which another run with the same prompts and seeds reads."""
+    path, asked = out / f"pictures-{name}.npz", [one for one in prompts for _ in seeds]
+    noise = [*seeds] * len(prompts)
+    facts = np.array([model_fingerprint(model), *(f"{p.asked.text} {n}" for p, n in zip(asked, noise, strict=True))])
+    if path.exists():
+        with np.load(path) as kept:
+            if np.array_equal(kept["facts"], facts):
+                images = [Image.fromarray(pixels) for pixels in kept["images"]]
+                return study.Pictures(asked, noise, images, counter.answers(images))
+    drawn = study.draw(model, prompts, seeds, POCKET.sampler, counter)
+    np.savez_compressed(path, images=np.stack([np.asarray(image) for image in drawn.images]), facts=facts)
+    return drawn
+
+
 def train_and_draw(out, arm, asked, rated, unrated, reward: FeedbackReward, seed: int, given: dict, counter: Counter):
     """An arm's pictures from the noise of the evaluation; a finished training is read from its last checkpoint."""
     model, name = study.counting_model(), f"{arm}-{seed}"
@@ -82,7 +101,7 @@ def train_and_draw(out, arm, asked, rated, unrated, reward: FeedbackReward, seed
         model, arm, rated, unrated, reward, study.config_of(POCKET, arm, given), out / "trainings" / name, seed
     )
     pd.DataFrame(history).round(5).to_csv(out / f"history-{name}.csv", index=False)
-    drawn = study.draw(model, asked, image_seeds(0, KEEP), POCKET.sampler, counter)
+    drawn = draw(out, model, asked, image_seeds(0, KEEP), counter, name)
     wall(out, name, drawn)
     report(f"{name}: {time.monotonic() - started:.0f} s, fulfilled {mean(drawn.truth):.3f}")
     return drawn

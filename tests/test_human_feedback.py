@@ -129,7 +129,7 @@ def test_an_arm_trains_on_what_it_says(monkeypatch, tmp_path):
     assert not any(word in caption.split() for caption in captions for word in ("two", "three", "four"))
 
 
-def rows(arm, right, precise=1, subset="seen", seed=0, n_prompts=8, n=4):
+def rows(arm, right, precise=1, subset="seen", seed=0, n_prompts=6, n=4):
     """Rows of feedback.csv of an arm, of which the share `right` shows the prompt."""
     return pd.DataFrame([
         {"arm": arm, "seed": seed, "tune_seed": None, "subject": "cat", "prompt_id": f"{subset} {p}",

@@ -26,7 +26,7 @@ from ibkit.pocket.world import Scene
 from ibkit.scorers.counter import COUNTED, counter_net
 from ibkit.scorers.judge import JudgeNet
 
-BUDGET = Budget(steps=1500, batch=64, lr=1e-3, muon_lr=0.01, ema=0.99)
+BUDGET = Budget(steps=800, batch=64, lr=1e-3, muon_lr=0.01, ema=0.99)
 TRAIN_SEED, N_TRAIN = 20, 10_000
 TEST_SEED, N_TEST = 21, 500
 
