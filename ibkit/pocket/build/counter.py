@@ -27,6 +27,7 @@ from ibkit.scorers.counter import COUNTED, counter_net
 from ibkit.scorers.judge import JudgeNet
 
 BUDGET = Budget(steps=800, batch=64, lr=1e-3, muon_lr=0.01, ema=0.99)
+FINISH = Budget(steps=1000, batch=64, lr=1e-3, muon_lr=0.01, ema=0.99)  # the same once more, from its result
 TRAIN_SEED, N_TRAIN = 20, 10_000
 TEST_SEED, N_TEST = 21, 500
 
@@ -51,9 +52,7 @@ def _labels(pictures: Pictures, device: torch.device) -> dict[str, torch.Tensor]
     return {q: torch.tensor([a.index(t[q]) for t in truths], device=device) for q, a in COUNTED.items()}
 
 
-def train(
-    folder: Path, vae, start: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype, budget: Budget = BUDGET
-) -> JudgeNet:
+def train(folder: Path, vae, start: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> JudgeNet:
     """Half of the pictures of a batch are reconstructions, made once; half are mirrored.
 
     Args:
@@ -69,7 +68,7 @@ def train(
     begin_with(net, start)
 
     def loss_fn(work, average, step, generator):
-        rows = torch.randint(N_TRAIN, (budget.batch,), generator=generator, device=device)
+        rows = torch.randint(N_TRAIN, (BUDGET.batch,), generator=generator, device=device)
         x = torch.from_numpy(images[rows.cpu().numpy()]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
         x = torch.where(torch.rand((len(x), 1, 1, 1), generator=generator, device=device) < 0.5, x.flip(3), x)
         answers, _ = work(degrade(jitter(x, generator), generator).to(dtype))
@@ -78,7 +77,9 @@ def train(
         # the identity embedding of the judge's network has no part here
         return sum(losses.values()) + 0 * work.identity.weight.sum() + 0 * work.identity.bias.sum(), right
 
-    return fit("counter", folder, net, loss_fn, budget, device, dtype)
+    for name, budget in (("counter", BUDGET), ("counter-finish", FINISH)):
+        fit(name, folder, net, loss_fn, budget, device, dtype)
+    return net
 
 
 @torch.inference_mode()

@@ -21,6 +21,7 @@ from ibkit.pocket.build.common import Budget, compute_dtype, load_float, save_ha
 from ibkit.pocket.build.data import MIXED_GROUP, Pictures, base_caption, mixed_group, naming_caption
 from ibkit.pocket.build.tokenizer import save_tokenizer
 from ibkit.scorers.base import POCKET_WEIGHTS
+from ibkit.scorers.counter import Counter
 from ibkit.scorers.judge import RATER_WIDTHS, RATERS
 from ibkit.train.kept import part
 
@@ -141,11 +142,15 @@ class Build:
             counter.build(self.folder, self.weights, vae, rater, self.device, self.dtype)
 
     def counting(self) -> None:
-        """An adapter on this build's model, or on the shipped one where it has none."""
+        """An adapter on this build's model, or the shipped one where it has none; card: with the counter."""
+        from ibkit.pocket.build.card import write_counts
+
         own = self.weights / "pipeline"
-        if not (self.weights / counting.NAME / counting.FILE).exists():
+        if not (self.weights / counting.NAME / f"{counting.NAME}.json").exists():
             model = load_model(str(own) if own.exists() else "pocket", device=self.device)
-            counting.build(self.folder, self.weights, model)
+            looks = Counter.load(self.device, self.weights / "counter")
+            counting.build(self.folder, self.weights, model, looks)
+        write_counts(self)
 
     def image_reward(self) -> None:
         start = self.start("image_reward/model.safetensors")
