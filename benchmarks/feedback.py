@@ -43,7 +43,7 @@ from ibkit.scorers.feedback import FeedbackReward
 
 ERRORS, SKIPS = 0.1, 0.05
 KEEP = 4  # of best of n, and pictures of a prompt in every arm
-N_TRUE = 600  # true pictures of the precision
+N_TRUE = 300  # true pictures of the precision
 FILES = ("feedback.csv", "feedback_reward.csv")
 
 
@@ -142,10 +142,10 @@ def tables(out: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.feedback", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--seen", type=int, default=16, help="rated prompts of a kind")
-    parser.add_argument("--unseen", type=int, default=8, help="of new combinations, and of new objects")
+    parser.add_argument("--seen", type=int, default=8, help="rated prompts of a kind")
+    parser.add_argument("--unseen", type=int, default=4, help="of new combinations, and of new objects")
     parser.add_argument("--rated", type=int, default=8, help="rated pictures of each, and as many unrated ones")
-    parser.add_argument("--best-of", type=int, default=16, help=f"pictures of which {KEEP} are kept")
+    parser.add_argument("--best-of", type=int, default=8, help=f"pictures of which {KEEP} are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=0, help="of each training; 0 = the preset's")
     parser.add_argument("--tables", action="store_true")
