@@ -42,7 +42,7 @@ from ibkit.scorers.counter import Counter
 from ibkit.scorers.feedback import FeedbackReward
 
 ERRORS, SKIPS = 0.1, 0.05
-KEEP = 4  # of best of n, and pictures of a prompt in every arm
+KEEP = 2  # of best of n, and pictures of a prompt in every arm; of 8 as many as the paper's 4 of 16
 N_TRUE = 300  # true pictures of the precision
 FILES = ("feedback.csv", "feedback_reward.csv")
 
@@ -148,12 +148,13 @@ def main() -> None:
     parser.add_argument("--best-of", type=int, default=8, help=f"pictures of which {KEEP} are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--steps", type=int, default=0, help="of each training; 0 = the preset's")
+    parser.add_argument("--batch", type=int, default=0, help="pictures in a step; 0 = the preset's")
     parser.add_argument("--tables", action="store_true")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     if not given.tables:
-        steps = {"n_steps": given.steps} if given.steps else {}
-        measure(given.out, given.seen, given.unseen, given.rated, given.best_of, given.seeds, steps)
+        chosen = {name: value for name, value in (("n_steps", given.steps), ("batch", given.batch)) if value}
+        measure(given.out, given.seen, given.unseen, given.rated, given.best_of, given.seeds, chosen)
     print(tables(given.out))
 
 

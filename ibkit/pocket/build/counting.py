@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -24,7 +25,7 @@ from ibkit.model.sample import sample
 from ibkit.model.text_to_image import TextToImage, model_fingerprint
 from ibkit.pocket.build.common import save_half
 from ibkit.pocket.build.counter import TRAIN_SEED, pictures_of
-from ibkit.pocket.feedback import KINDS, Asked, prompts
+from ibkit.pocket.feedback import KINDS, Asked, split
 from ibkit.pocket.world import Scene
 from ibkit.presets import POCKET
 from ibkit.scorers.counter import Counter
@@ -34,7 +35,7 @@ NAME = "counting"
 FILE = "pytorch_lora_weights.safetensors"  # as diffusers calls it
 RANK = 16
 N_PICTURES = 4000
-N_PROMPTS, N_SEEDS = 24, 4  # of a kind, of the measurement
+N_PROMPTS, N_SEEDS = 8, 16  # of a kind, of the measurement
 SETTINGS = PhotoConfig(
     n_steps=350, batch=48, learning_rate=2e-3, ema_decay=0.99, max_grad_norm=1.0, checkpoint_every=50
 )
@@ -90,16 +91,18 @@ def build(folder: Path, weights: Path, model: TextToImage, counter: Counter) -> 
 
 
 def measure(model: TextToImage, counter: Counter) -> dict[str, dict[str, float]]:
-    """Share of pictures right in each respect that prompts name and in all, by kind; `N_PROMPTS` of each kind."""
+    """Share of pictures right, by kind, in each respect that prompts name and in all; of prompts that are rated."""
     found: dict[str, dict[str, float]] = {}
     for kind in KINDS:
-        asked = prompts(kind)
-        random.Random(f"{NAME} {kind}").shuffle(asked)
-        asked = [one for one in asked[:N_PROMPTS] for _ in range(N_SEEDS)]
-        seeds = [*range(N_SEEDS)] * (len(asked) // N_SEEDS)
-        answers = counter.answers(sample(model, [one.text for one in asked], seeds, POCKET.sampler))
-        pairs = list(zip(asked, answers, strict=True))
-        right = {q: [a[q] == one.wanted[q] for one, a in pairs] for q in asked[0].wanted}
-        right["everything"] = [one.fulfilled(a) for one, a in pairs]
-        found[kind] = {name: round(sum(answers) / len(answers), 4) for name, answers in right.items()}
+        asked = [one for one in split(kind, N_PROMPTS)[0] for _ in range(N_SEEDS)]
+        images = sample(model, [one.text for one in asked], [*range(N_SEEDS)] * N_PROMPTS, POCKET.sampler)
+        found[kind] = shares(asked, counter.answers(images))
     return found
+
+
+def shares(asked: Sequence[Asked], answers: Sequence[Mapping[str, str]]) -> dict[str, float]:
+    """Share of prompts of one kind that answers fulfil, in each respect and in all."""
+    pairs = list(zip(asked, answers, strict=True))
+    right = {question: [a[question] == one.wanted[question] for one, a in pairs] for question in asked[0].wanted}
+    right["everything"] = [one.fulfilled(a) for one, a in pairs]
+    return {name: round(sum(found) / len(found), 4) for name, found in right.items()}
