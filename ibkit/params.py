@@ -431,7 +431,7 @@ def collect(notebook: str, namespace: Mapping[str, Any]) -> Any:
 def literal(text: str) -> Any:
     """A value as Python or JSON would read it; text that neither reads stays text, and is refused where it must not."""
     for read in (ast.literal_eval, json.loads):
-        with contextlib.suppress(ValueError, SyntaxError):
+        with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: too deep
             return read(text)
     return text
 

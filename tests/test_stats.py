@@ -109,9 +109,9 @@ def test_score_table_is_checked():
     for change, message in [
         (good.drop(columns="image_seed"), "lacks the columns image_seed"),
         (good.iloc[:0], "no rows"),
-        (good.assign(judge_activity=0.5), "0, 1 or nothing"),
-        (good.assign(clip_t="high"), "not a number"),
-        (good.assign(clip_t=np.inf), "infinite"),
+        (good.assign(judge_activity=0.5), "must be 0 or 1 or nothing, and is 0.5"),
+        (good.assign(clip_t="high"), "clip_t must be a number or nothing, and is .high."),
+        (good.assign(clip_t=np.inf), "clip_t must be a number or nothing, and is inf"),
         (good.assign(identifier="maybe"), "True or False"),
         (pd.concat([good, good.assign(judge_activity=1)]), "more than once with different scores"),
     ]:

@@ -487,8 +487,8 @@ def test_votes_survive_their_file(tmp_path):
     [
         (lambda v: v.drop(columns="answer"), "lacks the columns answer"),
         (lambda v: v.iloc[:0], "has no votes"),
-        (lambda v: v.replace({"answer": {"b": "yes"}}), "'yes', which is no answer to the question 'preference'"),
-        (lambda v: pd.concat([v, v]), "two votes of 'A'"),
+        (lambda v: v.replace({"answer": {"b": "yes"}}), "'yes' is no answer to the question 'preference'"),
+        (lambda v: pd.concat([v, v]), "there is a row of rater A, item"),
     ],
 )
 def test_wrong_votes_are_refused(change, words):

@@ -15,16 +15,19 @@ from typing import Any
 
 import pandas as pd
 
-from ibkit.errors import ScoreError
+from ibkit.errors import ArtifactError, ScoreError
 from ibkit.evaluate import stats
 from ibkit.evaluate.arms import BASE, REAL, arms_of, label_of
-from ibkit.evaluate.claims import load_scores
+from ibkit.evaluate.claims import SCORES, load_scores
 from ibkit.evaluate.intervals import Interval
 from ibkit.evaluate.stats import METRICS, as_compared, check_scores, metrics_in, summarise
-from ibkit.runs import resolve, write_atomically
+from ibkit.runs import write_atomically
 
 HIGHER, LOWER, NOT_TOLD_APART = "higher", "lower", "not told apart"
 SEEN_LABELS = {True: "seen in RL", False: "unseen"}
+WRITTEN = {
+    f"{name}.{suffix}" for name in ("fidelity", "differences", "seen_and_unseen") for suffix in ("csv", "md", "tex")
+}
 LATEX_SPECIAL = str.maketrans({"%": r"\%", "&": r"\&", "_": r"\_", "λ": r"$\lambda$", "−": "$-$", "–": "--"})
 
 
@@ -260,19 +263,41 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def main(arguments: Namespace) -> int:
     """Run `ibkit tables`."""
-    scores = combine(arguments.runs)
+    folder = _new_folder(arguments.out) if arguments.out else None
+    scores = combine([Path(run).expanduser() for run in arguments.runs])
     tables = all_tables(scores)
     for name, table in tables.items():
         print(f"{name.replace('_', ' ').capitalize()}\n\n{as_markdown(table)}")
     if "differences" not in tables:
         print("No table of differences: it needs a personalized arm, and the base model or a tuning of it.")
-    if arguments.out:
-        folder = resolve(arguments.out)
+    if folder:
         folder.mkdir(parents=True, exist_ok=True)
+        for old in WRITTEN:  # of other runs, whose tables need not be these
+            (folder / old).unlink(missing_ok=True)
         files = {f"{name}.{suffix}": text for name, t in tables.items() for suffix, text in in_all_formats(t).items()}
-        files["scores.csv"] = scores.to_csv(index=False)
+        files[SCORES] = scores.to_csv(index=False)
         for name, text in files.items():
             data = text.encode()
             write_atomically(folder / name, len(data), partial(Path.write_bytes, data=data))
         print(f"written to {folder}: {', '.join(sorted(files))}")
     return 0
+
+
+def _new_folder(out: str) -> Path:
+    """The folder to write into, from the current one as the runs are: a new one, an empty one, or one of this command.
+
+    Raises:
+        ArtifactError: a file is there, or a folder with something else in it.
+    """
+    folder = Path(out).expanduser().resolve()
+    try:
+        there = {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        there = set()
+    except OSError as error:
+        raise ArtifactError(f"--out {folder} is no folder to write into ({error.strerror}): name a new one.") from error
+    if other := sorted(there - WRITTEN - ({SCORES} if there & WRITTEN else set())):
+        raise ArtifactError(
+            f"--out {folder} has {other[0]} in it, which `ibkit tables` did not write: name a new folder."
+        )
+    return folder

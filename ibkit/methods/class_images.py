@@ -16,7 +16,7 @@ from PIL import Image
 from ibkit.device import generator
 from ibkit.model.sample import Sampler, sample_latents
 from ibkit.model.text_to_image import TextToImage, default_batch, model_fingerprint
-from ibkit.runs import alone_in, hash_json, write_atomically
+from ibkit.runs import alone_in, hash_json, read_json, write_atomically
 from ibkit.runs.files import TEMPORARY_SUFFIX
 
 INDEX = "index.json"  # file name -> SHA-256 of its bytes
@@ -94,7 +94,7 @@ def _write(path: Path, data: bytes) -> None:
 def _read_index(folder: Path) -> dict[str, str]:
     """The hashes noted; none where the index is missing or unreadable, so that everything is drawn again."""
     try:
-        index = json.loads((folder / INDEX).read_bytes())
+        index = read_json(folder / INDEX)
     except (FileNotFoundError, ValueError):
         return {}
     return index if isinstance(index, dict) else {}

@@ -1,6 +1,5 @@
 """What a report or a paper's material is made of: finished notebook runs, of one main run or of many."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -9,9 +8,9 @@ from pathlib import Path
 import pandas as pd
 
 from ibkit.errors import ArtifactError
-from ibkit.evaluate.claims import SCORES, evidence_files
+from ibkit.evaluate.claims import SCORES, check_evidence, evidence_files
 from ibkit.evaluate.stats import check_scores
-from ibkit.runs import CompletedRun, input_of, read_run
+from ibkit.runs import CompletedRun, input_of, read_json, read_run
 
 ADAPTED = "adapted.json"
 
@@ -57,7 +56,11 @@ class Gathered:
         """The tables that claims are read from, by file name; of several runs that hold one, the rows of all."""
         found = {SCORES: self.scores} if self.scores is not None else {}
         for file, notebook in evidence_files().items():
-            made = [stage.table(file) for stage in self.stages if stage.kind == notebook and file in stage.outputs]
+            made = [
+                check_evidence(file, stage.table(file), str(stage.folder / file))
+                for stage in self.stages
+                if stage.kind == notebook and file in stage.outputs
+            ]
             if made and file != SCORES:
                 found[file] = pd.concat(made, ignore_index=True)
         return found
@@ -68,7 +71,7 @@ class Gathered:
         tables = []
         for stage in self.stages:
             if stage.kind == "02_rl_finetune" and {"history.csv", ADAPTED} <= set(stage.outputs):
-                deltas = json.loads(stage.path(ADAPTED).read_text(encoding="utf-8"))["deltas"]
+                deltas = read_json(stage.path(ADAPTED))["deltas"]
                 subject = stage.json("subject.json")["name"] if "subject.json" in stage.outputs else ""
                 named = {
                     "arm": "+".join(delta["method"] for delta in deltas),

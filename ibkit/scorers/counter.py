@@ -7,7 +7,6 @@ of one subject, does not. It is a small network of the judge's kind, trained apa
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from ibkit.errors import ScoreError
 from ibkit.pocket.feedback import Asked
 from ibkit.pocket.words import NUMBERS
 from ibkit.pocket.world import CLASSES, COLOURS, PLACES
+from ibkit.runs import read_json
 from ibkit.scorers.base import load_state, reading, require_files, weights_folder
 from ibkit.scorers.judge import RATER_WIDTHS, JudgeNet, to_tensor
 
@@ -64,7 +64,7 @@ class Counter:
         with reading("counter", "counter.safetensors and counter.json", folder):
             net = counter_net()
             load_state(net, folder / "counter.safetensors")
-            card = json.loads((folder / "counter.json").read_text(encoding="utf-8"))
+            card = read_json(folder / "counter.json")
         return cls(net, card, device)
 
     @torch.inference_mode()

@@ -34,6 +34,7 @@ from torch import nn
 from ibkit.device import generator
 from ibkit.errors import ModelError, ParameterError, TrainingError
 from ibkit.fields import field
+from ibkit.runs import read_json
 from ibkit.scorers.base import load_state, reading, require_files
 from ibkit.scorers.clip import ClipEncoder
 from ibkit.scorers.encoder import Encoder, OnEncoder
@@ -197,7 +198,7 @@ class FeedbackReward(OnEncoder):
         folder = Path(head).expanduser()
         require_files("feedback", folder, CONFIG_FILE, WEIGHTS_FILE)
         with reading("feedback", "head", folder):
-            facts = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            facts = read_json(folder / CONFIG_FILE)
             net = FeedbackNet(facts["width"], facts["settings"]["hidden"])
             load_state(net, folder / WEIGHTS_FILE)
         if facts["encoder"] != encoder.evaluator:
