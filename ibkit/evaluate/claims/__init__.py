@@ -168,6 +168,7 @@ CLAIMS: Registry[Sequence[Claim]] = Registry(
         "baselines": "ibkit.evaluate.claims.baselines:CLAIMS",
         "dpg": "ibkit.evaluate.claims.dpg:CLAIMS",
         "rpo": "ibkit.evaluate.claims.rpo:CLAIMS",
+        "feedback": "ibkit.evaluate.claims.human_feedback:CLAIMS",
         "tunings": "ibkit.evaluate.claims.tunings:CLAIMS",
     },
 )
