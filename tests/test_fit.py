@@ -272,12 +272,27 @@ def test_the_numbers_of_weights_are_those_of_the_architectures():
     # the largest scorers' vision towers at their batch of 32: what scoring takes beside the weights
     for tower, px in ((found["image_reward"].vision, 224), (found["pick_score"].vision_model, 224)):
         tower.eval().requires_grad_(False)
-        with memory.FakeTensorMode(), torch.no_grad():
+        with memory.FakeTensorMode():
             memory.fake(tower)
-            pixels = torch.empty(32, 3, px, px)
-            with Counter(tower) as counter:
-                tower(pixels)
-        assert counter.peak < fit.SCORING_BYTES
+            with torch.no_grad(), Counter(tower) as counter:
+                tower(torch.empty(32, 3, px, px))
+            assert counter.peak < fit.SCORING_BYTES
+            with Counter(tower) as counter:  # and of one picture, with its gradient
+                of_first(tower(torch.empty(1, 3, px, px, requires_grad=True))).sum().backward()
+            assert counter.peak < fit.SCORING_BYTES
+
+
+def of_first(made):
+    return made if isinstance(made, torch.Tensor) else made[0]
+
+
+def test_a_rewards_gradient_goes_through_the_decoder():
+    """One picture's graph at a time, whatever the micro-batch; it is on the GPU with the U-Net's."""
+    _, draft, _ = stages("--tune", "draft")
+    whole, of_one = fit.fit(draft).phases, memory.autoencoder("decode", gradient=True)
+    assert of_one.nbytes > 5 * memory.autoencoder("decode").nbytes
+    assert whole["a gradient step"] > whole["drawing an epoch"] + of_one.nbytes
+    assert whole["a gradient step"] > 21 * GIB
 
 
 def test_methods_without_resources_are_counted_as_they_are():

@@ -95,6 +95,9 @@ def test_any_name_on_the_hub_and_any_revision(cache):
     assert load_model("some-org/some-model", COMMIT).name == "some-org/some-model"
     with pytest.raises(ModelError, match="no unet/config.json of the model some-org/some-model at revision v2, and HF"):
         load_model("some-org/some-model", "v2")
+    for local in ("pocket", str(cache / "models--some-org--some-model" / "snapshots" / COMMIT)):
+        with pytest.raises(ModelError, match="is on this machine and has no revision 'v2': leave it out"):
+            load_model(local, "v2")
 
 
 def test_weights_in_half_precision_alone_are_read(cache):

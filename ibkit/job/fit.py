@@ -199,12 +199,16 @@ def _tuning(given: dict[str, Any], settings: Any) -> dict[str, float]:
     offload = getattr(settings, "resources", Resources()).offload
     rewards = [_scorer(name) for name in (given["reward"], given["subject_reward"]) if name]
     trajectories = 4 * 4 * 64 * 64 * settings.images_per_epoch * (settings.sampler.n_steps + 1)
-    stay = counted.weights + state + trajectories + (0 if offload else PARTS + sum(rewards))
+    idle = PARTS + sum(rewards)
+    stay = counted.weights + state + trajectories + (0 if offload else idle)
+    step = stay + counted.nbytes
+    if METHODS[given["method"]].work(settings).graph_pictures:
+        step += autoencoder("decode", gradient=True).nbytes + SCORING_BYTES + (idle if offload else 0)
     return {
         "drawing before training": _drawing(),
         "scoring": 4 * WEIGHTS["unet"] + PARTS + max(rewards) + SCORING_BYTES,
         "drawing an epoch": stay + forward(DRAWN_ROWS).nbytes + autoencoder("decode").nbytes,
-        "a gradient step": stay + counted.nbytes,
+        "a gradient step": step,
     }
 
 

@@ -232,16 +232,22 @@ def forward(rows: int) -> Counted:
 
 
 @cache
-def autoencoder(part: str) -> Counted:
-    """`encode` or `decode` of as many pictures as the kit takes at a time, one; fp32 as everywhere in the kit."""
+def autoencoder(part: str, gradient: bool = False) -> Counted:
+    """`encode` or `decode` of as many pictures as the kit takes at a time, one; fp32 as everywhere in the kit.
+
+    Args:
+        gradient: of what is given, and with a backward pass.
+    """
     from diffusers import AutoencoderKL
 
     with torch.device("meta"):
         vae = AutoencoderKL(**SD15_VAE).eval().requires_grad_(False)
-    with FakeTensorMode(), torch.no_grad():
+    with FakeTensorMode(), torch.set_grad_enabled(gradient):
         fake(vae)
         shape = (4, 64, 64) if part == "decode" else (3, PICTURE_PX, PICTURE_PX)
-        given = torch.empty(pictures_at_once(PICTURE_PX), *shape)
+        given = torch.empty(pictures_at_once(PICTURE_PX), *shape, requires_grad=gradient)
         with Counter(vae) as counter:
-            getattr(vae, part)(given)
+            made = getattr(vae, part)(given)
+            if gradient:
+                made.sample.sum().backward()
     return Counted(counter.peak, counter.flop, 4 * WEIGHTS["vae"])

@@ -63,7 +63,8 @@ class Work:
     """What a training does, for a prediction of its time and memory.
 
     Rows of U-Net passes without gradient (`forward`), with that of a few weights (`tuned`), with that of all
-    (`trained`); `pictures` decoded and scored; and rows in its largest pass that keeps a graph.
+    (`trained`); `pictures` decoded and scored; rows in its largest pass that keeps a graph; and whether the decoder and
+    the reward keep one too (`graph_pictures`).
     """
 
     forward: int = 0
@@ -71,6 +72,7 @@ class Work:
     trained: int = 0
     pictures: int = 0
     graph_rows: int = 0
+    graph_pictures: bool = False
 
 
 class Train(Protocol):

@@ -40,7 +40,7 @@ from ibkit.methods.engine.policy import epoch_prompts, keep_best
 from ibkit.methods.records import METHODS, Method, Monitor, Work, check_job
 from ibkit.model.ddim import predict_x0, step_mean
 from ibkit.model.sample import Sampler, denoise
-from ibkit.model.text_to_image import TextToImage, model_fingerprint, to_pictures
+from ibkit.model.text_to_image import TextToImage, model_fingerprint, pictures_at_once, to_pictures
 from ibkit.runs import hash_json
 from ibkit.scorers.base import Scorer
 from ibkit.scorers.gradient import has_gradient, without_gradient
@@ -224,17 +224,19 @@ def train(
                 asked, members = [chosen[i] for i in part], part.tolist()
                 streams = [generator(seed, "rollout", epoch, i) for i in members]
                 drawn = draw(model, [p.text for p in asked], streams, generator(seed, "truncate", epoch), config)
-                loss = torch.zeros((), device=model.device)
                 for i, latents in enumerate(drawn):
-                    pixels = model.decode_pixels(latents)
-                    found = scorer.differentiable((pixels + 1) / 2, [p.clean for p in asked])
-                    short = torch.minimum(found, levels[part].to(found.device))
-                    loss = loss - short.sum().to(loss.device) / (len(drawn) * len(chosen))
-                    if i == 0:
-                        pictures += to_pictures(pixels)
-                        scores.append(found.detach().cpu())
-                (config.reward_weight * loss).backward()
-                losses.append(loss.detach())
+                    end = latents.detach().requires_grad_()
+                    for few in torch.arange(len(part)).split(pictures_at_once(model.image_px)):
+                        pixels = model.decode_pixels(end[few])  # whose graph takes more than the U-Net's
+                        found = scorer.differentiable((pixels + 1) / 2, [asked[k].clean for k in few])
+                        short = torch.minimum(found, levels[part[few]].to(found.device))
+                        loss = -short.sum() / (len(drawn) * len(chosen))
+                        (config.reward_weight * loss).backward()
+                        losses.append(loss.detach().cpu())
+                        if i == 0:
+                            pictures += to_pictures(pixels)
+                            scores.append(found.detach().cpu())
+                    latents.backward(end.grad)
             row = {"epoch": epoch} | rewards.row(chosen, torch.cat(scores)[None])
             judged = best.now()  # the weights that drew the pictures
             prior = _prior_loss(model, class_prompt, prior_latents, config, generator(seed, "prior", epoch))
@@ -323,8 +325,9 @@ def _work(settings: DRaFTConfig, n_forward: float, n_trained: int) -> Work:
         forward=round(pictures * n_forward * rows),
         tuned=0 if whole else with_gradient,
         trained=with_gradient if whole else 0,
-        pictures=pictures,
+        pictures=2 * pictures,  # decoded and scored, forth and back
         graph_rows=n_trained * rows * min(settings.micro_batch, settings.images_per_epoch),
+        graph_pictures=True,
     )
 
 

@@ -83,6 +83,8 @@ def find(model: str, revision: str = "") -> Path:
             "it in that format, or save it in diffusers format first."
         )
     if path.is_file() or (path / "unet" / "config.json").is_file():
+        if revision:
+            raise ModelError(f"model {model!r} is on this machine and has no revision {revision!r}: leave it out.")
         return path
     if path.exists():
         raise ModelError(
