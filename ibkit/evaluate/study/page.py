@@ -99,7 +99,6 @@ class RatingPage:
     def _show(self) -> None:
         task, n = self.session.current, len(self.session.tasks)
         self.progress.value, self.count.value = self.session.n_done, f"{self.session.n_done} of {n}"
-        self.undo.disabled = self.session.n_done == 0
         asking = task is not None and task.question == self._instructed
         shown = {self.start: task is not None and not asking} | dict.fromkeys(
             (self.first, self.rest, self.second), asking
@@ -145,7 +144,7 @@ def _pulse(page: "weakref.ref[RatingPage]") -> None:
             f"<style>@keyframes ibkit-{beat} {{to {{max-height: 10em}}}}</style><div style='max-height: 0; overflow: "
             f"hidden; animation: ibkit-{beat} 0s {3 * PULSE_S}s forwards'><b>This page is dead: its kernel was "
             "restarted or shut down, or a newer page has taken its place. Run the notebook to this cell again: all "
-            f"answers until here are in <code>{html.escape(str(living.session.path))}</code>.</b></div>"
+            "answers until here are saved, and it goes on behind them.</b></div>"
         )
         del living
         time.sleep(PULSE_S)
