@@ -53,6 +53,8 @@ METRICS: Registry[Metric] = Registry("ibkit.metrics", "metric", {
     "align_t": Metric("ALIGN-T", "text"),
     "weak_reward": Metric("Weak reward", "text"),
     "feedback": Metric("Reward learned from feedback", "text"),
+    "agreement": Metric("Feedback predicted", "text", is_share=True),
+    "precision": Metric("Among true pictures (DINO, k = 3)", "quality", is_share=True),
     "clip_i": Metric("CLIP-I", "subject"),
     "dino": Metric("DINO", "subject"),
     "subject_score": Metric("Subject in any pose", "subject"),

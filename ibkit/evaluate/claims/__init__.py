@@ -82,7 +82,7 @@ class Claim:
         unseen: whether to use only prompts that RL was not trained on.
         side: the claimed side of the threshold, 1 above or −1 below.
         threshold, border: what the decisive interval is compared with, and the same in words.
-        file, notebook: the table to read, and the notebook that makes it.
+        file, notebook: the table to read, and the notebook that makes it, or those of its arms that 03 does not draw.
         check: (table, where) -> the table, its values checked (`evaluate.columns`) and nothing left out.
         test: (claim, table, role -> arm) -> `Outcome`, where the figure is not treatment − control.
         roles: role -> arm, as in the paper; "{personalized}+dpok" is a tuning of whatever plays that role, and * stands
@@ -168,6 +168,7 @@ CLAIMS: Registry[Sequence[Claim]] = Registry(
         "baselines": "ibkit.evaluate.claims.baselines:CLAIMS",
         "dpg": "ibkit.evaluate.claims.dpg:CLAIMS",
         "rpo": "ibkit.evaluate.claims.rpo:CLAIMS",
+        "feedback": "ibkit.evaluate.claims.human_feedback:CLAIMS",
         "tunings": "ibkit.evaluate.claims.tunings:CLAIMS",
     },
 )
@@ -306,7 +307,9 @@ def _test(claim: Claim, tables: Mapping[str, pd.DataFrame], arms: Mapping[str, s
             raise CannotTest(f"Needs {claim.file} of notebook {claim.notebook}.")
         outcome = (claim.test or compare)(claim, tables[claim.file], cast)
     except CannotTest as reason:
-        return replace(finding, reason=str(reason))
+        elsewhere = claim.file == SCORES and claim.notebook != Claim.notebook
+        where = f" Notebook {claim.notebook} trains its arms." if elsewhere else ""
+        return replace(finding, reason=f"{reason}{where}")
     interval, (verdict, why) = outcome.interval, _verdict(claim, outcome)
     is_known = np.isfinite([interval.low, interval.high]).all()
     return replace(
