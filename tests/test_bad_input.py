@@ -2,9 +2,11 @@
 
 import json
 import math
+import pickle
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -102,6 +104,79 @@ def test_other_configs_that_mean_the_same_draw_the_same(tiny, folder, part, chan
         rewrite(folder, part, changes)
     words = (["a cat"], [0], Sampler(2, 2.0, 1.0))
     assert sample(load_model(str(folder)), *words)[0].tobytes() == sample(tiny, *words)[0].tobytes()
+
+
+def shard(path, variant=""):
+    """A weights file as two and their index, as save_pretrained(max_shard_size=...) names them."""
+    weights, place = load_file(path), {}
+    path.unlink()
+    for number, names in enumerate((list(weights)[::2], list(weights)[1::2]), 1):
+        file = f"{path.stem}{variant}-{number:05d}-of-00002.safetensors"
+        save_file({name: weights[name] for name in names}, path.with_name(file), metadata={"format": "pt"})
+        place |= dict.fromkeys(names, file)
+    index = {"metadata": {"total_size": 1}, "weight_map": place}
+    path.with_name(f"{path.name}.index{variant}.json").write_text(json.dumps(index))
+
+
+def pickled(path, variant=""):
+    stem = "pytorch_model" if path.stem == "model" else path.stem
+    torch.save(load_file(path), path.with_name(f"{stem}{variant}.bin"))
+    path.unlink()
+
+
+def variant(name):
+    return lambda path: path.rename(path.with_suffix(f".{name}.safetensors"))
+
+
+def beside(path):
+    """Other weights of a variant beside the plain ones."""
+    zeros = {name: torch.zeros_like(weight) for name, weight in load_file(path).items()}
+    save_file(zeros, path.with_suffix(".fp16.safetensors"), metadata={"format": "pt"})
+
+
+FILES = {
+    "sharded": shard, "sharded fp16": lambda path: shard(path, ".fp16"), "bin": pickled,
+    "bin fp16": lambda path: pickled(path, ".fp16"), "fp16": variant("fp16"), "non_ema": variant("non_ema"),
+    "plain and fp16": beside,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("write", FILES.values(), ids=FILES)
+def test_weights_are_read_under_every_name_that_diffusers_gives_them(tiny, folder, write):
+    for path in list(folder.rglob("*.safetensors")):
+        write(path)
+    found, expected = load_model(str(folder)).unet.state_dict(), tiny.unet.state_dict()
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+class Program:
+    def __reduce__(self):
+        return open, ("/tmp/ibkit-was-run", "w")
+
+
+def lose(pattern, write=shard):
+    def change(path):
+        write(path)
+        next(path.parent.glob(pattern)).unlink()
+
+    return change
+
+
+NO_FILES = [
+    (lambda path: path.unlink(), "the unet in .* has no weights .it has config.json."),
+    (lose("*.index.json"), "the unet in .* has weights in several files and no index"),
+    (lose("*-00002-of-00002*"), "diffusion_pytorch_model-00002-of-00002.safetensors"),
+    (lambda path: (path.with_suffix(".bin").write_bytes(pickle.dumps(Program())), path.unlink()), "Unable to load"),
+    (lambda path: (path.with_suffix(".ckpt").write_bytes(b"x"), path.unlink()), "no weights .it has config.json, diff"),
+]
+
+
+@pytest.mark.parametrize(("change", "says"), NO_FILES, ids=[row[1][-30:] for row in NO_FILES])
+def test_weights_that_cannot_be_read_are_named(folder, change, says):
+    change(folder / "unet" / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(ModelError, match=says) as refused:
+        load_model(str(folder))
+    assert "\n" not in str(refused.value) and not Path("/tmp/ibkit-was-run").exists()
 
 
 def test_an_embedding_table_that_is_padded_is_read(tiny, folder):

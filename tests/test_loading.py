@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import huggingface_hub
 import pytest
@@ -126,6 +128,48 @@ def test_a_hub_that_does_not_answer_is_said_at_once(cache, monkeypatch):
     monkeypatch.setattr(hub, "answers", lambda url: False)
     with pytest.raises(ModelError, match="does not answer: go online once, or give the path of a diffusers folder"):
         load_model("sd15")
+
+
+NETWORK = [
+    ({}, "hub.example", "HF_ENDPOINT='hub.example' is no address .*: write it as https://host, or unset it"),
+    ({}, "https://", "HF_ENDPOINT='https://' is no address"),
+    (
+        {"https_proxy": "proxy:3128"},
+        "",
+        "proxy of HTTPS_PROXY, 'proxy:3128', is no address .*http://host:port, or unset",
+    ),
+    ({"https_proxy": "http://proxy:port"}, "", "'http://proxy:port', is no address"),
+    ({"all_proxy": "gopher://proxy"}, "", "proxy of ALL_PROXY, 'gopher://proxy', is no address"),
+    ({"all_proxy": "http://[::1"}, "", "is no address"),
+    ({"https_proxy": "socks5://localhost:1"}, "", "needs the package socksio: pip install socksio, or"),
+]
+
+
+@pytest.mark.parametrize(("variables", "endpoint", "says"), NETWORK, ids=[row[2][:40] for row in NETWORK])
+def test_addresses_of_hub_and_proxy_that_are_none_are_named(cache, monkeypatch, variables, endpoint, says):
+    from ibkit.job.check import check_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", endpoint or "https://huggingface.co")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ModelError, match=says) as refused:
+        load_model("sd15")
+    assert "\n" not in str(refused.value) and check_hub().found in str(refused.value)
+
+
+def test_a_server_answers_or_not():
+    server = HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler)  # every request is answered by 501
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    address = f"http://127.0.0.1:{server.server_port}"
+    assert hub.answers(address)
+    server.shutdown()
+    server.server_close()
+    assert not hub.answers(address)
 
 
 class TestOnline:

@@ -6,7 +6,6 @@ hashes base and deltas alone: no folder, clock or parameter, so a run made again
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -21,7 +20,7 @@ from ibkit.device import generator
 from ibkit.errors import ArtifactError, ModelError
 from ibkit.model.loading import load_model
 from ibkit.model.text_to_image import TextToImage, model_fingerprint
-from ibkit.runs import CompletedRun, Run, hash_file, hash_json
+from ibkit.runs import CompletedRun, Run, hash_file, hash_json, read_json
 
 FILE = "adapted.json"
 SCHEMA = 1
@@ -129,7 +128,7 @@ class Adapted:
         """
         path = run.path(name)
         try:
-            facts = json.loads(path.read_text(encoding="utf-8"))
+            facts = read_json(path)
             if facts["schema"] != SCHEMA:
                 raise ValueError(f"schema {facts['schema']}, and this ibkit reads {SCHEMA}")
             adapters, deltas = (

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from ibkit.data.prompts import Prompt, make_prompt, subject_phrase
 from ibkit.errors import ArtifactError, ParameterError
 from ibkit.pocket.words import check_phrase
 from ibkit.pocket.world import DEMO_SUBJECTS, Subject, activities_of, reference_scenes
-from ibkit.runs import CompletedRun, Run, input_of
+from ibkit.runs import CompletedRun, Run, input_of, read_json
 
 FILE = "subject.json"
 
@@ -67,7 +66,7 @@ class PersonalizedSubject:
         """
         path = run.path(FILE)
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
             world = values.pop("world")
             return PersonalizedSubject(**values, world=Subject(**world) if world else None)
         except (ValueError, KeyError, TypeError) as error:

@@ -10,6 +10,7 @@ import pandas as pd
 
 from ibkit.errors import ScoreError
 from ibkit.evaluate.arms import BASE
+from ibkit.evaluate.columns import ANSWER, NUMBER, OR_NOTHING, SHARE, TEXT, WHOLE, check_columns, place
 from ibkit.evaluate.intervals import Interval, difference_interval, mean_interval
 from ibkit.registry import Registry
 
@@ -52,6 +53,8 @@ METRICS: Registry[Metric] = Registry("ibkit.metrics", "metric", {
     "align_t": Metric("ALIGN-T", "text"),
     "weak_reward": Metric("Weak reward", "text"),
     "feedback": Metric("Reward learned from feedback", "text"),
+    "agreement": Metric("Feedback predicted", "text", is_share=True),
+    "precision": Metric("Among true pictures (DINO, k = 3)", "quality", is_share=True),
     "clip_i": Metric("CLIP-I", "subject"),
     "dino": Metric("DINO", "subject"),
     "subject_score": Metric("Subject in any pose", "subject"),
@@ -64,6 +67,7 @@ SEEDS = ("seed", "tune_seed")  # of the personalization and of the tuning; empty
 KEYS = ("arm", *SEEDS, "subject", "prompt_id", "identifier", "image_seed")
 # The unit that pairs two arms: one noise seed of one prompt of one subject.
 UNIT = ("subject", "prompt_id", "image_seed")
+SAME = 1e-4  # two scores of one picture differ by no more, relative or absolute
 NO_SEED = -1  # stands for a missing seed in an index of integers
 
 # Use the first available metric of an axis, in this order: the judge (ground truth), then others; ImageReward last,
@@ -89,45 +93,32 @@ def check_scores(scores: pd.DataFrame, where: str = "the score table") -> pd.Dat
     """Validate a tidy score table (one row per image) and drop rows that occur twice.
 
     Raises:
-        ScoreError: a key column is missing, there are no rows, a judge's answer is not 0 or 1, or the same image of
-            the same arm stands there twice with different scores.
+        ScoreError: a key column is missing, there are no rows, a value is not of its column's kind, or the same image
+            of the same arm stands there twice with different scores.
     """
     missing = [name for name in KEYS if name not in scores.columns]
     if missing:
         raise ScoreError(f"{where} lacks the columns {', '.join(missing)}: is it a scores.csv of notebook 03_evaluate?")
     if scores.empty:
         raise ScoreError(f"{where} has no rows: run notebook 03_evaluate to the end.")
-    scores = scores.copy()
     metrics = [name for name in METRICS if name in scores.columns]
-    for name in (*SEEDS, "image_seed", *metrics):
-        try:
-            scores[name] = pd.to_numeric(scores[name])
-        except (ValueError, TypeError) as error:
-            raise ScoreError(f"The column {name} of {where} holds something that is not a number ({error}).") from error
-        if np.isinf(scores[name].to_numpy(dtype=float)).any():
-            raise ScoreError(f"The column {name} of {where} holds an infinite value.")
-        if name in METRICS and METRICS[name].is_share and not scores[name].dropna().isin((0, 1)).all():
-            raise ScoreError(f"The column {name} of {where} must hold 0, 1 or nothing.")
-    for name in SEEDS:
-        try:
-            scores[name] = scores[name].astype("Int64")
-        except (ValueError, TypeError) as error:
-            raise ScoreError(f"The column {name} of {where} must hold whole numbers or nothing ({error}).") from error
-    for name, kind, allowed in (("identifier", "bool", "True or False"), ("seen", "boolean", "True, False or nothing")):
-        if name in scores.columns:
-            answers = scores[name].map(lambda answer: "" if pd.isna(answer) else str(answer).strip().lower())
-            if not (answers.isin(("true", "false")) | ((name == "seen") & (answers == ""))).all():
-                raise ScoreError(f"The column {name} of {where} must hold {allowed}.")
-            scores[name] = answers.map({"true": True, "false": False}).astype(kind)
-    # Several evaluations may list the same images of the base model.
+    kinds = {"arm": TEXT, "subject": TEXT, "prompt_id": TEXT, "image_seed": WHOLE, "identifier": ANSWER}
+    kinds |= {"seen": ANSWER + OR_NOTHING} | dict.fromkeys(SEEDS, WHOLE + OR_NOTHING)
+    kinds |= {name: (SHARE if METRICS[name].is_share else NUMBER) + OR_NOTHING for name in metrics}
+    scores = check_columns(scores, kinds, where).astype(dict.fromkeys(SEEDS, "Int64"))
+    # Several evaluations may list the same images of the base model; the last bits of a score may depend on a batch.
     scores = scores.drop_duplicates(subset=[*KEYS, *metrics])
-    twice = scores[scores.duplicated(subset=list(KEYS), keep=False)]
-    if len(twice):
-        row = twice.iloc[0]
+    twice = scores.duplicated(subset=list(KEYS), keep=False)
+    again = scores[twice]
+    first = again.groupby(list(KEYS), dropna=False, sort=False)[metrics].transform("first").to_numpy(dtype=float)
+    twice[twice] = ~np.isclose(again[metrics].to_numpy(dtype=float), first, SAME, SAME, equal_nan=True).all(axis=1)
+    if twice.any():
+        row = scores[twice].iloc[0]
         raise ScoreError(
-            f"{where} lists {row['arm']} ({in_words(row)}), prompt {row['prompt_id']}, image seed {row['image_seed']} "
-            "more than once with different scores: keep one evaluation of each image."
+            f"{place(where, scores, twice)} lists {row['arm']} ({in_words(row)}), prompt {row['prompt_id']}, image "
+            f"seed {row['image_seed']} more than once with different scores: keep one evaluation of each image."
         )
+    scores = scores.drop_duplicates(subset=list(KEYS))
     return scores.reset_index(drop=True)
 
 

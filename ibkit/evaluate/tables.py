@@ -15,16 +15,19 @@ from typing import Any
 
 import pandas as pd
 
-from ibkit.errors import ScoreError
+from ibkit.errors import ArtifactError, ScoreError
 from ibkit.evaluate import stats
 from ibkit.evaluate.arms import BASE, REAL, arms_of, label_of
-from ibkit.evaluate.claims import load_scores
+from ibkit.evaluate.claims import SCORES, load_scores
 from ibkit.evaluate.intervals import Interval
 from ibkit.evaluate.stats import METRICS, as_compared, check_scores, metrics_in, summarise
-from ibkit.runs import resolve, write_atomically
+from ibkit.runs import write_atomically
 
 HIGHER, LOWER, NOT_TOLD_APART = "higher", "lower", "not told apart"
 SEEN_LABELS = {True: "seen in RL", False: "unseen"}
+WRITTEN = {
+    f"{name}.{suffix}" for name in ("fidelity", "differences", "seen_and_unseen") for suffix in ("csv", "md", "tex")
+}
 LATEX_SPECIAL = str.maketrans({"%": r"\%", "&": r"\&", "_": r"\_", "λ": r"$\lambda$", "−": "$-$", "–": "--"})
 
 
@@ -205,11 +208,26 @@ def in_all_formats(table: pd.DataFrame) -> dict[str, str]:
     return {"csv": table.to_csv(index=False), "md": as_markdown(table), "tex": as_latex(table)}
 
 
-def all_tables(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Name -> text table: `fidelity`; `differences`, where there is a personalized arm and another; `seen_and_unseen`,
-    where both kinds were drawn.
+def by_subjects(scores: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.DataFrame:
+    """`fidelity` apart for each subject; by default the primary metrics alone.
+
+    Raises:
+        ScoreError: a metric that the scores do not have.
     """
-    found, gaps = {"fidelity": fidelity(scores)}, differences(scores)
+    asked = asked_metrics(scores, metrics or list(stats.primary_metrics(scores).values()))
+    return _wide(summarise(as_compared(scores), ("arm", "subject"), asked), ["arm", "subject"])
+
+
+def all_tables(scores: pd.DataFrame, against: str = "") -> dict[str, pd.DataFrame]:
+    """Name -> text table: `fidelity`; `subjects`, where there are several; `differences`, where there is a personalized
+    arm and another; `seen_and_unseen`, where both kinds were drawn.
+
+    Args:
+        against: see `differences`.
+    """
+    found, gaps = {"fidelity": fidelity(scores)}, differences(scores, against)
+    if scores["subject"].nunique() > 1:
+        found["subjects"] = by_subjects(scores)
     if len(gaps):
         found["differences"] = differences_in_words(gaps)
     if "seen" in scores.columns and as_compared(scores)["seen"].dropna().nunique() == 2:
@@ -251,7 +269,13 @@ def combine(folders: Sequence[str | Path]) -> pd.DataFrame:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of `ibkit tables`."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of evaluated runs, such as one a subject")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="folders of evaluated runs, such as one a subject, or grids"
+    )
+    parser.add_argument(
+        "--against", default="", metavar="ARM",
+        help="subtract this arm from all others, such as lora_dreambooth (default: each from what it started from)",
+    )  # fmt: skip
     parser.add_argument(
         "--out", default="", metavar="FOLDER",
         help="write the tables there as CSV, Markdown and LaTeX, and all scores, on which `ibkit claims` can be run",
@@ -260,19 +284,41 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def main(arguments: Namespace) -> int:
     """Run `ibkit tables`."""
-    scores = combine(arguments.runs)
-    tables = all_tables(scores)
+    folder = _new_folder(arguments.out) if arguments.out else None
+    scores = combine([Path(run).expanduser() for run in arguments.runs])
+    tables = all_tables(scores, arguments.against)
     for name, table in tables.items():
         print(f"{name.replace('_', ' ').capitalize()}\n\n{as_markdown(table)}")
     if "differences" not in tables:
         print("No table of differences: it needs a personalized arm, and the base model or a tuning of it.")
-    if arguments.out:
-        folder = resolve(arguments.out)
+    if folder:
         folder.mkdir(parents=True, exist_ok=True)
+        for old in WRITTEN:  # of other runs, whose tables need not be these
+            (folder / old).unlink(missing_ok=True)
         files = {f"{name}.{suffix}": text for name, t in tables.items() for suffix, text in in_all_formats(t).items()}
-        files["scores.csv"] = scores.to_csv(index=False)
+        files[SCORES] = scores.to_csv(index=False)
         for name, text in files.items():
             data = text.encode()
             write_atomically(folder / name, len(data), partial(Path.write_bytes, data=data))
         print(f"written to {folder}: {', '.join(sorted(files))}")
     return 0
+
+
+def _new_folder(out: str) -> Path:
+    """The folder to write into, from the current one as the runs are: a new one, an empty one, or one of this command.
+
+    Raises:
+        ArtifactError: a file is there, or a folder with something else in it.
+    """
+    folder = Path(out).expanduser().resolve()
+    try:
+        there = {path.name for path in folder.iterdir()}
+    except FileNotFoundError:
+        there = set()
+    except OSError as error:
+        raise ArtifactError(f"--out {folder} is no folder to write into ({error.strerror}): name a new one.") from error
+    if other := sorted(there - WRITTEN - ({SCORES} if there & WRITTEN else set())):
+        raise ArtifactError(
+            f"--out {folder} has {other[0]} in it, which `ibkit tables` did not write: name a new folder."
+        )
+    return folder

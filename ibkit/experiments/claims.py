@@ -1,16 +1,37 @@
 """Claims of InstructBooth that the experiments of notebooks 04 to 06 test; none is about an arm of notebook 03."""
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import pandas as pd
 
 from ibkit.evaluate.claims import INSTRUCTBOOTH, CannotTest, Claim, Outcome, signed
+from ibkit.evaluate.columns import ANSWER, NUMBER, OR_NOTHING, SHARE, TEXT, WHOLE, check_columns, check_unique
 from ibkit.evaluate.intervals import Interval
 from ibkit.evaluate.stats import METRICS, PRIMARY
-from ibkit.experiments.detailed_description import compare
+from ibkit.experiments import detailed_description
 from ibkit.experiments.prompt_curves import efficiency, kept_by_class
 from ibkit.experiments.subject_analysis import fall, misranked, pose_cost
+
+# Columns of each table: the keys of a row, of which it has one, and what claims read of it.
+DESCRIBED = {"description": ANSWER, "train_seed": WHOLE, "subject": TEXT, "prompt_id": TEXT, "image_seed": WHOLE}
+CHANGED = {"class_noun": TEXT, "subject": TEXT, "pair": WHOLE, "change": TEXT}
+ABLATED = {
+    "arm": TEXT, "class_noun": TEXT, "subject": TEXT, "dreambooth_steps": WHOLE, "rl_seed": WHOLE, "epoch": WHOLE,
+}  # fmt: skip
+MEASURED = {name: (SHARE if METRICS[name].is_share else NUMBER) + OR_NOTHING for name in detailed_description.MEASURED}
+CURVES = dict.fromkeys(("n_images", "n_identifier_images", "reward_base"), NUMBER)
+CURVES |= dict.fromkeys(("reward_identifier", "judge_activity"), NUMBER)
+CURVES |= dict.fromkeys(("training_reward_identifier", "training_reward_class"), NUMBER + OR_NOTHING)
+
+
+def _check(table: pd.DataFrame, where: str, *, keys: Mapping[str, str], measured: Mapping[str, str]) -> pd.DataFrame:
+    """Refuse values of a wrong kind and rows that stand there twice. Missing columns leave the claim untested."""
+    table = check_columns(table, {**keys, **measured}, where)
+    if set(keys) <= set(table.columns):
+        check_unique(table, list(keys), where)
+    return table.reset_index(drop=True)
 
 
 def description_helps(claim: Claim, table: pd.DataFrame, arms: Mapping[str, str]) -> Outcome:
@@ -19,9 +40,9 @@ def description_helps(claim: Claim, table: pd.DataFrame, arms: Mapping[str, str]
     The judge's question for the shape alone goes into the detail: the judge is right less often there (notebook 04).
     """
     metric = next((name for name in PRIMARY["subject"] if name in table.columns), None)
-    if metric is None or not {"description", "train_seed"} <= set(table.columns):
+    if metric is None or not set(DESCRIBED) <= set(table.columns):
         raise CannotTest("description.csv lacks its columns: run 04_attention_maps again.")
-    rows = compare(table).set_index("metric")
+    rows = detailed_description.compare(table).set_index("metric")
     gaps = {
         row.Index: Interval(row.difference, row.difference_low, row.difference_high, row.n) for row in rows.itertuples()
     }
@@ -37,7 +58,7 @@ def description_helps(claim: Claim, table: pd.DataFrame, arms: Mapping[str, str]
 
 def pose_lowers_dino(claim: Claim, table: pd.DataFrame, arms: Mapping[str, str]) -> Outcome:
     """C6: DINO of the same subject in another pose, minus its DINO after a mere change of view."""
-    if not {"change", "pair", "subject", "dino"} <= set(table.columns):
+    if not {*CHANGED, "dino", "judge_identity"} <= set(table.columns):
         raise CannotTest("changes.csv lacks its columns: run 05_dino_metric again.")
     if not {"view", "pose", "identity"} <= set(table["change"]):
         raise CannotTest("changes.csv has no change of view, pose and identity: photos of a user have no truth.")
@@ -58,6 +79,8 @@ def both_kinds_learn_faster(claim: Claim, table: pd.DataFrame, arms: Mapping[str
     """C7: images that identifier prompts alone need / images that both kinds need, at equal totals, from the most
     overfitted model of the table.
     """
+    if not {*ABLATED, *CURVES} <= set(table.columns):
+        raise CannotTest("prompt_kinds.csv lacks its columns: run 06_prompt_ablation again.")
     rows = efficiency(table)
     rows = rows[rows["arm"] == "identifier_equal_totals"].sort_values("dreambooth_steps")
     if rows.empty:
@@ -94,6 +117,7 @@ CLAIMS = (
         "§2.1 and figure 15 (pictures only; no number in the paper)",
         file="description.csv",
         notebook="04_attention_maps",
+        check=partial(_check, keys=DESCRIBED, measured=MEASURED),
         test=description_helps,
     ),
     Claim(
@@ -105,6 +129,7 @@ CLAIMS = (
         side=-1,
         file="changes.csv",
         notebook="05_dino_metric",
+        check=partial(_check, keys=CHANGED, measured={"dino": NUMBER, "judge_identity": SHARE}),
         test=pose_lowers_dino,
     ),
     Claim(
@@ -117,6 +142,7 @@ CLAIMS = (
         border="1, equally many images",
         file="prompt_kinds.csv",
         notebook="06_prompt_ablation",
+        check=partial(_check, keys=ABLATED, measured=CURVES),
         test=both_kinds_learn_faster,
     ),
 )

@@ -284,6 +284,8 @@ def check_hub() -> Finding:
     by_hand = "or copy a folder in diffusers format or a .safetensors file here and name it: --model PATH"
     if constants.HF_HUB_OFFLINE:
         return Finding("model hub", f"HF_HUB_OFFLINE is set, and {lacks}", f"unset it for sd15, {by_hand}", ("sd15",))
+    if wrong := hub.misset(constants.ENDPOINT):
+        return Finding("model hub", wrong.partition(": ")[0], wrong.partition(": ")[2], ("sd15",))
     if not hub.answers(constants.ENDPOINT):
         advice = f"sd15 needs it once, to download the model; look at network and proxy, {by_hand}"
         return Finding(

@@ -6,8 +6,10 @@ there loads at once, and is the one that was downloaded, not what its branch hol
 
 from __future__ import annotations
 
+import contextlib
+import importlib.util
 import threading
-import urllib.error
+import urllib.parse
 import urllib.request
 from collections.abc import Callable
 from pathlib import Path
@@ -83,6 +85,8 @@ def obtain(repository: str, revision: str = "") -> Path:
     lacking = f"the hub's cache has no {missing[0]} {there}"
     if constants.HF_HUB_OFFLINE:
         raise ModelError(f"{lacking}, and HF_HUB_OFFLINE is set: unset it and go online once, {by_hand}.")
+    if wrong := misset(constants.ENDPOINT):
+        raise ModelError(f"{lacking}, and {wrong}.")
     if not answers(constants.ENDPOINT):
         raise ModelError(f"{lacking}, and {constants.ENDPOINT} does not answer: go online once, {by_hand}.")
     try:
@@ -100,18 +104,41 @@ def obtain(repository: str, revision: str = "") -> Path:
     )
 
 
+def misset(endpoint: str) -> str:
+    """What is wrong with the address of the hub or of a proxy, and what to do, in words; empty where nothing is."""
+    if problem := _no_address(endpoint, ("http", "https")):
+        return f"HF_ENDPOINT={endpoint!r} {problem}: write it as https://host, or unset it"
+    proxies = urllib.request.getproxies()
+    named = [(kind, proxies[kind]) for kind in (urllib.parse.urlsplit(endpoint).scheme, "all") if kind in proxies]
+    for kind, proxy in named:
+        variable = f"the proxy of {kind.upper()}_PROXY, {proxy!r},"
+        if problem := _no_address(proxy, ("http", "https", "socks5", "socks5h")):
+            return f"{variable} {problem}: write it as http://host:port, or unset it"
+        if proxy.startswith("socks5") and importlib.util.find_spec("socksio") is None:
+            return f"{variable} needs the package socksio: pip install socksio, or name an http proxy"
+    return ""
+
+
+def _no_address(url: str, schemes: tuple[str, ...]) -> str:
+    """Why a text is no address of a server; empty where it is one."""
+    try:
+        parts = urllib.parse.urlsplit(url)
+        if parts.scheme in schemes and parts.hostname and (parts.port is None or parts.port):
+            return ""
+    except ValueError:  # of a port that is no number, of brackets
+        pass
+    return f"is no address that begins with {' or '.join(f'{scheme}://' for scheme in schemes)}"
+
+
 def answers(url: str) -> bool:
     """Whether a server answers a request within `TIMEOUT_S`; the hub's client would try for half a minute."""
+    import httpx  # as the hub's client does, so through the same proxies
+
     answered = threading.Event()
 
     def ask() -> None:
-        try:
-            urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT_S).close()
-        except urllib.error.HTTPError:  # an answer all the same
-            answered.set()
-        except (OSError, ValueError):
-            pass
-        else:
+        with contextlib.suppress(httpx.HTTPError, OSError, ValueError):
+            httpx.head(url, timeout=TIMEOUT_S)  # whatever the status, it is an answer
             answered.set()
 
     # In a thread, because looking up a name has no time limit of its own.

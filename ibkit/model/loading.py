@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,11 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 POCKET_PIPELINE = Path(__file__).parents[1] / "pocket" / "weights" / "pipeline"
+# model.safetensors, diffusion_pytorch_model.fp16-00001-of-00002.safetensors, pytorch_model.bin, ...
+WEIGHTS = re.compile(
+    r"(?:diffusion_pytorch_|pytorch_)?model(?:\.(?P<variant>\w+))?(?P<shard>-\d+-of-\d+)?\.(?P<kind>safetensors|bin)"
+)
+VARIANTS = ("", "fp16", "bf16")  # in the order they are preferred; others after them
 OTHER_PARTS_OF_CLIP = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")  # read by no method
 
 
@@ -26,7 +32,7 @@ def load_model(model: str = "pocket", revision: str = "", device: torch.device |
 
     Args:
         model: "pocket"; "sd15" or another name on the hub (SD 1.x, or 2.x that predicts noise); a local folder in
-            diffusers format, whose weights may be those of the variant fp16; or a .safetensors file of SD 1.x.
+            diffusers format, its weights safetensors or .bin, plain or of a variant; or a .safetensors file of SD 1.x.
         revision: of the hub's repository; empty = its main branch.
 
     Raises:
@@ -122,18 +128,17 @@ def load_weights(
     architecture: type[ModelMixin] | type[PreTrainedModel], folder: Path, part: str, **options
 ) -> torch.nn.Module:
     """A part of a diffusers folder, every weight of which comes from its file; `from_pretrained` only logs what does
-    not fit and leaves the weights concerned random. Where there are weights of the variant fp16 alone, they are read.
+    not fit and leaves the weights concerned random. Where there are weights of a variant alone (fp16), they are read.
 
     Raises:
         ModelError: weights are missing, left over, of another shape or not finite, or the file is damaged.
     """
     where = f"the {part} in {folder}"
-    files = [path.name for path in (folder / part).glob("*.safetensors*")]
-    only_fp16 = files and all(".fp16." in name for name in files)
+    variant, safe = _weights_of(folder / part, where)
     try:
         module, report = architecture.from_pretrained(
             folder, subfolder=part, output_loading_info=True, ignore_mismatched_sizes=True,
-            variant="fp16" if only_fp16 else None, **options,
+            variant=variant or None, use_safetensors=safe, **options,
         )  # fmt: skip
     except SafetensorError as error:
         raise ModelError(f"{where}: its weights file is damaged ({error}): restore it.") from error
@@ -147,6 +152,27 @@ def load_weights(
             "inside a wrapper; save the model inside it, or remove that prefix from the names."
         )
     return require_whole(module, where, missing, left_over, sorted(key for key, *_ in report["mismatched_keys"]))
+
+
+def _weights_of(folder: Path, where: str) -> tuple[str, bool]:
+    """Which of a part's weights to read, by the names that diffusers and transformers give them: their variant, empty
+    for the plain ones, and whether they are safetensors (a .bin is read as weights only: it can run no program).
+
+    Raises:
+        ModelError: there are none, or those in several files have no index.
+    """
+    names = [path.name for path in folder.iterdir()]
+    found = [match for match in map(WEIGHTS.fullmatch, names) if match]
+    if not found:
+        there = ", ".join(sorted(names))
+        raise ModelError(f"{where} has no weights (it has {there}): save it again with save_pretrained.")
+    rank = {variant: i for i, variant in enumerate(VARIANTS)}
+    first = min(
+        found, key=lambda m: (m["kind"] != "safetensors", rank.get(m["variant"] or "", len(rank)), m["variant"])
+    )
+    if first["shard"] and not any(name.endswith(".json") and ".index." in name for name in names):
+        raise ModelError(f"{where} has weights in several files and no index of them: restore its .index.json.")
+    return first["variant"] or "", first["kind"] == "safetensors"
 
 
 def require_whole(

@@ -4,12 +4,12 @@ each other. No weight is read, so it is found before hours and gigabytes are spe
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from ibkit.errors import ModelError
+from ibkit.runs import read_json
 
 N_TRAIN_STEPS = 1000  # noise levels that the methods count on
 PARTS = {
@@ -34,7 +34,7 @@ def read_configs(model: str, folder: Path) -> dict[str, dict[str, Any]]:
     for part, name in PARTS.items():
         path = folder / part / name
         try:
-            configs[part] = json.loads(path.read_bytes())
+            configs[part] = read_json(path)
             if not isinstance(configs[part], dict):
                 raise ValueError("it is no table")
         except FileNotFoundError:

@@ -42,6 +42,19 @@ def resolve(path: str | os.PathLike) -> Path:
     return project_root() / Path(path).expanduser()
 
 
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text; a ValueError says what is wrong with it, also where it is nested too deeply to read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
+def read_json(path: str | os.PathLike) -> Any:
+    """The value in a JSON file; an OSError or ValueError says what is wrong with it."""
+    return parse_json(Path(path).read_bytes())
+
+
 def hash_file(path: str | os.PathLike) -> str:
     """SHA-256 of a file's bytes, as hex."""
     with open(path, "rb") as file:
@@ -114,6 +127,14 @@ def write_atomically(path: Path, need_bytes: int, write: Callable[[Path], Any]) 
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink()
+
+
+def link_or_copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """A hard link, which takes no room, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def save_tensors(tensors: Mapping[str, "torch.Tensor"], path: Path) -> None:

@@ -17,7 +17,17 @@ from typing import TYPE_CHECKING, Any
 
 from ibkit import __version__
 from ibkit.errors import ArtifactError
-from ibkit.runs.files import IMAGE_SUFFIXES, files_of, hash_file, hash_json, hash_tree, plain, project_root, resolve
+from ibkit.runs.files import (
+    IMAGE_SUFFIXES,
+    files_of,
+    hash_file,
+    hash_json,
+    hash_tree,
+    plain,
+    project_root,
+    read_json,
+    resolve,
+)
 from ibkit.runs.locks import HOLDER, LOCK, held_by
 
 if TYPE_CHECKING:
@@ -28,7 +38,8 @@ SCHEMA = 1
 MANIFEST, JOURNAL = "manifest.json", "outputs.jsonl"
 INPUT_PATHS = {"subject", "lora", "run_in", "runs", "run_evaluate", "ratings"}  # compared by content
 MODEL_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
-HOW = {"device", "processes", "micro_batch"}  # parameters, and settings, that say how to run, not what
+HOW = {"device", "processes", "micro_batch", "picture_cache"}  # parameters, and settings, that say how to run, not what
+TEXT_COLUMNS = {"rater": str, "item": str}  # of tables: names that may look like numbers, "01"
 NO_DEVICE = "nothing computed in this process"
 PACKAGES = (
     "torch torchvision transformers diffusers peft accelerate open-clip-torch numpy pandas pillow papermill".split()
@@ -39,7 +50,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a run, finished or not; ArtifactError where it is missing, damaged or altered."""
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = read_json(path)
         if manifest["schema"] != SCHEMA:
             raise ArtifactError(
                 f"{path} has schema {manifest['schema']!r}, and this ibkit reads {SCHEMA}; run the notebook again."
@@ -213,11 +224,11 @@ class CompletedRun:
         """An output as a table, as it was written: only an empty field is a missing value."""
         import pandas as pd
 
-        return pd.read_csv(self.path(rel), keep_default_na=False, na_values=[""])
+        return pd.read_csv(self.path(rel), keep_default_na=False, na_values=[""], dtype=TEXT_COLUMNS)
 
     def json(self, rel: str | os.PathLike) -> Any:
         """An output as a JSON value."""
-        return json.loads(self.path(rel).read_text(encoding="utf-8"))
+        return read_json(self.path(rel))
 
     def tensors(self, rel: str | os.PathLike) -> dict[str, "torch.Tensor"]:
         """An output as tensors on the CPU."""

@@ -20,6 +20,8 @@ from ibkit.runs.files import (
     files_of,
     hash_file,
     hash_json,
+    link_or_copy,
+    parse_json,
     plain,
     savable,
     save_tensors,
@@ -205,6 +207,10 @@ class Run:
         """Write an output from bytes; returns its path."""
         return self._write(rel, len(data), lambda temporary: temporary.write_bytes(data))
 
+    def link(self, rel: str | os.PathLike, source: Path) -> Path:
+        """Make an output of a file elsewhere that nobody changes, without its room (a hard link); returns its path."""
+        return self._write(rel, source.stat().st_size, lambda temporary: link_or_copy(source, temporary))
+
     def write_text(self, rel: str | os.PathLike, text: str) -> Path:
         """Write an output from text (UTF-8, newlines as they are); returns its path."""
         return self.write_bytes(rel, text.encode())
@@ -379,13 +385,21 @@ def _to_json(value: Any, doing: str, **options: Any) -> str:
 
 
 def _read_journal(folder: Path) -> dict[str, dict[str, Any]]:
-    """Outputs noted before a run was interrupted; a last line cut short is an output whose note was not finished."""
-    path = folder / JOURNAL
-    entries = {}
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            entry = json.loads(line)
-        except ValueError:
+    """Outputs noted before a run was interrupted; a line that is no note, such as a last one that was cut short, is of
+    an output that has to be made again.
+    """
+    path, entries = folder / JOURNAL, {}
+    lines = path.read_bytes().splitlines() if path.exists() else []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
             continue
-        entries[checked_name(entry.pop("name"))] = entry
+        try:
+            entry = parse_json(line)
+            name = checked_name(entry.pop("name"))
+            if not (isinstance(entry["bytes"], int) and isinstance(entry["sha256"], str)):
+                raise ValueError("its bytes and sha256 are none")
+            entries[name] = entry
+        except (ValueError, KeyError, TypeError, AttributeError, ArtifactError) as error:
+            if number < len(lines):
+                warnings.warn(f"{path}, line {number} is no note of an output ({error}); it is left out.", stacklevel=5)
     return entries

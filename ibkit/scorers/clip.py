@@ -9,7 +9,6 @@ Shapes: N texts, H/W pixels, L text tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ from PIL import Image
 from torch import nn
 
 from ibkit.errors import ModelError
+from ibkit.runs import read_json
 from ibkit.scorers.base import (
     CLIP_MEAN,
     CLIP_STD,
@@ -103,7 +103,7 @@ class ClipEncoder(Encoder):
         from transformers import AutoTokenizer
 
         try:
-            config = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
+            config = read_json(folder / CONFIG_FILE)
             # Built here rather than through `local-dir:`, which leaves a model random when its weights are missing.
             model = open_clip.CLIP(**config["model_cfg"])
             preprocess_config = PreprocessCfg(**{**config["preprocess_cfg"], "size": model.visual.image_size[0]})

@@ -23,6 +23,7 @@ from PIL import Image
 from torch import nn
 
 from ibkit.errors import ModelError
+from ibkit.runs import read_json
 from ibkit.scorers.base import (
     CLIP_MEAN,
     CLIP_STD,
@@ -110,7 +111,7 @@ class RewardConfig:
     def from_json(cls, path: Path) -> RewardConfig:
         """Read `save_pretrained`'s config.json; raises ModelError if it is something else."""
         try:
-            values = json.loads(path.read_text(encoding="utf-8"))
+            values = read_json(path)
         except ValueError as error:
             raise ModelError(f"image_reward: {path} is not JSON ({error}): restore it.") from error
         if not isinstance(values, dict) or values.pop("format", None) != FORMAT:
@@ -277,7 +278,7 @@ def read_levels(folder: Path) -> dict[str, Level]:
     if not file.is_file():
         return {}
     with reading(ImageReward.name, file.name, folder):
-        levels = {text: Level(*map(float, pair)) for text, pair in json.loads(file.read_text(encoding="utf-8")).items()}
+        levels = {text: Level(*map(float, pair)) for text, pair in read_json(file).items()}
         if not all(math.isfinite(number) for level in levels.values() for number in level):
             raise ValueError("a number is not finite")
     return levels

@@ -13,7 +13,6 @@ Shapes: N pictures, D = 64 identity dimensions.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -41,6 +40,7 @@ from ibkit.pocket.world import (
     reference_scenes,
     shown_by,
 )
+from ibkit.runs import read_json
 from ibkit.scorers.base import POCKET_WEIGHTS, load_state, reading, require_files, weights_folder
 
 ANSWERS: dict[str, tuple[str, ...]] = {
@@ -122,7 +122,7 @@ class Judge:
         folder = Path(folder) if folder else weights_folder("judge", "pocket", "judge")
         require_files("judge", folder, f"{name}.safetensors", f"{name}.json")
         with reading("judge", f"{name}.safetensors and {name}.json", folder):
-            card = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))
+            card = read_json(folder / f"{name}.json")
             net = JudgeNet(tuple(card["widths"]))
             load_state(net, folder / f"{name}.safetensors")
         return cls(net, card, device)
@@ -199,6 +199,6 @@ def things_taken() -> tuple[float, int]:
     """
     require_files("judge", POCKET_WEIGHTS, "card.json")
     with reading("judge", "card.json", POCKET_WEIGHTS):
-        card = json.loads((POCKET_WEIGHTS / "card.json").read_text(encoding="utf-8"))
+        card = read_json(POCKET_WEIGHTS / "card.json")
         number = {number["name"]: number for number in card["numbers"]}[THINGS_TAKEN]
     return number["value"], number["n"]

@@ -10,7 +10,6 @@ Shapes: N pictures, R reference photos, L patches, D token width, E embedding wi
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,7 +19,7 @@ from torch import nn
 from torch.nn.functional import normalize
 
 from ibkit.errors import ModelError
-from ibkit.runs import hash_file
+from ibkit.runs import hash_file, read_json
 from ibkit.scorers.base import (
     ReferenceCache,
     Scorer,
@@ -158,7 +157,7 @@ class SubjectFidelity(Scorer):
             return PatchMatch(dino)
         require_files(cls.name, folder, "subject.safetensors", "subject.json")
         with reading(cls.name, "subject.safetensors and subject.json", folder):
-            card = json.loads((folder / "subject.json").read_text(encoding="utf-8"))
+            card = read_json(folder / "subject.json")
             head = IdentityHead(**card["sizes"])
             load_state(head, folder / "subject.safetensors")
             auc = card["auc"]["renders"]

@@ -99,7 +99,7 @@ def _own(name: str) -> dict:
     """One's own protocol, checked."""
     try:
         data = tomllib.loads(_text(Path(name).expanduser()))
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise ParameterError(f"{name} is no TOML file ({error}); take one of {FOLDER} as a pattern.") from None
     data = {"title": Path(name).stem, "images_per_prompt": OWN_IMAGES} | data
     groups = data.get("group")

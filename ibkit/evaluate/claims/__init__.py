@@ -24,11 +24,12 @@ import pandas as pd
 
 from ibkit.errors import ParameterError, ScoreError
 from ibkit.evaluate.arms import BASE, REAL, arms_of, label_of
+from ibkit.evaluate.columns import read_table
 from ibkit.evaluate.intervals import ROUNDING, Interval
 from ibkit.evaluate.stats import METRICS, PRIMARY, bootstrap_difference, check_scores, metrics_in, n_trainings, pair_up
 from ibkit.fields import nearest
 from ibkit.registry import Registry
-from ibkit.runs import read_run
+from ibkit.runs import MANIFEST, notebook_runs, read_run
 
 SUPPORTED, CONTRADICTED, UNDECIDED, NOT_TESTED = "supported", "contradicted", "undecided", "not tested"
 VERDICTS = (SUPPORTED, CONTRADICTED, UNDECIDED, NOT_TESTED)
@@ -82,6 +83,7 @@ class Claim:
         side: the claimed side of the threshold, 1 above or −1 below.
         threshold, border: what the decisive interval is compared with, and the same in words.
         file, notebook: the table to read, and the notebook that makes it, or those of its arms that 03 does not draw.
+        check: (table, where) -> the table, its values checked (`evaluate.columns`) and nothing left out.
         test: (claim, table, role -> arm) -> `Outcome`, where the figure is not treatment − control.
         roles: role -> arm, as in the paper; "{personalized}+dpok" is a tuning of whatever plays that role, and * stands
             for anything in a name.
@@ -104,6 +106,7 @@ class Claim:
     border: str = "zero"
     file: str = SCORES
     notebook: str = "03_evaluate"
+    check: Callable[[pd.DataFrame, str], pd.DataFrame] = check_scores
     test: Callable[["Claim", pd.DataFrame, Mapping[str, str]], Outcome] | None = None
     roles: Mapping[str, str] = field(default_factory=lambda: ROLES)
     only_with: Collection[str] = ()
@@ -165,6 +168,7 @@ CLAIMS: Registry[Sequence[Claim]] = Registry(
         "baselines": "ibkit.evaluate.claims.baselines:CLAIMS",
         "dpg": "ibkit.evaluate.claims.dpg:CLAIMS",
         "rpo": "ibkit.evaluate.claims.rpo:CLAIMS",
+        "feedback": "ibkit.evaluate.claims.human_feedback:CLAIMS",
         "tunings": "ibkit.evaluate.claims.tunings:CLAIMS",
     },
 )
@@ -177,6 +181,11 @@ def all_claims() -> list[Claim]:
     return sorted(found, key=lambda claim: (papers.index(claim.paper), bool(claim.only_with), len(claim.id), claim.id))
 
 
+def check_evidence(file: str, table: pd.DataFrame, where: str) -> pd.DataFrame:
+    """A table that claims read, checked as those claims need it; an error names `where` and the line."""
+    return next(claim.check for claim in all_claims() if claim.file == file)(table, where)
+
+
 def evidence_files() -> dict[str, str]:
     """What claims read: file -> the notebook whose run folder it lies in."""
     return {claim.file: claim.notebook for claim in all_claims()}
@@ -186,15 +195,15 @@ def evaluate_claims(run_or_folder: str | Path, arms: Mapping[str, str] | None = 
     """Test every claim on a run.
 
     Args:
-        run_or_folder: a main run (`outputs/<run>`, with a folder for each notebook), one notebook's own folder, or a
-            folder that holds the tables directly (`outputs/reference`).
+        run_or_folder: a main run (`outputs/<run>`, with a folder for each notebook), a grid, one notebook's own folder,
+            or a folder that holds the tables directly (`outputs/reference`).
         arms: role -> arm, instead of the paper's arm or of what `stand_ins` finds.
 
     Returns:
         One finding for each claim, in the order of `all_claims`.
 
     Raises:
-        ScoreError: there are no scores in the folder, or they are malformed.
+        ScoreError: there are no scores in the folder, or a table is malformed.
         ArtifactError: the run is incomplete, or a file was altered.
         ParameterError: no claim has that role.
     """
@@ -213,21 +222,19 @@ def load_scores(run_or_folder: str | Path) -> pd.DataFrame:
     table = _find_table(folder, "03_evaluate", SCORES)
     if table is None:
         raise ScoreError(f"{folder} holds no scores: expected 03_evaluate/scores.csv of a finished run, or scores.csv.")
-    return check_scores(table, f"scores.csv of {folder}")
+    return table
 
 
 def _find_table(folder: Path, notebook: str, file: str) -> pd.DataFrame | None:
-    """Read a table from a notebook's run that lies in the folder, or is the folder; None where there is none."""
-    stage = folder / notebook if (folder / notebook).is_dir() else folder
-    path = stage / file
-    if not path.is_file():
-        return None
-    if (stage / "manifest.json").is_file():
-        return read_run(stage).table(file)
-    try:
-        return pd.read_csv(path, keep_default_na=False, na_values=[""])
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise ScoreError(f"{path} is not a readable CSV table ({error}).") from error
+    """A checked table of a notebook's runs in the folder, or of the folder itself; None where there is none."""
+    runs = [run for run in notebook_runs(folder, notebook)[0] if file in run.outputs]
+    paths = [run.path(file) for run in runs] or [folder / file] * (folder / file).is_file()
+    if not runs and paths and (folder / MANIFEST).is_file():
+        paths = [read_run(folder).path(file)]
+    tables = [check_evidence(file, read_table(path), str(path)) for path in paths]
+    if len(tables) > 1:
+        return check_evidence(file, pd.concat(tables, ignore_index=True), f"the runs in {folder}")
+    return tables[0] if tables else None
 
 
 def claims_from(tables: Mapping[str, pd.DataFrame], arms: Mapping[str, str] | None = None) -> list[Finding]:

@@ -140,6 +140,7 @@ CLAIMS = (
         border="one half",
         file="votes.csv",
         notebook="07_human_study",
+        check=check_votes,
         test=preferred,
     ),
 )

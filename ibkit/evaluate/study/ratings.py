@@ -10,6 +10,7 @@ A line: `{"schema": 1, "study": …, "rater": …, "question": …, "item": …,
 answer (UTC), `seconds` how long the item was on the screen.
 """
 
+import codecs
 import datetime
 import json
 import math
@@ -28,10 +29,11 @@ import pandas as pd
 from ibkit.errors import StudyError
 from ibkit.evaluate.study.items import QUESTIONS, study_name
 from ibkit.evaluate.study.votes import VOTE_COLUMNS, check_votes
-from ibkit.runs import resolve
+from ibkit.runs import parse_json, resolve
 
 SCHEMA = 1
 UNDO = "undo"
+NAME = re.compile(r"[^\W_][\w .,'’()+@-]{0,99}")  # of a rater: no markup, and no formula of a spreadsheet
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "schema": int, "study": str, "rater": str, "question": str, "item": str, "answer": str, "shown": str, "time": str,
     "seconds": (int, float),
@@ -66,7 +68,7 @@ def read_ratings(path: str | Path) -> Ratings:
     """
     ratings = Ratings(resolve(path))
     try:
-        lines = ratings.path.read_bytes().split(b"\n")
+        lines = ratings.path.read_bytes().removeprefix(codecs.BOM_UTF8).split(b"\n")  # a BOM: some editors write one
     except OSError as error:
         raise StudyError(f"The ratings {ratings.path} cannot be read: {error.strerror}; check the path.") from error
     for number, raw in enumerate(lines, start=1):
@@ -74,7 +76,7 @@ def read_ratings(path: str | Path) -> Ratings:
             continue
         place = f"{ratings.path}, line {number}"
         try:
-            line = _checked(json.loads(raw.decode("utf-8")))
+            line = _checked(parse_json(raw.decode("utf-8")))
         except ValueError as error:
             ratings.problems.append(f"{place} is left out: {error}.")
             continue
@@ -104,10 +106,18 @@ def _checked(line: Any) -> dict[str, Any]:
     for name, kind in FIELDS.items():
         if not isinstance(line.get(name), kind) or isinstance(line[name], bool) or line[name] == "":
             raise ValueError(f"its field {name!r} is missing or of the wrong kind")
+    if not NAME.fullmatch(same_rater(line["rater"])):
+        raise ValueError("its rater's name has characters that no name has, or is too long")
+        if isinstance(line[name], str):
+            line[name].encode()  # half of a surrogate pair could be written nowhere
+    if not 0 <= line["seconds"] < math.inf:
+        raise ValueError(f"its seconds are {line['seconds']}")
     if line["question"] not in QUESTIONS:
         raise ValueError(f"there is no question {line['question']!r}")
     if line["answer"] not in (*QUESTIONS[line["question"]].answers, UNDO):
         raise ValueError(f"{line['answer']!r} is no answer to the question {line['question']!r}")
+    if line["shown"] not in (("ab", "ba") if line["question"] == "preference" else ("a",)):
+        raise ValueError(f"{line['shown']!r} is no order of pictures for the question {line['question']!r}")
     return line
 
 
@@ -229,11 +239,11 @@ def ratings_file(folder: str | Path, rater: str) -> Path:
     """The file of a rater's clicks.
 
     Raises:
-        StudyError: a name without a letter or digit.
+        StudyError: a name that `NAME` does not allow.
     """
     stem = re.sub(r"\W+", "-", same_rater(rater)).strip("-")
-    if not stem:
-        raise StudyError(f"The rater {rater!r} needs a name with a letter or a digit in it.")
+    if not NAME.fullmatch(same_rater(rater)):
+        raise StudyError(f"The rater {rater!r} needs a name of letters and digits, at most 100, that begins with one.")
     return Path(folder) / f"{stem}.jsonl"
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from ibkit.errors import StudyError
+from ibkit.errors import ScoreError, StudyError
 from ibkit.evaluate.arms import arms_of
+from ibkit.evaluate.columns import ANSWER, OR_NOTHING, TEXT, WHOLE, check_columns, check_unique, place, read_table
 from ibkit.evaluate.intervals import Interval, mean_interval
 from ibkit.evaluate.stats import SEEDS, seed_groups, unit_groups, unit_matrix
 from ibkit.evaluate.study.items import QUESTIONS
@@ -26,8 +27,8 @@ def check_votes(votes: pd.DataFrame, where: str = "the table of votes") -> pd.Da
     """Validate a table of votes (one row a vote), as it was made or as it was read from a votes.csv.
 
     Raises:
-        StudyError: a column is missing, there are no rows, an answer that the question does not have, or a rater who
-            voted twice on one item.
+        StudyError: a column is missing, there are no rows, a value is not of its column's kind, an answer that the
+            question does not have, or a rater who voted twice on one item.
     """
     if missing := [name for name in VOTE_COLUMNS if name not in votes.columns]:
         raise StudyError(
@@ -35,17 +36,23 @@ def check_votes(votes: pd.DataFrame, where: str = "the table of votes") -> pd.Da
         )
     if votes.empty:
         raise StudyError(f"{where} has no votes: rate some pictures first.")
-    votes = votes[VOTE_COLUMNS].assign(
-        **{name: votes[name].astype("str").fillna("") for name in ("arm", "arm_a", "arm_b")},
-        **{name: votes[name].astype("Int64") for name in SEEDS},
-    )
+    empty = {name: votes[name].astype("str").fillna("") for name in ("arm", "arm_a", "arm_b")}
+    kinds = dict.fromkeys(("rater", "question", "subject", "prompt_id", "answer", "item"), TEXT)
+    kinds |= {"simulated": ANSWER, "image_seed": WHOLE} | dict.fromkeys(SEEDS, WHOLE + OR_NOTHING)
+    try:
+        votes = check_columns(votes[VOTE_COLUMNS].assign(**empty), kinds, where).astype(dict.fromkeys(SEEDS, "Int64"))
+        check_unique(votes, ["rater", "item"], where)
+    except ScoreError as error:
+        raise StudyError(str(error)) from error
     allowed = {(question, answer) for question, asked in QUESTIONS.items() for answer in asked.answers}
-    given = list(zip(votes["question"], votes["answer"], strict=True))
-    if wrong := [pair for pair in given if pair not in allowed]:
-        raise StudyError(f"{where} holds {wrong[0][1]!r}, which is no answer to the question {wrong[0][0]!r}.")
-    if len(twice := votes[votes.duplicated(["rater", "item"])]):
-        row = twice.iloc[0]
-        raise StudyError(f"{where} has two votes of {row['rater']!r} on item {row['item']}: keep one.")
+    given = zip(votes["question"], votes["answer"], strict=True)
+    wrong = pd.Series([pair not in allowed for pair in given], index=votes.index)
+    if wrong.any():
+        row = votes[wrong].iloc[0]
+        raise StudyError(
+            f"{place(where, votes, wrong)}: {row['answer']!r} is no answer to the question {row['question']!r}: "
+            "restore the table, or run notebook 07_human_study again."
+        )
     return votes.reset_index(drop=True)
 
 
@@ -57,9 +64,10 @@ def load_votes(path: str | Path) -> pd.DataFrame:
     """
     path = resolve(path)
     try:
-        return check_votes(pd.read_csv(path, dtype={"rater": str, "item": str}), str(path))
-    except (OSError, pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise StudyError(f"{path} cannot be read as a table of votes ({error}).") from error
+        table = read_table(path)
+    except ScoreError as error:
+        raise StudyError(str(error)) from error
+    return check_votes(table, str(path))
 
 
 def majority(votes: pd.DataFrame) -> pd.DataFrame:
