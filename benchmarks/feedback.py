@@ -17,6 +17,7 @@ run goes on where it was.
 from __future__ import annotations
 
 import argparse
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,7 +116,7 @@ def wall(out: Path, name: str, pictures: study.Pictures, n_prompts: int = 12) ->
     for image, text in zip(pictures.images, pictures.texts, strict=True):
         if text in of and len(of[text]) < KEEP:
             of[text].append(image)
-    figure, _ = picture_wall({text.replace(" ", "\n", 2): images for text, images in of.items()}, name)
+    figure, _ = picture_wall({textwrap.fill(text, 14): images for text, images in of.items()}, name)
     figure.savefig(out / f"wall-{name}.png", dpi=90)
 
 

@@ -261,7 +261,7 @@ class HumanFeedback(Common):
     """09_human_feedback: a reward learned from good and bad, and a model fine-tuned by it."""
 
     kinds: list[str] = field(["count", "colour", "place", "all"], "kinds of prompts")
-    n_prompts: int = field(8, "rated prompts of each kind; half as many of each unseen sort", low=2, high=1000)
+    n_prompts: int = field(6, "rated prompts of each kind; half as many of each unseen sort", low=2, high=1000)
     n_rated: int = field(6, "pictures of each to rate, and as many that nobody does", low=1, high=1000)
     best_of: int = field(8, "new pictures of each prompt, of which the best four are kept", low=2, high=1000)
     error_rate: float = field(0.1, "share of pictures that a simulated rater gets wrong", low=0.0, high=0.5)
