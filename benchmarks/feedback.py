@@ -66,7 +66,7 @@ def measure(
     rewards, rows = [], []
     for seed in seeds:
         labels = simulated_labels(rated.truth, ERRORS, SKIPS, generator(seed, "raters"))
-        learned, threshold = study.learn(rated, labels, clip, {}, seed)
+        learned, threshold = study.learn(rated, labels, clip, {}, seed, asked)
         rewards.append(study.predictions(candidates, learned, clip, threshold, seed))
         pd.concat(rewards).to_csv(out / "feedback_reward.csv", index=False)
         reward = learned["reward"]
