@@ -15,6 +15,7 @@ from typing import Any
 
 from ibkit.errors import IbkitError, ParameterError
 from ibkit.fields import Field, checked, field, fields_of, fill, nearest
+from ibkit.shell import fold_tracebacks
 
 LITERALS = (int, float, str, bool, list, dict, type(None))
 IPYTHON_NAMES = {"In", "Out", "exit", "quit"}
@@ -170,6 +171,7 @@ class Evaluate(Drawn):
         high=64,
     )  # fmt: skip
     best_of_reward: str = field("image_reward", "name of the scorer that chooses it")
+    picture_cache: str = field("", "folder in which evaluations share pictures of the same models; empty = none")
 
     def __post_init__(self):
         from ibkit.scorers import SCORERS
@@ -313,6 +315,9 @@ class DeterministicPG(Variants):
     """10_deterministic_pg: DPG and its variants beside DreamBooth."""
 
     variants: list[str] = field(["lora_dreambooth", "dpg", "dpg_no_critic"], "which to train, by name")
+    settings: dict = field(
+        {"n_steps": 600}, "of all variants that have them; the rest is the preset's, whose steps are 1,400"
+    )
 
     def __post_init__(self):
         from ibkit.experiments.variants import DPG
@@ -395,6 +400,8 @@ def _read_tables(notebook: str, values: Mapping[str, Any]) -> dict[str, Any]:
 def collect(notebook: str, namespace: Mapping[str, Any]) -> Any:
     """Check the variables of a notebook's parameters cell; call it in the next cell as `collect(name, globals())`.
 
+    From here on the notebook shows the kit's errors as sentences (`ibkit.shell`).
+
     Any other public variable that holds a plain literal is taken for a mistyped parameter and refused. Only names
     that the parameters cell itself assigns are looked at when the cell is run again by hand, since by then the
     variables of later cells are there too.
@@ -409,6 +416,7 @@ def collect(notebook: str, namespace: Mapping[str, Any]) -> Any:
     Raises:
         ParameterError: an unknown or missing name, or a value that is not allowed.
     """
+    fold_tracebacks()
     names = [row.name for row in schema(notebook)]
     candidates = _cell_names(namespace, names) if namespace.get("_ibkit_collected") else set(namespace)
     values = {

@@ -52,6 +52,17 @@ class Preset:
         """A method's settings at this scale, with the values that are given; see `Method.configure`."""
         return METHODS.find(method).configure(self.name, given)
 
+    def filled(self, parameters: Any) -> str:
+        """What this preset gives where a notebook's parameters leave it open, in a sentence for people."""
+        given = vars(parameters)
+        own = {"scorer_weights": self.scorers, "prompts": list(self.activities), "n_images": self.n_images}
+        own |= {"n_inference_steps": self.sampler.n_steps, "guidance": self.sampler.guidance, "eta": self.sampler.eta}
+        own |= {"sample_every": self.sample_every}
+        said = [
+            f"{name} = {value!r}" for name, value in own.items() if name in given and given[name] in ("", 0, -1, [])
+        ]
+        return f"of the preset {self.name}: {', '.join(said) or 'nothing'}"
+
     def drawing(self, given: Mapping[str, Any]) -> Preset:
         """This preset, whose two samplers have what a notebook's parameters give of a sampler.
 

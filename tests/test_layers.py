@@ -9,7 +9,7 @@ PACKAGE = Path(ibkit.__file__).parent
 # Lowest first. Rooms of one line do not import each other.
 LAYERS = (
     ("errors",),
-    ("fields", "progress"),
+    ("fields", "progress", "shell"),
     ("registry", "device"),
     ("runs",),
     ("pocket.world",),

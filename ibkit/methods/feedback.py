@@ -36,7 +36,7 @@ from ibkit.device import generator
 from ibkit.errors import ArtifactError, ParameterError, TrainingError
 from ibkit.fields import field
 from ibkit.methods.class_images import class_images
-from ibkit.methods.engine.photos import MAY_CHANGE, Examples, PhotoConfig, fit
+from ibkit.methods.engine.photos import MAY_CHANGE, Examples, PhotoConfig, Shown, fit
 from ibkit.methods.records import Method, Work, check_job
 from ibkit.model.sample import Sampler, sample
 from ibkit.model.text_to_image import TextToImage, model_fingerprint
@@ -159,10 +159,12 @@ def train(
         assert examples.labels is not None
         return weighted_likelihood_loss(eps_hat, noise, examples.labels, config.pretrain_weight)
 
-    def after(number: int) -> dict[str, float]:
+    def after(number: int, result: Shown) -> dict[str, float]:
         row = {"epoch": number, "weight": weight, "pictures": config.batch, "gradient_steps": 1}
-        every = config.validate_every
-        return row | dict(validate() if every and (number + 1) % every == 0 else {})
+        if not config.validate_every or (number + 1) % config.validate_every:
+            return row
+        with result():
+            return row | dict(validate())
 
     history = fit(model, weights, draw, loss, config, folder, origin, (seed, "feedback"), on_step, after=after)
     freeze(model)

@@ -6,11 +6,17 @@ answers that does nothing: from there Shift+Tab leads to one answer and Tab to t
 second Enter answers nothing. (A button that only gives up the focus leaves the browser's place at itself, and Tab then
 reaches the other answer first.) The second half of a double click is ignored,
 since it would answer an item that nobody has seen.
+
+A page whose kernel is gone looks alive and answers nothing. So while it lives, it sends the sentence that says it is
+dead again and again, and each time the browser waits anew before it shows it.
 """
 
 import html
 import io
+import itertools
+import threading
 import time
+import weakref
 from collections.abc import Callable, Mapping, Sequence
 
 import ipywidgets as widgets
@@ -22,6 +28,7 @@ from ibkit.evaluate.study.items import QUESTIONS
 from ibkit.evaluate.study.ratings import RatingSession
 
 DOUBLE_CLICK_SECONDS = 0.3  # an answer that comes sooner was meant for the item before
+PULSE_S = 4.0  # between two signs of life; the browser waits for three
 PICTURE_PX = 256  # width of a picture on the page; small ones are enlarged by whole pixels
 
 
@@ -38,10 +45,12 @@ class RatingPage:
         rest: the button between the answers, where the focus rests.
     """
 
+    newest: "weakref.ref[RatingPage] | None" = None  # the only one of a kernel that lives
+
     def __init__(self, session: RatingSession, references: Mapping[str, Sequence[Image.Image]]):
         self.session, self.references = session, references
         self._instructed = ""  # the question whose instruction was read
-        self.headline, self.message = widgets.HTML(), widgets.HTML()
+        self.headline, self.message, self.dead = widgets.HTML(), widgets.HTML(), widgets.HTML()
         self.photos, self.pictures = widgets.HBox(), widgets.HBox()
         self.progress = widgets.IntProgress(max=len(session.tasks), layout=widgets.Layout(width="320px"))
         self.count = widgets.Label()
@@ -58,12 +67,14 @@ class RatingPage:
         self.answers = widgets.HBox([self.first, self.rest, self.second, self.undo])
         foot = widgets.HBox([self.progress, self.count])
         self.box = widgets.VBox(
-            [self.headline, self.photos, self.pictures, self.start, self.answers, foot, self.message]
+            [self.dead, self.headline, self.photos, self.pictures, self.start, self.answers, foot, self.message]
         )
         self._show()
         # After what a press does: a hidden button cannot take the focus.
         for button in (self.start, self.first, self.second, self.undo, self.rest):
             button.on_click(lambda _: self.rest.focus())
+        RatingPage.newest = weakref.ref(self)
+        threading.Thread(target=_pulse, args=(RatingPage.newest,), daemon=True).start()
 
     def _begin(self) -> None:
         if self.session.current:
@@ -88,7 +99,6 @@ class RatingPage:
     def _show(self) -> None:
         task, n = self.session.current, len(self.session.tasks)
         self.progress.value, self.count.value = self.session.n_done, f"{self.session.n_done} of {n}"
-        self.undo.disabled = self.session.n_done == 0
         asking = task is not None and task.question == self._instructed
         shown = {self.start: task is not None and not asking} | dict.fromkeys(
             (self.first, self.rest, self.second), asking
@@ -122,6 +132,22 @@ class RatingPage:
                 photos.insert(0, widgets.Label("Reference photos:"))
         self.photos.children, self.pictures.children = photos, pictures
         self._shown_at = time.monotonic()
+
+
+def _pulse(page: "weakref.ref[RatingPage]") -> None:
+    """Send signs of life until the page is finished, or another one has taken its place."""
+    for beat in itertools.count():
+        living = page()
+        if living is None or RatingPage.newest is not page or living.session.current is None:
+            break
+        living.dead.value = (  # the browser starts an animation anew where its name changes
+            f"<style>@keyframes ibkit-{beat} {{to {{max-height: 10em}}}}</style><div style='max-height: 0; overflow: "
+            f"hidden; animation: ibkit-{beat} 0s {3 * PULSE_S}s forwards'><b>This page is dead: its kernel was "
+            "restarted or shut down, or a newer page has taken its place. Run the notebook to this cell again: all "
+            "answers until here are saved, and it goes on behind them.</b></div>"
+        )
+        del living
+        time.sleep(PULSE_S)
 
 
 def _image(picture: Image.Image, width_px: int) -> widgets.Image:

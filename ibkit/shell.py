@@ -1,0 +1,31 @@
+"""How a notebook shows an error that one sentence explains: the sentence last and alone, the traceback folded above."""
+
+import html
+import re
+import sys
+from types import TracebackType
+from typing import Any
+
+from ibkit.errors import IbkitError
+
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def fold_tracebacks() -> None:
+    """From now on show the kit's errors in this way, where the code runs in IPython; else do nothing."""
+    if (ipython := sys.modules.get("IPython")) and (shell := ipython.get_ipython()):
+        shell.set_custom_exc((IbkitError,), _show)
+
+
+def _show(
+    shell: Any, kind: type, error: BaseException, trace: TracebackType, tb_offset: int | None = None
+) -> list[str]:
+    from IPython.display import HTML, display
+
+    lines = shell.InteractiveTB.structured_traceback(kind, error, trace, tb_offset=tb_offset)
+    text = html.escape(COLOURS.sub("", "\n".join(lines)))
+    folded = f"<details><summary>where it happened, for those who change the kit</summary><pre>{text}</pre></details>"
+    display(HTML(folded), metadata={"ibkit": "traceback"})
+    said = [f"{kind.__name__}: {error}"]
+    shell._showtraceback(kind, error, said)  # sends the error; what a handler returns is shown nowhere
+    return said
