@@ -388,27 +388,20 @@ def make(notebook: str, values: Mapping[str, Any]) -> Any:
     Raises:
         ParameterError: an unknown name (the nearest one is named), or a value that is not allowed (what is, is named).
     """
-    return SCHEMAS[notebook](**checked(schema(notebook), _read_tables(notebook, values), f"Notebook {notebook}"))
-
-
-def _read_tables(notebook: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, where a table that papermill's -p gave as text is read."""
-    tables = {row.name for row in schema(notebook) if row.type is dict}
-    return {name: literal(v) if name in tables and type(v) is str else v for name, v in values.items()}
+    tables = {row.name for row in schema(notebook) if row.type is dict}  # papermill's -p gives them as text
+    read = {name: literal(v) if name in tables and type(v) is str else v for name, v in values.items()}
+    return SCHEMAS[notebook](**checked(schema(notebook), read, f"Notebook {notebook}"))
 
 
 def collect(notebook: str, namespace: Mapping[str, Any]) -> Any:
     """Check the variables of a notebook's parameters cell; call it in the next cell as `collect(name, globals())`.
 
     From here on the notebook shows the kit's errors as sentences (`ibkit.shell`).
-
-    Any other public variable that holds a plain literal is taken for a mistyped parameter and refused. Only names
-    that the parameters cell itself assigns are looked at when the cell is run again by hand, since by then the
-    variables of later cells are there too.
+    Any other public variable that holds a plain literal is taken for a mistyped parameter and refused. Only names that
+    the parameters cell itself assigns are looked at when the cell is run again by hand: later cells' are there by then.
 
     Args:
-        notebook: its name without the suffix, such as "01_personalize".
-        namespace: the notebook's `globals()`.
+        notebook: its name without the suffix, such as "01_personalize"; namespace: the notebook's `globals()`.
 
     Returns:
         An instance of the notebook's dataclass.
@@ -426,8 +419,7 @@ def collect(notebook: str, namespace: Mapping[str, Any]) -> Any:
         or (name in candidates - IPYTHON_NAMES and not name.startswith("_") and type(value) in LITERALS)
     }
     parameters = make(notebook, values)
-    missing = [name for name in names if name not in values]
-    if missing:
+    if missing := [name for name in names if name not in values]:
         raise ParameterError(
             f"The parameters cell of notebook {notebook} does not set {', '.join(missing)}; put the line back."
         )
