@@ -1,25 +1,24 @@
-"""Does a learned reward predict feedback better than CLIP's score, and does the auxiliary loss help on unseen prompts?
+"""Lee et al. 2023 in the pocket world: feedback, rewards that learn from it, fine-tuned arms, and best of n.
 
-    python -m ibkit.pocket.build --folder BUILD --stages counter     # once: BUILD/weights/counter
-    python -m benchmarks.feedback --counter FOLDER --out outputs/feedback --seeds 0 1
-    python -m benchmarks.feedback --out outputs/feedback --tables         # print what is there
+    python -m benchmarks.feedback --out outputs/feedback
+    python -m benchmarks.feedback --out outputs/reference/feedback --tables       # print what is there
 
-The base draws pictures for prompts of colour and background (and count, with --kinds: the shipped base never saw
-counts). The counter says what they show; a simulated rater errs in 10 % and skips 5 %. The reward learns from the
-pictures of seen prompts; on those of unseen combinations and of unseen objects it is asked whether a picture fulfils
-its prompt, by the counter, which the rater's errors are no part of. CLIP's score has its threshold from the same
-pictures that the reward learned from. Best-of-n: the share of fulfilled prompts among the best of a prompt's pictures.
+The base with the adapter `counting` draws pictures for seen prompts of count, colour, background and all three. The
+counter says what they show; a simulated rater errs in 10 % and skips 5 %. Each seed has raters, a reward with and one
+without the prompt classification, and three trainings: on rated pictures, on as many unrated ones too, and with the
+pre-training term. New pictures from other noise, of seen prompts, unseen combinations and unseen objects, say what the
+rewards predict and what the arms draw; best of n keeps those of the base that the reward likes.
 
-Writes `pictures.npz` (not to be committed), and `reward.csv`, one row a picture of an unseen prompt and a seed.
+Writes `feedback_reward.csv` and `feedback.csv` (see `ibkit.experiments.human_feedback`), which `ibkit claims` reads, a
+history of each training, a wall of pictures an arm, and the pictures (`pictures-*.npz`, not to be committed). A stopped
+run goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-import random
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -28,135 +27,137 @@ import torch
 from PIL import Image
 
 from ibkit.device import generator
-from ibkit.evaluate.intervals import difference_interval, mean_interval
-from ibkit.model.loading import load_model
-from ibkit.model.sample import sample
-from ibkit.pocket.feedback import KINDS, Asked, alternatives, simulated_labels, split
+from ibkit.evaluate.claims import claims_from
+from ibkit.evaluate.claims.command import claims_as_text
+from ibkit.evaluate.figures import picture_wall
+from ibkit.evaluate.score import image_seeds
+from ibkit.evaluate.stats import check_scores
+from ibkit.experiments import human_feedback as study
+from ibkit.model.text_to_image import model_fingerprint
+from ibkit.pocket.feedback import KINDS, simulated_labels
 from ibkit.presets import POCKET
 from ibkit.scorers import make_scorer
+from ibkit.scorers.clip import ClipT
 from ibkit.scorers.counter import Counter
-from ibkit.scorers.feedback import (
-    FeedbackReward,
-    FeedbackRewardConfig,
-    agreement,
-    best_of,
-    best_threshold,
-    save_reward,
-    train_reward,
-)
+from ibkit.scorers.feedback import FeedbackReward
 
 ERRORS, SKIPS = 0.1, 0.05
-SUBSETS = ("seen", "unseen combination", "unseen object")
-N_OTHERS = 8  # of the prompt classification; a prompt of a colour has 16
-REWARDS = {"reward": {}, "without auxiliary loss": {"aux_weight": 0.0}}
+KEEP = 2  # of best of n, and pictures of a prompt in every arm; of 8 as many as the paper's 4 of 16
+N_TRUE = 300  # true pictures of the precision
+FILES = ("feedback.csv", "feedback_reward.csv")
 
 
-def asked_for(kinds: Sequence[str], n: int) -> list[tuple[str, str, Asked]]:
-    """(subset, kind, prompt) of every prompt; `n` seen ones a kind, and a third as many of each of the others."""
-    rows = []
-    for kind in kinds:
-        for subset, found in zip(SUBSETS, split(kind, n), strict=True):
-            rows += [(subset, kind, one) for one in found[: n if subset == "seen" else max(1, n // 3)]]
-    return rows
+def measure(
+    out: Path, n_seen: int, n_unseen: int, n_rated: int, n_best: int, seeds: Sequence[int], given: dict
+) -> None:
+    """Draw, rate, learn, train and write the tables."""
+    base, counter, clip = study.counting_model(), Counter.load(), make_scorer("clip_t")
+    assert isinstance(clip, ClipT)
+    asked = study.prompts_of(KINDS, n_seen, n_unseen)
+    seen = [one for one in asked if one.subset == study.SEEN]
+    rated, unrated = (
+        draw(out, base, seen, [first + i for i in range(n_rated)], counter, f"seen-{first}") for first in (0, n_rated)
+    )
+    candidates = draw(out, base, asked, image_seeds(0, n_best), counter, "new")
+    first = candidates.take([i for i in range(len(candidates.seeds)) if i % n_best < KEEP])
+    fidelity = study.Fidelity.of(base, KINDS, N_TRUE, 0)
+    wall(out, study.BASE, first)
+    report(f"{len(asked)} prompts, {len(rated.seeds)} pictures to rate, fulfilled {mean(rated.truth):.3f}")
+    rewards, rows = [], []
+    for seed in seeds:
+        labels = simulated_labels(rated.truth, ERRORS, SKIPS, generator(seed, "raters"))
+        learned, threshold = study.learn(rated, labels, clip, {}, seed)
+        rewards.append(study.predictions(candidates, learned, clip, threshold, seed))
+        pd.concat(rewards).to_csv(out / "feedback_reward.csv", index=False)
+        reward = learned["reward"]
+        rows += [study.scores(study.BASE, first, reward, fidelity, seed)]
+        rows += [study.scores(f"best_of_{n_best}", study.best(candidates, reward, KEEP), reward, fidelity, seed)]
+        for arm in study.ARMS:
+            drawn = train_and_draw(out, arm, asked, rated, unrated, reward, seed, given, counter)
+            rows += [study.scores(arm, drawn, reward, fidelity, seed)]
+            pd.concat(rows).to_csv(out / "feedback.csv", index=False)
 
 
-def draw(rows: Sequence[tuple[str, str, Asked]], n: int, path: Path) -> list[Image.Image]:
-    """`n` pictures of each prompt by the base, prompt by prompt; kept in a file."""
-    prompts = [one.text for *_, one in rows for _ in range(n)]
+def draw(out: Path, model, prompts, seeds: Sequence[int], counter: Counter, name: str) -> study.Pictures:
+    """Pictures of a model; they are kept in a file, which another run with the same prompts and seeds reads."""
+    path, asked = out / f"pictures-{name}.npz", [one for one in prompts for _ in seeds]
+    noise = [*seeds] * len(prompts)
+    facts = np.array([model_fingerprint(model), *(f"{p.asked.text} {n}" for p, n in zip(asked, noise, strict=True))])
     if path.exists():
         with np.load(path) as kept:
-            if kept["prompts"].tolist() == prompts:
-                return [Image.fromarray(pixels) for pixels in kept["pictures"]]
-    pictures = sample(load_model("pocket"), prompts, list(range(len(prompts))), POCKET.sampler)
-    np.savez_compressed(path, pictures=np.stack([np.asarray(p) for p in pictures]), prompts=np.array(prompts))
-    return pictures
+            if np.array_equal(kept["facts"], facts):
+                images = [Image.fromarray(pixels) for pixels in kept["images"]]
+                return study.Pictures(asked, noise, images, counter.answers(images))
+    drawn = study.draw(model, prompts, seeds, POCKET.sampler, counter)
+    np.savez_compressed(path, images=np.stack([np.asarray(image) for image in drawn.images]), facts=facts)
+    return drawn
 
 
-def measure(counter: Path, out: Path, kinds: Sequence[str], n_prompts: int, n: int, seeds: Sequence[int]) -> None:
-    """Write `reward.csv`."""
-    rows = asked_for(kinds, n_prompts)
-    pictures = draw(rows, n, out / "pictures.npz")
-    of_picture = [row for row in rows for _ in range(n)]
-    asked = [one for *_, one in of_picture]
-    texts = [one.text for one in asked]
-    truth = Counter.load(counter).agrees(pictures, asked)
-    clip = make_scorer("clip_t")
-    similar = clip(pictures, texts)
-    found = []
-    for seed in seeds:
-        labels = simulated_labels([bool(t) for t in truth], ERRORS, SKIPS, generator(seed, "raters"))
-        rng = random.Random(f"alternatives {seed}")
-        learned = [i for i, row in enumerate(of_picture) if row[0] == "seen" and labels[i] is not None]
-        y = [labels[i] for i in learned]
-        scores = {"CLIP": (similar, best_threshold(similar[learned], torch.tensor(y)))}
-        others = [[o.text for o in alternatives(asked[i], N_OTHERS, rng)] for i in learned]
-        for name, changes in REWARDS.items():
-            config = FeedbackRewardConfig(**changes)
-            chosen = ([pictures[i] for i in learned], [texts[i] for i in learned], y)
-            net, _ = train_reward(clip.encoder, *chosen, others, config, seed)
-            save_reward(net, clip.encoder, out / f"head-{name.replace(' ', '-')}-{seed}", config, {"labels": len(y)})
-            scores[name] = (FeedbackReward(clip.encoder, net)(pictures, texts), 0.5)
-        for i, (subset, kind, one) in enumerate(of_picture):
-            row = {"seed": seed, "subset": subset, "kind": kind, "prompt": one.text, "picture": i % n}
-            row |= {"fulfilled": int(truth[i]), "rated": labels[i]}
-            for name, (score, threshold) in scores.items():
-                row |= {name: round(score[i].item(), 4)}
-                row |= {f"{name} right": int(agreement(score[i], truth[i], threshold))}
-            found.append(row)
-    pd.DataFrame(found).to_csv(out / "reward.csv", index=False)
+def train_and_draw(out, arm, asked, rated, unrated, reward: FeedbackReward, seed: int, given: dict, counter: Counter):
+    """An arm's pictures from the noise of the evaluation; a finished training is read from its last checkpoint."""
+    model, name = study.counting_model(), f"{arm}-{seed}"
+    started = time.monotonic()
+    history = study.tune(
+        model, arm, rated, unrated, reward, study.config_of(POCKET, arm, given), out / "trainings" / name, seed
+    )
+    pd.DataFrame(history).round(5).to_csv(out / f"history-{name}.csv", index=False)
+    drawn = draw(out, model, asked, image_seeds(0, KEEP), counter, name)
+    wall(out, name, drawn)
+    report(f"{name}: {time.monotonic() - started:.0f} s, fulfilled {mean(drawn.truth):.3f}")
+    return drawn
 
 
-def tables(out: Path, keep: int) -> str:
-    """The numbers in words: shares right with intervals over prompts and seeds, and best-of-n."""
-    table = pd.read_csv(out / "reward.csv")
-    lines = []
-    for subset, part in table.groupby("subset"):
-        wide = {
-            name: part.pivot_table(index="seed", columns=["prompt", "picture"], values=f"{name} right")
-            for name in ("CLIP", *REWARDS)
-        }
-        prompts = wide["CLIP"].columns.get_level_values("prompt").to_numpy()
-        lines.append(f"{subset}: {len(prompts)} pictures of {len(set(prompts))} prompts, {wide['CLIP'].shape[0]} seeds")
-        fulfilled = mean_interval(part[part["seed"] == part["seed"].min()]["fulfilled"].to_numpy())
-        lines.append(f"  fulfilled {_shown(fulfilled)}")
-        for name, right in wide.items():
-            lines.append(f"  {name} predicts {_shown(mean_interval(right.to_numpy(), prompts))}")
-        for name, other in (("reward", "CLIP"), ("reward", "without auxiliary loss")):
-            gap = difference_interval(wide[name].to_numpy(), wide[other].to_numpy(), prompts)
-            lines.append(f"  {name} − {other} {_shown(gap)}")
-        for name in ("CLIP", *REWARDS):
-            drawn = part.sort_values(["seed", "prompt", "picture"])
-            n = int(part["picture"].max()) + 1
-            scores, truth = (torch.tensor(drawn[c].to_numpy()).view(-1, n) for c in (name, "fulfilled"))
-            share = truth.gather(1, best_of(scores, min(keep, n))).double().mean().item()
-            lines.append(f"  best {min(keep, n)} of {n} by {name}: fulfilled {share:.3f}")
-    return "\n".join(lines)
+def wall(out: Path, name: str, pictures: study.Pictures, n_prompts: int = 12) -> None:
+    """A figure of the first pictures of prompts spread over all."""
+    texts = list(dict.fromkeys(pictures.texts))
+    chosen = texts[:: max(1, len(texts) // n_prompts)][:n_prompts]
+    of: dict[str, list] = {text: [] for text in chosen}
+    for image, text in zip(pictures.images, pictures.texts, strict=True):
+        if text in of and len(of[text]) < KEEP:
+            of[text].append(image)
+    figure, _ = picture_wall({text.replace(" ", "\n", 2): images for text, images in of.items()}, name)
+    figure.savefig(out / f"wall-{name}.png", dpi=90)
 
 
-def _shown(found) -> str:
-    return f"{found.value:.3f} [{found.low:.3f}, {found.high:.3f}]"
+def mean(answers: Sequence[bool]) -> float:
+    return sum(answers) / len(answers)
+
+
+def report(text: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {text}", flush=True)
+
+
+def tables(out: Path) -> str:
+    """Shares by arm and subset, and the verdicts."""
+    found = pd.read_csv(out / "feedback.csv"), pd.read_csv(out / "feedback_reward.csv")
+    scores, rewards = check_scores(found[0]), found[1]
+    columns = ["judge_text", *(c for c in scores if c.startswith("right_")), "precision", "diversity", "feedback"]
+    shares = scores.groupby(["subset", "arm"], sort=False)[columns].mean().round(3)
+    by_kind = scores.pivot_table(index=["subset", "arm"], columns="kind", values="judge_text", sort=False).round(3)
+    right = rewards.groupby("subset", sort=False)[[c for c in rewards if c.endswith("right")]].mean().round(3)
+    findings = [c for c in claims_from(dict(zip(FILES, (scores, rewards), strict=True))) if c.id.startswith("L")]
+    return "\n\n".join([*(t.to_string() for t in (shares, by_kind, right)), claims_as_text(findings)])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.feedback", description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--counter", type=Path, help="folder of counter.safetensors and counter.json")
-    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["colour", "place"])
-    parser.add_argument("--prompts", type=int, default=24, help="seen prompts of a kind")
-    parser.add_argument("--pictures", type=int, default=8, help="of each prompt")
+    parser.add_argument("--seen", type=int, default=8, help="rated prompts of a kind")
+    parser.add_argument("--unseen", type=int, default=4, help="of new combinations, and of new objects")
+    parser.add_argument("--rated", type=int, default=8, help="rated pictures of each, and as many unrated ones")
+    parser.add_argument("--best-of", type=int, default=8, help=f"pictures of which {KEEP} are kept")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
-    parser.add_argument("--keep", type=int, default=2, help="of best-of-n")
+    parser.add_argument("--steps", type=int, default=0, help="of each training; 0 = the preset's")
+    parser.add_argument("--batch", type=int, default=0, help="pictures in a step; 0 = the preset's")
     parser.add_argument("--tables", action="store_true")
     given = parser.parse_args()
     given.out.mkdir(parents=True, exist_ok=True)
     if not given.tables:
-        if given.counter is None:
-            parser.error("name the counter's folder: --counter")
-        started = time.monotonic()
-        measure(given.counter, given.out, given.kinds, given.prompts, given.pictures, given.seeds)
-        print(f"{time.monotonic() - started:.0f} s; reward: {asdict(FeedbackRewardConfig())}")
-    print(tables(given.out, given.keep))
+        chosen = {name: value for name, value in (("n_steps", given.steps), ("batch", given.batch)) if value}
+        measure(given.out, given.seen, given.unseen, given.rated, given.best_of, given.seeds, chosen)
+    print(tables(given.out))
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     main()

@@ -4,6 +4,12 @@
     python -m benchmarks.personalize --out outputs/personalize --subjects cat --seeds 0 --settings usual
     python -m benchmarks.personalize --out outputs/personalize --tables   # print what is there
 
+The variants of DPG and RPO, beside LoRA DreamBooth on the same photos, prompts and noise, as notebook 03's scores:
+
+    python -m benchmarks.personalize --out outputs/rpo --subjects cat dog --seeds 0 1 --settings rpo "rpo last"
+    python -m benchmarks.personalize --out outputs/rpo --beside outputs/personalize --subjects cat dog \
+        --scores outputs/rpo/scores.csv
+
 The rule by which the pocket preset's number of steps is chosen (`chosen`): the fewest at which the mean over subjects
 and seeds has the same subject in 88 % of the pictures or more and the prompt shown in 30 to 75 %, where the paper's
 DreamBooth is (people: 81 % text, 97 % subject).
@@ -29,6 +35,8 @@ from PIL import Image
 
 from ibkit.adapt import Adapted
 from ibkit.data.subject import PersonalizedSubject, choose_activities, demo_subject, world_photos
+from ibkit.evaluate.stats import KEYS, check_scores
+from ibkit.experiments.variants import DPG, RPO, train
 from ibkit.methods.class_images import class_images
 from ibkit.methods.engine.objectives import RewardSpec
 from ibkit.methods.records import METHODS, Job
@@ -45,7 +53,7 @@ LOOKS = {  # steps
     "custom_diffusion": (400, 800),
     "neti": (200, 400, 1000),
     "dpg": (600, 1000, 1400),
-    "rpo": (400, 800, 1400),
+    "rpo": (400,),
 }
 KEPT, SHOWN = 0.88, (0.30, 0.75)  # of the rule
 BETWEEN_CHECKPOINTS = 50  # steps, the most that a continued training repeats
@@ -75,16 +83,18 @@ SETTINGS: dict[str, tuple[str, dict]] = {
     "custom fast light prior": ("custom_diffusion", {"learning_rate": 1e-2, "prior_weight": 0.3}),
     "neti": ("neti", {}),
     "neti slow": ("neti", {"learning_rate": 1e-3}),
-    "dpg": ("dpg", {}),
-    "dpg no critic": ("dpg", {"critic": "none"}),
-    "dpg undiscounted": ("dpg", {"discount": 1.0}),
-    "dpg dino": ("dpg", {"cost": "scorer"}),
-    "rpo": ("rpo", {}),
-    "rpo all": ("rpo", {"patience": 0}),
-    "rpo similarity": ("rpo", {"preference_weight": 0.0, "early_stopping": False}),
-    "rpo last": ("rpo", {"early_stopping": False}),
+    "rpo slow": ("rpo", {"learning_rate": 2e-3}),
+    "rpo fast": ("rpo", {"learning_rate": 8e-3}),
+    "rpo no average": ("rpo", {"ema_decay": 0.0}),
+    "rpo slow last": ("rpo", {"learning_rate": 2e-3, "early_stopping": False}),
+    "rpo fast last": ("rpo", {"learning_rate": 8e-3, "early_stopping": False}),
+    "rpo no average last": ("rpo", {"ema_decay": 0.0, "early_stopping": False}),
     "rpo sharp": ("rpo", {"temperature": 0.05}),
 }
+ARMS = {"lora": "lora_dreambooth"} | {  # setting -> the arm of notebooks 10 and 11
+    name.replace("_", " "): name for name, each in (DPG | RPO).items() if name != "lora_dreambooth" and not each.start
+}
+SETTINGS |= {name: (each.method, dict(each.settings)) for name, arm in ARMS.items() if (each := (DPG | RPO)[arm])}
 
 
 def train_and_look(noun: str, setting: str, seed: int, folder: Path, weights: str, looks: Sequence[int]) -> None:
@@ -95,7 +105,7 @@ def train_and_look(noun: str, setting: str, seed: int, folder: Path, weights: st
     world, judge, started, rows = demo_subject(noun), Judge.load(), time.monotonic(), []
     method, given = SETTINGS[setting]
     config = POCKET.settings(method, given | {"checkpoint_every": BETWEEN_CHECKPOINTS})
-    cache, work, photos = folder / "class-images", folder / f".{table.stem}", world_photos(world)
+    cache, work, photos = folder / "class-images", folder / ".work" / table.stem, world_photos(world)
     who = METHODS[method].names(PersonalizedSubject(noun, noun, IDENTIFIER, "", weights, "", world))
     phrases = ["", *activities_of(noun)[:N_PHRASES]]
     asked = [phrase for phrase in phrases for _ in range(N_PICTURES)]
@@ -107,7 +117,7 @@ def train_and_look(noun: str, setting: str, seed: int, folder: Path, weights: st
         asked_for = [who.prompt(activity) for activity in choose_activities(who, [], POCKET.activities)]
         reward = RewardSpec(METHODS[method].reward) if METHODS[method].reward else None
         job = Job(Adapted.of(model), who, photos, method, seed, work, pictures, asked_for, reward)
-        METHODS[method].train(model, job, replace(config, n_steps=steps))
+        history = train(model, job, method, replace(config, n_steps=steps))
         drawn = sample(model, prompts, list(range(N_PICTURES)) * len(phrases), POCKET.sampler)
         mosaic(drawn, N_PICTURES).save(folder / f"{table.stem}-{steps:04d}.png")
         look = pd.DataFrame({"phrase": asked, "image_seed": [i % N_PICTURES for i in range(len(asked))]})
@@ -115,13 +125,13 @@ def train_and_look(noun: str, setting: str, seed: int, folder: Path, weights: st
         look["same_subject"] = judge.identifies(drawn, world).int()
         look["right_class"] = judge.agrees(drawn, "class", [noun] * len(drawn)).int()
         look["pose"] = judge.answers(drawn, "pose")
-        rows.append(look.assign(subject=noun, setting=setting, seed=seed, steps=steps))
+        rows.append(look.assign(subject=noun, setting=setting, seed=seed, steps=len(history)))
         means = look[look["phrase"] != ""][["shown", "same_subject"]].mean()
         print(f"{noun} {setting} seed {seed} step {steps}: {means.to_dict()}", flush=True)
     temporary = table.with_suffix(".tmp")
     pd.concat(rows).to_csv(temporary, index=False)
     temporary.replace(table)
-    shutil.rmtree(work)
+    shutil.rmtree(work, ignore_errors=True)  # a training that variants share stays beside it
     print(f"{table.name}: {time.monotonic() - started:.0f} s", flush=True)
 
 
@@ -153,9 +163,26 @@ def chosen(rows: pd.DataFrame) -> pd.Series:
     return kept.reset_index("steps").groupby("setting")["steps"].min()
 
 
-def read(folder: Path) -> pd.DataFrame:
-    tables = [pd.read_csv(path, keep_default_na=False) for path in sorted(folder.glob("*.csv"))]
-    return pd.concat(tables, ignore_index=True)
+def as_scores(rows: pd.DataFrame) -> pd.DataFrame:
+    """The end of each training as the scores of notebooks 10 and 11, which claims read, with LoRA DreamBooth's where
+    there is another: a row a picture of an activity.
+    """
+    rows = rows[rows["setting"].isin(ARMS) & (rows["phrase"] != "")]
+    of = ["subject", "seed"]
+    others = rows.loc[rows["setting"] != "lora", of].drop_duplicates()
+    rows = rows.merge(others, on=of)
+    rows = rows[rows["steps"] == rows.groupby([*of, "setting"])["steps"].transform("max")]
+    named = {"prompt_id": rows["phrase"], "activity": rows["phrase"], "class_noun": rows["subject"]}
+    text = [f"a {IDENTIFIER} {noun} {phrase}" for noun, phrase in zip(rows["subject"], rows["phrase"], strict=True)]
+    scores = rows.assign(**named, arm=rows["setting"].map(ARMS), tune_seed=None, identifier=True, text=text)
+    scores = scores.rename(columns={"shown": "judge_text", "same_subject": "judge_identity"})
+    columns = [*KEYS, "class_noun", "activity", "text", "steps", "judge_text", "judge_identity"]
+    return check_scores(scores)[columns].sort_values(list(KEYS), ignore_index=True)
+
+
+def read(folders: Sequence[Path]) -> pd.DataFrame:
+    paths = [path for folder in folders for path in sorted(folder.glob("*-*-*.csv"))]
+    return pd.concat([pd.read_csv(path, keep_default_na=False) for path in paths], ignore_index=True)
 
 
 def main() -> int:
@@ -170,15 +197,22 @@ def main() -> int:
     )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--tables", action="store_true", help="only print the tables of what is there")
+    parser.add_argument("--beside", nargs="+", type=Path, default=[], help="folders whose tables are printed too")
+    parser.add_argument("--scores", type=Path, help="write the ends of notebook 10's and 11's variants as scores there")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(arguments.threads)
-    if not arguments.tables:
+    if not arguments.tables and not arguments.scores:
         for seed in arguments.seeds:
             for setting in arguments.settings:
                 for noun in arguments.subjects:
                     train_and_look(noun, setting, seed, arguments.out, arguments.model, arguments.looks)
-    rows = read(arguments.out)
+    rows = read([arguments.out, *arguments.beside])
+    if arguments.scores:
+        chosen_rows = rows["subject"].isin(arguments.subjects) & rows["seed"].isin(arguments.seeds)
+        as_scores(rows[chosen_rows]).to_csv(arguments.scores, index=False)
+        print(f"{arguments.scores}: ibkit claims {arguments.scores.parent}")
+        return 0
     with pd.option_context("display.max_rows", None, "display.max_columns", None, "display.width", 160):
         print(of_subjects(rows).round(2))
         print(curve(rows, ["setting", "steps", "subject"])[["shown", "same_subject"]].round(2).unstack())

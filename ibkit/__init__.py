@@ -1,3 +1,3 @@
 """ibkit: a notebook-driven research kit for instruction-following personalized text-to-image generation."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

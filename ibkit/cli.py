@@ -19,6 +19,7 @@ from ibkit.errors import IbkitError
 COMMANDS = {  # name: (module, what it does)
     "run": ("ibkit.job.run", "personalize, fine-tune by RL, evaluate, and write the report"),
     "stage": ("ibkit.job.stage", "execute one notebook into one folder, or go on with it"),
+    "grid": ("ibkit.job.grid", "run subjects × methods × seeds from one file, here or on a cluster, and report"),
     "plan": ("ibkit.job.plan", "predict the time and memory that `ibkit run` will take on this machine"),
     "methods": ("ibkit.job.methods", "the methods there are, and the settings of one with their sources"),
     "list": ("ibkit.job.listing", "the runs there are: status, methods, when, how long"),
@@ -26,6 +27,7 @@ COMMANDS = {  # name: (module, what it does)
     "export": ("ibkit.job.export", "a model as a folder that diffusers loads, or figures and LaTeX tables for a paper"),
     "claims": ("ibkit.evaluate.claims.command", "read the papers' claims against a finished run"),
     "tables": ("ibkit.evaluate.tables", "the results of one or more runs as tables, in CSV, Markdown and LaTeX"),
+    "study": ("ibkit.evaluate.study.command", "a rating page for people without Jupyter, as one file"),
     "data": ("ibkit.data.dreambench", "how to get a published set of subjects and prompts, and whether it is whole"),
     "check": ("ibkit.job.check", "look at this machine: what can run here, and what to do about what cannot"),
 }

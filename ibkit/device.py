@@ -1,6 +1,7 @@
 """The machine under the kit: device, networks parked off it, random streams, CPU threads, memory that is kept."""
 
 import ctypes
+import gc
 import hashlib
 import json
 import os
@@ -134,3 +135,10 @@ def _tell_glibc() -> bool:
     return bool(
         libc.mallopt(M_MMAP_THRESHOLD, MMAP_THRESHOLD_BYTES) and libc.mallopt(M_TRIM_THRESHOLD, TRIM_THRESHOLD_BYTES)
     )
+
+
+def give_back_memory() -> None:
+    """Give what glibc kept of freed memory back to the system: for a process that computed and now waits."""
+    gc.collect()
+    if platform.libc_ver()[0] == "glibc":
+        ctypes.CDLL(None).malloc_trim(0)

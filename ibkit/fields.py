@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import typing
 from collections.abc import Iterable, Mapping
@@ -117,11 +118,14 @@ def _number(value: Any) -> float:
     return value
 
 
+_types_of = functools.cache(typing.get_type_hints)  # evaluates annotations, which is slow
+
+
 def fields_of(settings: Any, prefix: str = "") -> list[Field]:
     """The fields of a dataclass (or of an instance, whose values are then the defaults), nested ones by dotted name."""
     rows = []
     cls = settings if isinstance(settings, type) else type(settings)
-    types = typing.get_type_hints(cls)
+    types = _types_of(cls)
     for one in dataclasses.fields(cls):
         if not isinstance(settings, type):
             default = getattr(settings, one.name)

@@ -167,12 +167,11 @@ class Evaluate(Drawn):
         [], "metrics such as clip_t, image_reward, clip_i, dino, subject, pick_score; empty = the first five"
     )
     best_of: int = field(
-        0,
-        "pictures drawn for one that is kept, as one more arm of each personalization; 0 = no such arm",
-        low=0,
+        0, "pictures drawn for one that is kept, as one more arm of each personalization; 0 = no such arm", low=0,
         high=64,
-    )
+    )  # fmt: skip
     best_of_reward: str = field("image_reward", "name of the scorer that chooses it")
+    picture_cache: str = field("", "folder in which evaluations share pictures of the same models; empty = none")
 
     def __post_init__(self):
         from ibkit.scorers import SCORERS
@@ -260,6 +259,29 @@ class Baselines(Common):
 
 
 @dataclass(frozen=True, kw_only=True)
+class HumanFeedback(Common):
+    """09_human_feedback: a reward learned from good and bad, and a model fine-tuned by it."""
+
+    kinds: list[str] = field(["count", "colour", "place", "all"], "kinds of prompts")
+    n_prompts: int = field(8, "rated prompts of each kind; half as many of each unseen sort", low=2, high=1000)
+    n_rated: int = field(6, "pictures of each to rate, and as many that nobody does", low=1, high=1000)
+    best_of: int = field(8, "new pictures of each prompt, of which the best four are kept", low=2, high=1000)
+    error_rate: float = field(0.1, "share of pictures that a simulated rater gets wrong", low=0.0, high=0.5)
+    skip_rate: float = field(0.05, "share that a simulated rater skips", low=0.0, high=0.9)
+    rater: str = field("", "who rates in this notebook, such as a nickname; empty = nobody does")
+    ratings: list[str] = field([], "files of ratings, one or more a rater; empty = a simulated rater")
+    reward_settings: dict = field({}, "of the learned reward, such as {'n_steps': 500}; the rest is its own")
+    arms: list[str] = field(["labelled", "scored", "pretrain"], "what to fine-tune; empty = the reward alone")
+    settings: dict = field({}, "of fine-tuning, such as {'n_steps': 100}; the rest is the preset's")
+    second_round: bool = field(True, "rate and fine-tune once more, from the last arm")
+
+    def __post_init__(self):
+        from ibkit.experiments.human_feedback import check
+
+        check(self)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Variants(Common):
     """What 10 and 11 take: variants of a personalization, trained beside each other in the pocket world."""
 
@@ -293,6 +315,9 @@ class DeterministicPG(Variants):
     """10_deterministic_pg: DPG and its variants beside DreamBooth."""
 
     variants: list[str] = field(["lora_dreambooth", "dpg", "dpg_no_critic"], "which to train, by name")
+    settings: dict = field(
+        {"n_steps": 600}, "of all variants that have them; the rest is the preset's, whose steps are 1,400"
+    )
 
     def __post_init__(self):
         from ibkit.experiments.variants import DPG
@@ -329,6 +354,7 @@ SCHEMAS: dict[str, type[Common]] = {
     "06_prompt_ablation": PromptAblation,
     "07_human_study": HumanStudy,
     "08_baselines": Baselines,
+    "09_human_feedback": HumanFeedback,
     "10_deterministic_pg": DeterministicPG,
     "11_rpo": Preferences,
     "12_compare_rl": CompareRL,
@@ -396,7 +422,8 @@ def collect(notebook: str, namespace: Mapping[str, Any]) -> Any:
     values = {
         name: value
         for name, value in namespace.items()
-        if name in names or (name in candidates and _is_public(name) and type(value) in LITERALS)
+        if name in names
+        or (name in candidates - IPYTHON_NAMES and not name.startswith("_") and type(value) in LITERALS)
     }
     parameters = make(notebook, values)
     missing = [name for name in names if name not in values]
@@ -415,10 +442,6 @@ def literal(text: str) -> Any:
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: too deep
             return read(text)
     return text
-
-
-def _is_public(name: str) -> bool:
-    return not name.startswith("_") and name not in IPYTHON_NAMES
 
 
 def _cell_names(namespace: Mapping[str, Any], names: list[str]) -> set[str]:

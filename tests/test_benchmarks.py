@@ -8,10 +8,11 @@ import torch
 
 from benchmarks import baselines, dreambooth, scoring, sd15, sd15_all
 from benchmarks.arms import personalized
-from benchmarks.personalize import chosen
+from benchmarks.personalize import as_scores, chosen
 from ibkit.adapt import Adapted
 from ibkit.data.subject import PersonalizedSubject, demo_subject, world_photos
 from ibkit.errors import ModelError, ParameterError
+from ibkit.evaluate.claims import claims_from_scores
 from ibkit.methods.dreambooth import DreamBoothConfig
 from ibkit.methods.records import METHODS, Job
 from ibkit.model.mapper import N_UNITS, Mapper
@@ -101,6 +102,26 @@ def test_the_fewest_steps_that_keep_subject_and_prompt_are_chosen(shown, same, s
     bare = table.assign(phrase="", shown=1, same_subject=1)  # counts for nothing
     found = chosen(pd.concat([table, bare]))
     assert found.to_dict() == ({"lora": steps} if steps else {})
+
+
+def test_the_ends_of_variants_are_scores_that_claims_read():
+    """The last look of each training, without the bare prompt, and LoRA DreamBooth's where there is another."""
+    rows = [
+        {"setting": setting, "steps": steps, "subject": noun, "phrase": phrase, "image_seed": i, "seed": 0,
+         "shown": int(setting == "dpg" or i > 2), "same_subject": int(steps == 1400 and i > 0)}
+        for setting, steps, noun in (
+            ("lora", 600, "cat"), ("lora", 1400, "cat"), ("lora", 1400, "dog"), ("dpg", 600, "cat"),
+            ("dpg", 1400, "cat"), ("lora fast", 1400, "cat"),
+        )
+        for phrase in ("", "dancing", "cooking") for i in range(8)
+    ]  # fmt: skip
+    found = as_scores(pd.DataFrame(rows))
+    assert set(found["arm"]) == {"lora_dreambooth", "dpg"} and set(found["subject"]) == {"cat"}
+    assert len(found) == 2 * 2 * 8 and set(found["steps"]) == {1400} and found["prompt_id"].all()
+    assert found["text"].iloc[0] == "a sks cat cooking"
+    gains = found.groupby("arm")[["judge_text", "judge_identity"]].mean()
+    assert gains.loc["dpg"].tolist() == [1.0, 7 / 8] and gains.loc["lora_dreambooth"].tolist() == [5 / 8, 7 / 8]
+    assert {claim.id for claim in claims_from_scores(found) if claim.value is not None} == {"D1", "D2"}
 
 
 def test_a_dreambooth_step_has_the_loss_of_diffusers_recipe(tiny, tmp_path):

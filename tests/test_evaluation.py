@@ -4,6 +4,7 @@ import io
 import json
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -207,6 +208,28 @@ def test_a_picture_is_what_its_row_says(tmp_path, rows, load_arm, tokenizer):
     made = np.asarray(Image.open(io.BytesIO(pictures[row.image]))).astype(int)
     assert np.abs(made - np.asarray(alone)).max() <= 1  # rounding may differ with the batch, nothing else does
     assert pictures[rows["image"].iloc[0]] != pictures[rows["image"].iloc[1]]
+
+
+def test_evaluations_share_the_pictures_of_a_model(tmp_path, rows, load_arm):
+    """The second draws nothing that the first drew; a damaged cache is mended, and all bytes are as without it."""
+    rows = rows[rows["arm"] != "dreambooth+ddpo"]
+    alone = make(tmp_path / "alone", rows, load_arm)
+    models = {key: SimpleNamespace(key=str(key)) for key in MODELS}
+    shared, counted = {"cache": tmp_path / "cache", "models": models}, []
+    assert make(tmp_path / "first", rows, load_arm, **shared, on_image=counted.append) == alone
+    assert counted[0] == 0 and counted[-1] == len(rows) and counted == sorted(counted)
+    load_arm.calls.clear()
+    assert make(tmp_path / "second", rows, load_arm, **shared) == alone and load_arm.calls == []
+    (kept,) = {path.stat().st_nlink for path in (tmp_path / "cache").glob("*/*.png")}
+    assert kept == 3  # the cache and two runs: one file
+    damaged = next(iter(sorted((tmp_path / "cache").glob("*/00000.png"))))
+    damaged.unlink()
+    damaged.write_bytes(b"no picture")
+    assert make(tmp_path / "third", rows, load_arm, **shared) == alone and len(load_arm.calls) == 1
+    # Another noise is another picture.
+    load_arm.calls.clear()
+    make(tmp_path / "fourth", rows.assign(image_seed=rows["image_seed"] + 1), load_arm, **shared)
+    assert len(load_arm.calls) == len(set(rows["arm"]))
 
 
 def test_progress_counts_up_to_all(tmp_path, rows, load_arm):

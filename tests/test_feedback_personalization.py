@@ -6,16 +6,18 @@ import multiprocessing
 import os
 import random
 import signal
+from types import SimpleNamespace
 
 import pytest
 import torch
 from PIL import Image
 
-from ibkit.adapt import Adapted, state
+from ibkit.adapt import Adapted, attach, state
 from ibkit.data.prompts import Prompt
 from ibkit.data.subject import PersonalizedSubject
 from ibkit.device import generator
 from ibkit.errors import ArtifactError, ParameterError, TrainingError
+from ibkit.experiments import variants
 from ibkit.methods import dpg, rpo
 from ibkit.methods.dpg import Critic, DPGConfig, residual
 from ibkit.methods.engine.objectives import RewardSpec
@@ -200,6 +202,62 @@ def test_validations_stop_the_training_and_the_best_weights_are_the_result(token
     assert all(torch.equal(p, weights[1][n]) for n, p in state(model, "rpo").items())
 
 
+def test_the_average_is_what_is_validated_and_kept(tokenizer, tmp_path, monkeypatch):
+    """With a decay near 1 the average stays at the start while the last weights move."""
+    seen, model = [], tiny_model(tokenizer)
+    monkeypatch.setattr(RewardSpec, "scorer", lambda self, device: SimpleNamespace(evaluator=""))
+    monkeypatch.setattr(rpo, "parts_of", lambda scorer, pictures, *_: (torch.full((len(pictures),), 0.5),) * 2)
+    monkeypatch.setattr(rpo, "sample", lambda model, texts, *_: seen.append(state(model, "rpo")) or CLASS[: len(texts)])
+    config = dataclasses.replace(SETTINGS["rpo"], ema_decay=0.9, patience=0, early_stopping=False)
+    last = []
+    train("rpo", model, tmp_path, config, on_row=lambda row, m: last.append(state(m, "rpo")))
+    result = state(model, "rpo")
+    assert all(torch.equal(p, seen[-1][name]) for name, p in result.items())
+    assert any(not torch.equal(p, last[-1][name]) for name, p in result.items())
+
+
+@pytest.mark.parametrize(
+    "change", [{}, {"lambda_val": 0.9}, {"mean": "arithmetic", "patience": 1}, {"early_stopping": False}]
+)
+def test_variants_that_share_a_training_end_as_they_would_alone(tokenizer, tmp_path, monkeypatch, change):
+    """The history and, bit by bit, the weights."""
+
+    def parts(scorer, pictures, prompts, photos):  # of which nobody can say when they are best
+        sums = torch.tensor([sum(picture.tobytes()) for picture in pictures])
+        return 0.1 + sums % 89 / 100, 0.1 + sums % 83 / 100
+
+    monkeypatch.setattr(rpo, "parts_of", parts)
+    monkeypatch.setattr(RewardSpec, "scorer", lambda self, device: SimpleNamespace(evaluator=""))
+    first = dataclasses.replace(SETTINGS["rpo"], patience=2, n_steps=6, validate_every=1, ema_decay=0.5)
+    config, found = dataclasses.replace(first, **change), {}
+    for name, run in (
+        ("alone", METHODS["rpo"].train),
+        ("shared", lambda *of: variants.train(of[0], of[1], "rpo", of[2])),
+    ):
+        model = tiny_model(tokenizer)
+        job = Job(Adapted.of(model), CAT, PHOTOS, "rpo", 0, tmp_path / name, [], PROMPTS, RewardSpec("harmonic"))
+        if name == "shared":  # whose training is there already
+            variants.train(tiny_model(tokenizer), job, "rpo", first)
+        found[name] = run(model, job, config), state(model, "rpo")
+    rows = {name: [{k: v for k, v in row.items() if k != "seconds"} for row in of] for name, (of, _) in found.items()}
+    assert rows["alone"] == rows["shared"]
+    assert all(torch.equal(p, found["shared"][1][name]) for name, p in found["alone"][1].items())
+    assert len(list(tmp_path.glob("rpo-cat-0-*"))) == 1
+    assert change.get("early_stopping", True) is False or len(rows["alone"]) < 6
+
+
+def test_pure_similarity_draws_no_negatives(tokenizer, tmp_path):
+    config = dataclasses.replace(SETTINGS["rpo"], preference_weight=0.0)
+    model = tiny_model(tokenizer)
+    job = Job(Adapted.of(model), CAT, PHOTOS, "rpo", 0, tmp_path / "one", [], PROMPTS, RewardSpec("harmonic"))
+    rows = variants.train(model, job, "rpo", config)
+    assert all(row["loss"] == row["loss_similarity"] for row in rows) and not {"k", "pr"} & rows[0].keys()
+    assert not list(tmp_path.rglob("negatives"))
+    pairs, alone = (METHODS["rpo"].work(each) for each in (SETTINGS["rpo"], config))
+    assert alone.tuned == pairs.tuned / 2 and alone.graph_rows == pairs.graph_rows / 2
+    assert pairs.forward - alone.forward == pairs.tuned + SETTINGS["rpo"].n_negatives * config.sampler.rows
+
+
 def test_without_early_stopping_the_last_weights_are_the_result(tokenizer, tmp_path):
     model, weights = tiny_model(tokenizer), []
     config = dataclasses.replace(SETTINGS["rpo"], early_stopping=False)
@@ -218,6 +276,20 @@ def test_only_the_delta_moves(tiny, tmp_path, method):
     after = {n.replace(".base_layer", ""): p for part in tiny.parts().values() for n, p in part.named_parameters()}
     assert all(torch.equal(p, after[name]) for name, p in before.items())
     assert any(p.abs().max() > 0 for name, p in state(tiny, method).items() if "lora_B" in name)
+
+
+@pytest.mark.parametrize("method", SETTINGS)
+def test_a_training_goes_on_from_a_personalized_model(tiny, tmp_path, method):
+    """Its delta comes on top of the one that is there, which stays; that model is what it is compared with."""
+    below = attach(tiny, "lora", "first", {"rank": 2}, generator(0, "first"))
+    with torch.no_grad():
+        for weight in below.values():
+            weight.add_(0.1)
+    before = {name: p.clone() for name, p in below.items()}
+    rows = train(method, tiny, tmp_path)
+    assert list(tiny.deltas) == ["first", method] and all(torch.equal(p, before[n]) for n, p in below.items())
+    assert any(p.abs().max() > 0 for name, p in state(tiny, method).items() if "lora_B" in name)
+    assert method == "dpg" or rows[0]["k"] == pytest.approx(0, abs=1e-6) and rows[-1]["k"] != 0
 
 
 def killed_in_step_4(method, folder, tokenizer):

@@ -244,3 +244,19 @@ def test_parameters_share_no_list_with_the_schema_or_the_notebook():
 def test_an_unknown_notebook_is_refused_with_the_nearest_one():
     with pytest.raises(ParameterError, match="did you mean '01_personalize'"):
         schema("01_personalise")
+
+
+@pytest.mark.parametrize(
+    "method, asked, says",
+    [
+        ("dpok", {"subject_reward": "subject"}, "optimises one reward: leave subject_reward empty, or use ddpo"),
+        ("draft", {"subject_reward": "subject"}, "is that of one reward"),
+        ("draft", {"processes": 2}, "followed by one process"),
+        ("refl", {"reward": "dino"}, "dino has no gradient .*choose one of clip_t, image_reward"),
+        ("feedback", {"subject_reward": "subject"}, "follows one reward"),
+        ("feedback", {"processes": 2}, "trains in one process"),
+    ],
+)
+def test_what_a_tuning_cannot_have_is_refused_before_anything_runs(method, asked, says):
+    with pytest.raises(ParameterError, match=says):
+        make("02_rl_finetune", {"method": method} | asked)

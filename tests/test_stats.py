@@ -159,3 +159,13 @@ def test_tunings_are_resampled_within_their_personalization():
     many, few = (summarise(table, metrics=["dino"]).iloc[0] for table in (rows, alone))
     assert (many["seeds"], few["seeds"]) == (12, 3) and many["value"] == pytest.approx(few["value"])
     assert many["high"] - many["low"] == pytest.approx(few["high"] - few["low"], rel=1e-6)
+
+
+def test_one_picture_scored_twice_counts_once():
+    """The last bits of a score may depend on its batch; an answer of the judge may not differ."""
+    good = tidy("dreambooth", [0.5, 0.25], ["p", "q"], metric="dino").assign(judge_activity=[1, 0])
+    again = good.assign(dino=good["dino"] + 1e-6)
+    pd.testing.assert_frame_equal(check_scores(pd.concat([good, again])), check_scores(good))
+    for other in (good.assign(dino=good["dino"] + 1e-3), good.assign(judge_activity=[1, 1])):
+        with pytest.raises(ScoreError, match="more than once with different scores"):
+            check_scores(pd.concat([good, other]))

@@ -1,8 +1,12 @@
 """Tunings side by side: sums, hacking by hand, the front."""
 
+import re
+from pathlib import Path
+
 import pandas as pd
 import pytest
 
+from benchmarks.arms import read
 from ibkit.evaluate.tunings import KEYS, hacked, pareto_front, tuning_costs
 
 
@@ -48,3 +52,24 @@ def test_costs_are_means_over_an_arms_runs():
 def test_the_front_by_hand(means, front):
     table = pd.DataFrame(means, index=["judge_activity", "judge_identity"]).T
     assert pareto_front(table, "judge_activity", "judge_identity") == front
+
+
+def test_how_to_choose_says_what_the_committed_tables_say():
+    """The table of notebook 12 and the two moments of DRaFT that it tells of."""
+    root = Path(__file__).parents[1]
+    text = (root / "notebooks/12_compare_rl.ipynb").read_text(encoding="utf-8")
+    rows = pd.concat(map(read, (root / "outputs/reference/objectives", root / "outputs/reference/tunings")))
+    rows = rows[rows["identifier"]].drop_duplicates()  # both folders have the cat's start
+    means = 100 * rows.groupby(["arm", "subject"])[["shown", "same_subject"]].mean()
+    named = {"the start": "start", "DDPO, text": "text", "DDPO, text and `subject`": "text and subject"}
+    named |= {"DDPO, text and DINO": "text and DINO", "DRaFT, past its end": "DRaFT long"}
+    for label, arm in named.items():
+        said = re.search(rf"\| {re.escape(label)} \| \d+ \| (.*?) \| (.*?) \|", text)
+        for subject, cell in zip(("cat", "dog"), said.groups(), strict=True):
+            if cell != "–":
+                assert [float(n) for n in cell.split(" / ")] == means.loc[arm, subject].round().tolist()
+    history = pd.read_csv(root / "outputs/reference/tunings/cat-DRaFT_long-0-history.csv")
+    history.index = history["pictures"].cumsum()
+    for pictures, shown, same in ((384, 92, 92), (624, 21, 4)):
+        found = 100 * history.loc[pictures, ["judge_activity", "judge_identity"]]
+        assert found.round().tolist() == [shown, same] and f"{shown} %" in text

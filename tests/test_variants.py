@@ -25,9 +25,8 @@ def scores(shares):
     return pd.concat([images(arm, True, *both) for arm, both in shares.items()])
 
 
-def verdicts(shares, file):
-    table = check_scores(scores(shares))
-    return {claim.id: claim for claim in claims_from({"scores.csv": table, file: table})}
+def verdicts(shares):
+    return {claim.id: claim for claim in claims_from({"scores.csv": check_scores(scores(shares))})}
 
 
 AS_RPO_SAYS = {
@@ -51,7 +50,7 @@ AS_RPO_SAYS = {
     ],
 )
 def test_each_claim_of_rpo_can_fail(changes, claim, verdict):
-    assert verdicts(AS_RPO_SAYS | changes, "rpo.csv")[claim].verdict == verdict
+    assert verdicts(AS_RPO_SAYS | changes)[claim].verdict == verdict
 
 
 @pytest.mark.parametrize(
@@ -62,12 +61,12 @@ def test_each_claim_of_rpo_can_fail(changes, claim, verdict):
     ],
 )
 def test_each_claim_of_dpg_can_fail(dpg, mean, expected):
-    found = verdicts({"lora_dreambooth": (0.7, 0.7), "dpg": dpg, "dpg_no_critic": mean}, "dpg.csv")
+    found = verdicts({"lora_dreambooth": (0.7, 0.7), "dpg": dpg, "dpg_no_critic": mean})
     assert [found[f"D{i}"].verdict for i in (1, 2, 3)] == expected
 
 
 def test_a_balance_is_the_harmonic_mean_of_both_shares():
-    found = verdicts(AS_RPO_SAYS, "rpo.csv")["R1"]
+    found = verdicts(AS_RPO_SAYS)["R1"]
     assert found.value == pytest.approx(0.8 - 2 * 0.3 * 1.0 / 1.3) and found.low > 0
 
 

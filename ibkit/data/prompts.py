@@ -50,7 +50,7 @@ def article(words: str) -> str:
 
 
 def subject_phrase(class_noun: str, identifier: str = "", description: str = "", alone: bool = False) -> str:
-    """ "a [identifier] [description] [class noun]" (InstructBooth, section 2.1), without the parts that are empty; with
+    """`a [identifier] [description] [class noun]` (InstructBooth, section 2.1), without the parts that are empty; with
     `alone`, the identifier stands for all of them."""
     words = identifier if alone else _subject_words(class_noun, identifier, description)
     return f"{article(words)} {words}"

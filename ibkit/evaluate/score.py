@@ -4,7 +4,6 @@ All arms draw the same prompts from the same noise, so that the two pictures of 
 table has one row an image: `jobs` lists the rows, `generate` makes the pictures, `score` adds a column for each metric.
 """
 
-import io
 import itertools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -22,14 +21,14 @@ from ibkit.data.subject import PersonalizedSubject, choose_activities, personali
 from ibkit.device import generator
 from ibkit.errors import ModelError, ParameterError, ScoreError
 from ibkit.evaluate.arms import BASE, REAL, arms_of
-from ibkit.evaluate.best_of import BestOf, is_chosen
+from ibkit.evaluate.drawing import Key
+from ibkit.evaluate.drawing import generate as generate
 from ibkit.evaluate.stats import METRICS, SEEDS
 from ibkit.methods.records import named
-from ibkit.model.sample import Sampler, sample
 from ibkit.model.text_to_image import TextToImage
 from ibkit.pocket.words import parts_in, said_in
 from ibkit.pocket.world import Subject
-from ibkit.runs import CompletedRun, Run, resolve
+from ibkit.runs import CompletedRun, resolve
 from ibkit.scorers import SCORERS, Scorer, column_of, make_scorer
 from ibkit.scorers.base import batches
 from ibkit.scorers.dino import Dino
@@ -40,7 +39,6 @@ DEFAULT_SCORERS = ("clip_t", "image_reward", "clip_i", "dino", "subject")
 RUN_KINDS = ("01_personalize", "02_rl_finetune")  # runs whose models can be evaluated
 JUDGED = ("class", "activity", "pose", "things", "place", "accessory", "identity")
 SAID = ("activity", "place", "accessory")  # what `judge_text` joins
-Key = tuple[str, int | None, int | None]  # arm, seed of the personalization, seed of the tuning
 
 
 @dataclass(frozen=True)
@@ -211,55 +209,6 @@ def prompt_ids(activities: Sequence[str]) -> dict[str, str]:
         names = itertools.chain([stem], (f"{stem}-{n}" for n in itertools.count(2)))
         ids[activity] = next(name for name in names if name not in ids.values())
     return ids
-
-
-def generate(
-    run: Run,
-    rows: pd.DataFrame,
-    load_arm: Callable[[Key], TextToImage],
-    sampler: Sampler,
-    batch_size: int,
-    on_image: Callable[[int], None] | None = None,
-    best: BestOf | None = None,
-) -> None:
-    """Make the pictures of `rows` that the run does not have yet, each an output of the run.
-
-    A picture's noise depends on its image_seed alone. Batches are always cut in the same places and a batch with a
-    missing picture is computed whole, so that a resumed run gives the same bytes even where arithmetic depends on the
-    batch size.
-
-    Args:
-        rows: from `jobs`.
-        load_arm: loads a model; called once for each that has pictures to make.
-        batch_size: pictures made at a time.
-        on_image: called with the number of pictures that exist, of len(rows); first with those that existed before.
-        best: draws the arms that keep the best of several pictures; needed where `rows` has such.
-    """
-    n_done = sum(run.has(path) for path in rows["image"])
-    if on_image:
-        on_image(n_done)
-    for values, group in rows.groupby(["arm", *SEEDS], sort=False, dropna=False):
-        arm, *seeds = values
-        key = (arm, *(None if pd.isna(seed) else int(seed) for seed in seeds))
-        model = None  # frees the last model before the next one is loaded
-        for part in batches(group, batch_size):
-            missing = {path for path in part["image"] if not run.has(path)}
-            if not missing:
-                continue
-            model = model or load_arm(key)
-            prompts, noise = list(part["prompt"]), list(part["image_seed"])
-            if best and is_chosen(arm):
-                pictures = best.draw(model, prompts, list(part["text"]), noise, sampler, batch_size)
-            else:
-                pictures = sample(model, prompts, noise, sampler, batch_size)
-            for path, picture in zip(part["image"], pictures, strict=True):
-                if path in missing:
-                    buffer = io.BytesIO()
-                    picture.save(buffer, format="PNG")
-                    run.write_bytes(path, buffer.getvalue())
-            n_done += len(missing)
-            if on_image:
-                on_image(n_done)
 
 
 def make_scorers(

@@ -53,6 +53,8 @@ METRICS: Registry[Metric] = Registry("ibkit.metrics", "metric", {
     "align_t": Metric("ALIGN-T", "text"),
     "weak_reward": Metric("Weak reward", "text"),
     "feedback": Metric("Reward learned from feedback", "text"),
+    "agreement": Metric("Feedback predicted", "text", is_share=True),
+    "precision": Metric("Among true pictures (DINO, k = 3)", "quality", is_share=True),
     "clip_i": Metric("CLIP-I", "subject"),
     "dino": Metric("DINO", "subject"),
     "subject_score": Metric("Subject in any pose", "subject"),
@@ -65,6 +67,7 @@ SEEDS = ("seed", "tune_seed")  # of the personalization and of the tuning; empty
 KEYS = ("arm", *SEEDS, "subject", "prompt_id", "identifier", "image_seed")
 # The unit that pairs two arms: one noise seed of one prompt of one subject.
 UNIT = ("subject", "prompt_id", "image_seed")
+SAME = 1e-4  # two scores of one picture differ by no more, relative or absolute
 NO_SEED = -1  # stands for a missing seed in an index of integers
 
 # Use the first available metric of an axis, in this order: the judge (ground truth), then others; ImageReward last,
@@ -103,14 +106,19 @@ def check_scores(scores: pd.DataFrame, where: str = "the score table") -> pd.Dat
     kinds |= {"seen": ANSWER + OR_NOTHING} | dict.fromkeys(SEEDS, WHOLE + OR_NOTHING)
     kinds |= {name: (SHARE if METRICS[name].is_share else NUMBER) + OR_NOTHING for name in metrics}
     scores = check_columns(scores, kinds, where).astype(dict.fromkeys(SEEDS, "Int64"))
-    # Several evaluations may list the same images of the base model.
+    # Several evaluations may list the same images of the base model; the last bits of a score may depend on a batch.
     scores = scores.drop_duplicates(subset=[*KEYS, *metrics])
-    if (twice := scores.duplicated(subset=list(KEYS))).any():
+    twice = scores.duplicated(subset=list(KEYS), keep=False)
+    again = scores[twice]
+    first = again.groupby(list(KEYS), dropna=False, sort=False)[metrics].transform("first").to_numpy(dtype=float)
+    twice[twice] = ~np.isclose(again[metrics].to_numpy(dtype=float), first, SAME, SAME, equal_nan=True).all(axis=1)
+    if twice.any():
         row = scores[twice].iloc[0]
         raise ScoreError(
             f"{place(where, scores, twice)} lists {row['arm']} ({in_words(row)}), prompt {row['prompt_id']}, image "
             f"seed {row['image_seed']} more than once with different scores: keep one evaluation of each image."
         )
+    scores = scores.drop_duplicates(subset=list(KEYS))
     return scores.reset_index(drop=True)
 
 

@@ -208,11 +208,26 @@ def in_all_formats(table: pd.DataFrame) -> dict[str, str]:
     return {"csv": table.to_csv(index=False), "md": as_markdown(table), "tex": as_latex(table)}
 
 
-def all_tables(scores: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Name -> text table: `fidelity`; `differences`, where there is a personalized arm and another; `seen_and_unseen`,
-    where both kinds were drawn.
+def by_subjects(scores: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.DataFrame:
+    """`fidelity` apart for each subject; by default the primary metrics alone.
+
+    Raises:
+        ScoreError: a metric that the scores do not have.
     """
-    found, gaps = {"fidelity": fidelity(scores)}, differences(scores)
+    asked = asked_metrics(scores, metrics or list(stats.primary_metrics(scores).values()))
+    return _wide(summarise(as_compared(scores), ("arm", "subject"), asked), ["arm", "subject"])
+
+
+def all_tables(scores: pd.DataFrame, against: str = "") -> dict[str, pd.DataFrame]:
+    """Name -> text table: `fidelity`; `subjects`, where there are several; `differences`, where there is a personalized
+    arm and another; `seen_and_unseen`, where both kinds were drawn.
+
+    Args:
+        against: see `differences`.
+    """
+    found, gaps = {"fidelity": fidelity(scores)}, differences(scores, against)
+    if scores["subject"].nunique() > 1:
+        found["subjects"] = by_subjects(scores)
     if len(gaps):
         found["differences"] = differences_in_words(gaps)
     if "seen" in scores.columns and as_compared(scores)["seen"].dropna().nunique() == 2:
@@ -254,7 +269,13 @@ def combine(folders: Sequence[str | Path]) -> pd.DataFrame:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of `ibkit tables`."""
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of evaluated runs, such as one a subject")
+    parser.add_argument(
+        "runs", nargs="+", metavar="RUN", help="folders of evaluated runs, such as one a subject, or grids"
+    )
+    parser.add_argument(
+        "--against", default="", metavar="ARM",
+        help="subtract this arm from all others, such as lora_dreambooth (default: each from what it started from)",
+    )  # fmt: skip
     parser.add_argument(
         "--out", default="", metavar="FOLDER",
         help="write the tables there as CSV, Markdown and LaTeX, and all scores, on which `ibkit claims` can be run",
@@ -265,7 +286,7 @@ def main(arguments: Namespace) -> int:
     """Run `ibkit tables`."""
     folder = _new_folder(arguments.out) if arguments.out else None
     scores = combine([Path(run).expanduser() for run in arguments.runs])
-    tables = all_tables(scores)
+    tables = all_tables(scores, arguments.against)
     for name, table in tables.items():
         print(f"{name.replace('_', ' ').capitalize()}\n\n{as_markdown(table)}")
     if "differences" not in tables:

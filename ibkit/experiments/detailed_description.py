@@ -4,8 +4,8 @@ Two arms are personalized from the same base model on the same photos and random
 
 | arm | trained on and asked for |
 |---|---|
-| with description | "a [identifier] [description] [class noun]" |
-| without | "a [identifier] [class noun]" |
+| with description | `a [identifier] [description] [class noun]` |
+| without | `a [identifier] [class noun]` |
 
 Both then draw the same activities from the same noise. Each arm is trained once per training seed. Pictures of the two
 arms are compared within a seed, and the seeds are resampled like the prompts (`ibkit.evaluate.intervals`).

@@ -78,8 +78,13 @@ class PocketCosts(Costs):
         return self.resident + work.graph_rows * row + (4 * self.weights if work.trained else 0)
 
 
-def count(stage: Stage) -> Work:
-    """The work of a stage of the main job, from its parameters, its method and the model's preset."""
+def count(stage: Stage, shared_sets: int = 0, shared_classes: bool = False) -> Work:
+    """The work of a stage of the main job, from its parameters, its method and the model's preset.
+
+    Args:
+        shared_sets: sets of an evaluation's pictures that another one has drawn: one of the base model, two of others.
+        shared_classes: whether the class pictures of a personalization are there.
+    """
     given = stage.parameters
     preset = preset_of(given["model"])
     if "n_inference_steps" in given:
@@ -89,14 +94,16 @@ def count(stage: Stage) -> Work:
     if "method" not in given:
         # base; each model, and the best of several where that is asked for, with and without the identifier
         arms = 1 + 2 * (1 + given["best_of"]) * len(given["runs"])
-        pictures = arms * (given["n_images"] or preset.n_images) * len(given["prompts"] or preset.activities)
-        return Work(forward=pictures * picture_rows + fixed, pictures=2 * pictures)
+        each = (given["n_images"] or preset.n_images) * len(given["prompts"] or preset.activities)
+        drawn = (arms - shared_sets) * each
+        return Work(forward=drawn * picture_rows + fixed, pictures=drawn + arms * each)
     method, settings = METHODS[given["method"]], preset.settings(given["method"], given["settings"])
     work = method.work(settings)
     if method.stage == "personalize":
         measured = 2 * 2 * 16 if preset.world else 2 * 2 * 4
-        forward = method.class_pictures(settings) * preset.class_sampler.rows + measured * picture_rows
-        pictures = FIXED_PICTURES + measured + method.class_pictures(settings)
+        classes = 0 if shared_classes else method.class_pictures(settings)
+        forward = classes * preset.class_sampler.rows + measured * picture_rows
+        pictures = FIXED_PICTURES + measured + classes
     else:
         every = given["sample_every"] or preset.sample_every
         prompts = (2 if given["use_class_prompts"] else 1) * len(given["prompts"] or preset.activities)

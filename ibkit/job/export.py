@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 from ibkit.errors import ArtifactError
-from ibkit.runs import read_manifest, read_run, resolve
+from ibkit.runs import GRID, read_manifest, read_run, resolve
 
 MODELS = ("01_personalize", "02_rl_finetune")  # kinds of runs that hold one
 
@@ -21,6 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     paper = parser.add_argument_group("of a paper's figures and tables")
     paper.add_argument("--columns", nargs="+", default=[], metavar="METRIC", help="of the LaTeX tables")
     paper.add_argument("--pictures", default="first", metavar="WHICH", help="first, best, worst, or noise seeds")
+    paper.add_argument(
+        "--against", default="", metavar="ARM", help="the arm of the differences, subtracted from all others"
+    )
     paper.add_argument("--titles", action="store_true", help="write each figure's title into it")
 
 
@@ -34,10 +37,10 @@ def main(arguments: argparse.Namespace) -> int:
     if folder.exists():
         raise ArtifactError(f"{folder} is there already: name another folder.")
     runs = [resolve(run) for run in arguments.runs]
-    if len(runs) > 1 or read_manifest(runs[0])["kind"] not in MODELS:
+    if len(runs) > 1 or (runs[0] / GRID).is_file() or read_manifest(runs[0])["kind"] not in MODELS:
         from ibkit.report.paper import export_paper
 
-        files = export_paper(runs, folder, arguments.columns, arguments.pictures, arguments.titles)
+        files = export_paper(runs, folder, arguments.columns, arguments.pictures, arguments.titles, arguments.against)
         print(f"written to {folder}: {', '.join(files)}")
         return 0
     from ibkit.adapt import Adapted

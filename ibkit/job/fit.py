@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -175,6 +176,7 @@ def _micro_batch(settings: Any) -> int:
     return getattr(settings, "micro_batch", 0) or getattr(settings, "batch", 1)
 
 
+@cache
 def _training(method: str, settings: Any) -> tuple[Counted, float]:
     """A training step, and bytes of moments and average."""
     record, resources = METHODS[method], getattr(settings, "resources", Resources())

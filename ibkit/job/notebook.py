@@ -4,18 +4,20 @@ import contextlib
 import logging
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from ibkit import errors
 from ibkit.errors import ArtifactError, IbkitError
 from ibkit.job.stages import Stage
 from ibkit.progress import duration
-from ibkit.runs import MANIFEST, Run, compared, identify, project_root, read_manifest, read_run, resolve
+from ibkit.runs import MANIFEST, Run, compared, held_by, identify, project_root, read_manifest, read_run, resolve
 from ibkit.runs.manifest import INPUT_PATHS, differing, local_model
 from ibkit.runs.notebooks import set_aside
 
@@ -23,6 +25,7 @@ EXIT_FAILED, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
 KERNEL_START_S = 300  # importing torch on a busy machine takes its time
 INDENT = "      "
 PACKAGE = Path(errors.__file__).parent
+ORPHAN_S = 20  # the kernel of a killed job notices within a second, or when its longest C call ends
 SET_ASIDE = "set-aside"  # folder of a job for runs of its stages that it does not go on with
 
 
@@ -131,6 +134,33 @@ def make_room(stage: Stage) -> None:
     if why:
         aside = set_aside(stage.folder, stage.folder.parent / SET_ASIDE)
         print(f"{stage.name} begins anew ({why}); what was there is now {SET_ASIDE}/{aside.name}", flush=True)
+
+
+def wait_for(folder: Path) -> None:
+    """Wait a while for a process that is still in a run folder, such as the kernel of a job that was killed.
+
+    Raises:
+        ArtifactError: it is there to stay.
+    """
+    until = time.monotonic() + ORPHAN_S
+    while holder := held_by(folder):
+        if time.monotonic() > until:
+            raise ArtifactError(f"{folder} is in use by process {holder}; wait for it, or end it.")
+        time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def sigterm_is_ctrl_c() -> Iterator[None]:
+    """Inside, SIGTERM ends this process as Ctrl-C does."""
+
+    def interrupt(number: int, frame: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _places(stage: Stage, names: Iterable[str]) -> list[Path]:

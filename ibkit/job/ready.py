@@ -4,7 +4,7 @@ ends the command at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,7 +20,7 @@ from ibkit.model.loading import find
 from ibkit.model.parts import check_parts, read_configs, square_side
 from ibkit.model.text_to_image import TextToImage
 from ibkit.presets import preset_of
-from ibkit.runs import resolve
+from ibkit.runs import hash_json, resolve
 from ibkit.scorers import make_scorer
 
 SHIPPED = ("pocket", "image_reward")  # weights and reward that are always there
@@ -38,15 +38,22 @@ def require_ready(stages: Sequence[Stage], scorers: bool = True) -> None:
     """
     for name in dict.fromkeys(stage.parameters["device"] for stage in stages):
         pick_device(name)
-    for stage in (s for s in stages if s.notebook.stem == "01_personalize"):
-        given = stage.parameters
+    asked = dict.fromkeys(tuple(s.parameters["prompts"]) for s in stages if "prompts" in s.parameters)
+    for given in _distinct(s.parameters for s in stages if s.notebook.stem == "01_personalize"):
         place = _model(given["model"], given["revision"])
         who = _subject(given)
-        for other in stages:
-            if "prompts" in other.parameters:
-                _require_prompts(given, who, other.parameters["prompts"], place)
-    for stage in stages if scorers else ():
-        _require_scorers(stage.parameters, judged=who.world is not None)
+        reader = _reader(given["model"], place) if place else None
+        for prompts in asked:
+            _require_prompts(given, who, prompts, reader)
+    for given in _distinct(stage.parameters for stage in stages) if scorers else ():
+        _require_scorers(given, judged=who.world is not None)
+
+
+def _distinct(stages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Parameters of stages that differ in more than seeds, settings and folders."""
+    not_asked = ("seed", "settings", "run_in", "run_out", "runs")
+    found = {hash_json({k: v for k, v in given.items() if k not in not_asked}): given for given in stages}
+    return list(found.values())
 
 
 def _model(model: str, revision: str) -> Path | None:
@@ -71,9 +78,10 @@ def _subject(given: dict[str, Any]) -> PersonalizedSubject:
     return PersonalizedSubject("", *words, given["model"], given["revision"], world)
 
 
-def _require_prompts(given: dict[str, Any], who: PersonalizedSubject, asked: Sequence[str], place: Path | None) -> None:
+def _require_prompts(
+    given: dict[str, Any], who: PersonalizedSubject, asked: Sequence[str], reader: TextToImage | None
+) -> None:
     """Build each prompt, and read it by the model's tokenizer where that is here."""
-    reader = _reader(given["model"], place) if place else None
     if reader:
         check_identifier(reader, who.identifier, who.class_noun)
     activities = choose_activities(who, asked, preset_of(given["model"]).activities)

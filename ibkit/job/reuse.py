@@ -1,7 +1,6 @@
 """What a new job takes over: the name of one that came to nothing, and personalizations that are there already."""
 
 import datetime
-import os
 import shutil
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from ibkit.errors import ArtifactError
 from ibkit.job.notebook import is_done
 from ibkit.job.stages import Stage
 from ibkit.runs import CHECKPOINTS, MANIFEST, held_by, read_manifest
+from ibkit.runs.files import link_or_copy
 from ibkit.runs.manifest import versions
 
 PERSONALIZE = "01_personalize"
@@ -44,7 +44,9 @@ def reuse(stages: list[Stage], outputs: Path) -> None:
             continue
         for path in sorted(outputs.glob(f"*/{PERSONALIZE}*/{MANIFEST}"), key=lambda path: path.stat().st_mtime_ns):
             if path.parent != stage.folder and _same(stage, path.parent):
-                shutil.copytree(path.parent, stage.folder, copy_function=_link, ignore=shutil.ignore_patterns(".*"))
+                shutil.copytree(
+                    path.parent, stage.folder, copy_function=link_or_copy, ignore=shutil.ignore_patterns(".*")
+                )
                 whose = path.parent.parent.name
                 print(f"{stage.name}: that of {whose}, made with the same settings (--no-reuse makes it anew)")
                 break
@@ -68,11 +70,3 @@ def _same(stage: Stage, folder: Path) -> bool:
 def _changed(notebook: Path) -> float:
     """When the notebook or a file of the kit was changed last (POSIX time)."""
     return max(path.stat().st_mtime for path in [notebook, *Path(__file__).parents[1].rglob("*.py")])
-
-
-def _link(source: str, target: str) -> None:
-    """A hard link, or a copy where the file system has none."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

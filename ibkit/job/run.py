@@ -10,22 +10,26 @@ settings on resuming are those of `Run`. Below it each notebook has a run folder
 whether that stage is done.
 """
 
-import contextlib
 import datetime
 import os
 import re
-import signal
 import sys
-import time
 import warnings
 from argparse import SUPPRESS, ArgumentParser, BooleanOptionalAction, Namespace
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ibkit.data.protocols import names
 from ibkit.errors import ArtifactError, IbkitError, ParameterError
-from ibkit.job.notebook import EXIT_ERROR, EXIT_INTERRUPTED, StageFailed, execute, own_peak_gib
+from ibkit.job.notebook import (
+    EXIT_ERROR,
+    EXIT_INTERRUPTED,
+    StageFailed,
+    execute,
+    own_peak_gib,
+    sigterm_is_ctrl_c,
+    wait_for,
+)
 from ibkit.job.reuse import free_name, reuse
 from ibkit.job.stages import CHAINS, JOB, SHARED, Stage, defaults, given, plan, spell
 from ibkit.params import schema
@@ -42,7 +46,6 @@ METAVARS = {
     "lora": "FILE", "n_inference_steps": "N", "guidance": "SCALE", "eta": "ETA",
 }  # fmt: skip
 LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-ORPHAN_S = 20  # the kernel of a killed job notices within a second, or when its longest C call ends
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -188,7 +191,7 @@ def _one(arguments: Namespace, launched: dict[str, Any]) -> int:
         settings |= _fitted(settings, folder)
         stages = plan(settings, folder)
     again = f"go on with:  ibkit run --resume --name {folder.name}"
-    with _sigterm_is_ctrl_c():
+    with sigterm_is_ctrl_c():
         if not arguments.resume:
             free_name(folder)
         try:
@@ -325,24 +328,8 @@ def _wait_for_orphans(folder: Path) -> None:
     """Wait for the kernel of a job that was killed: it ends when it notices, and holds its run folder until then."""
     if held_by(folder):
         return  # the job itself is alive, and opening its run will say so
-    until = time.monotonic() + ORPHAN_S
     for child in sorted(folder.glob("*/")):
-        while holder := held_by(child):
-            if time.monotonic() > until:
-                raise ArtifactError(f"{child} is in use by process {holder}; wait for it, or end it.")
-            time.sleep(0.1)
-
-
-@contextlib.contextmanager
-def _sigterm_is_ctrl_c() -> Iterator[None]:
-    def interrupt(number: int, frame: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
+        wait_for(child)
 
 
 def _report(stages: list[Stage], run: Run) -> None:

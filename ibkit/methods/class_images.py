@@ -4,9 +4,7 @@ made them.
 
 from __future__ import annotations
 
-import hashlib
 import io
-import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,10 +14,7 @@ from PIL import Image
 from ibkit.device import generator
 from ibkit.model.sample import Sampler, sample_latents
 from ibkit.model.text_to_image import TextToImage, default_batch, model_fingerprint
-from ibkit.runs import alone_in, hash_json, read_json, write_atomically
-from ibkit.runs.files import TEMPORARY_SUFFIX
-
-INDEX = "index.json"  # file name -> SHA-256 of its bytes
+from ibkit.runs import cached, hash_json
 
 
 def class_images(
@@ -54,25 +49,14 @@ def class_images(
         "device": model.device.type,
         "dtype": str(model.autocast or torch.float32),
     }
-    folder, batch = cache / hash_json(made_by)[:16], default_batch(model.image_px)
-    files = []
-    with alone_in(folder):
-        for leftover in folder.glob(f".*{TEMPORARY_SUFFIX}"):
-            leftover.unlink()
-        index = _read_index(folder)
-        for first in range(0, n, batch):
-            indices = range(first, min(first + batch, n))
-            kept = [_read_unaltered(folder / f"{i:04d}.png", index) for i in indices]
-            found = [data for data in kept if data is not None]
-            if len(found) < len(kept):
-                found = _draw(model, prompt, sampler, seed, indices)
-                for i, data in zip(indices, found, strict=True):
-                    _write(folder / f"{i:04d}.png", data)
-                    index[f"{i:04d}.png"] = hashlib.sha256(data).hexdigest()
-                _write(folder / INDEX, json.dumps(index, indent=1).encode())
-                if on_image:
-                    on_image(first + len(indices), n)
-            files += found
+    folder, size = cache / hash_json(made_by)[:16], default_batch(model.image_px)
+    batches = [range(first, min(first + size, n)) for first in range(0, n, size)]
+    files = cached(
+        folder,
+        [[f"{i:04d}.png" for i in batch] for batch in batches],
+        lambda number: _draw(model, prompt, sampler, seed, batches[number]),
+        (lambda done: on_image(done, n)) if on_image else None,
+    )
     return [Image.open(io.BytesIO(data)).convert("RGB") for data in files]
 
 
@@ -85,22 +69,3 @@ def _draw(model: TextToImage, prompt: str, sampler: Sampler, seed: int, indices:
         picture.save(buffer, format="PNG")
         files.append(buffer.getvalue())
     return files
-
-
-def _write(path: Path, data: bytes) -> None:
-    write_atomically(path, len(data), lambda temporary: temporary.write_bytes(data))
-
-
-def _read_index(folder: Path) -> dict[str, str]:
-    """The hashes noted; none where the index is missing or unreadable, so that everything is drawn again."""
-    try:
-        index = read_json(folder / INDEX)
-    except (FileNotFoundError, ValueError):
-        return {}
-    return index if isinstance(index, dict) else {}
-
-
-def _read_unaltered(path: Path, index: dict[str, str]) -> bytes | None:
-    """A file's bytes, or None unless they are those noted."""
-    data = path.read_bytes() if path.is_file() else b""
-    return data if hashlib.sha256(data).hexdigest() == index.get(path.name) else None

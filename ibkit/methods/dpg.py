@@ -36,7 +36,7 @@ from ibkit.fields import field
 from ibkit.methods import dreambooth
 from ibkit.methods.dreambooth import MAY_CHANGE, DreamBoothConfig
 from ibkit.methods.engine.objectives import Objective
-from ibkit.methods.engine.photos import Examples, fit
+from ibkit.methods.engine.photos import Examples, Shown, fit
 from ibkit.methods.records import Method, Work
 from ibkit.model.ddim import predict_x0
 from ibkit.model.text_to_image import model_fingerprint
@@ -177,7 +177,7 @@ def personalize(model, job, settings, *, on_row=None, monitor=None, processes=No
             whole = whole + settings.prior_weight * terms["loss_prior"]
         return {"loss": whole, **terms}
 
-    def after(number: int) -> dict[str, float]:
+    def after(number: int, result: Shown) -> dict[str, float]:
         of, cost = (torch.cat(each) for each in zip(*seen, strict=True))
         seen.clear()
         if settings.critic == "none":

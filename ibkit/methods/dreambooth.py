@@ -91,7 +91,7 @@ def train(
 
     Args:
         photos: of the subject, at the model's size.
-        prompt: "a [identifier] [description] [class noun]".
+        prompt: `a [identifier] [description] [class noun]`.
         class_prompt: "a [class noun]".
         class_pictures: by the base model, see `class_images`; empty with prior_weight 0.
         folder: for checkpoints; training continues from the newest one there, on the same random streams.

@@ -36,8 +36,8 @@ from ibkit.device import generator
 from ibkit.errors import ArtifactError, ParameterError, TrainingError
 from ibkit.fields import field
 from ibkit.methods.class_images import class_images
-from ibkit.methods.engine.photos import MAY_CHANGE, Examples, PhotoConfig, fit
-from ibkit.methods.records import Method, Work
+from ibkit.methods.engine.photos import MAY_CHANGE, Examples, PhotoConfig, Shown, fit
+from ibkit.methods.records import Method, Work, check_job
 from ibkit.model.sample import Sampler, sample
 from ibkit.model.text_to_image import TextToImage, model_fingerprint
 from ibkit.runs import hash_json
@@ -159,10 +159,12 @@ def train(
         assert examples.labels is not None
         return weighted_likelihood_loss(eps_hat, noise, examples.labels, config.pretrain_weight)
 
-    def after(number: int) -> dict[str, float]:
+    def after(number: int, result: Shown) -> dict[str, float]:
         row = {"epoch": number, "weight": weight, "pictures": config.batch, "gradient_steps": 1}
-        every = config.validate_every
-        return row | dict(validate() if every and (number + 1) % every == 0 else {})
+        if not config.validate_every or (number + 1) % config.validate_every:
+            return row
+        with result():
+            return row | dict(validate())
 
     history = fit(model, weights, draw, loss, config, folder, origin, (seed, "feedback"), on_step, after=after)
     freeze(model)
@@ -236,10 +238,7 @@ def tune(model, job, settings, *, on_row=None, monitor=None, processes=None) -> 
     Raises:
         ParameterError: a second reward, a guard that stops, several processes, or what `train` refuses.
     """
-    if job.subject_reward:
-        raise ParameterError(f"{job.name} follows one reward: leave subject_reward empty, or use ddpo for two.")
-    if processes and processes.count > 1:
-        raise ParameterError(f"{job.name} trains in one process: leave processes at 1.")
+    check_job(METHOD, job, processes)
     if job.guard and job.guard.patience:
         raise ParameterError(
             f"{job.name} draws its pictures before the training, not in it, and has no frontier to stop by: leave "
@@ -281,6 +280,13 @@ def model_size(picture: Image.Image, model: TextToImage) -> Image.Image:
     """A picture at the model's size, by PIL's bicubic filter; one of that size is left as it is."""
     size = (model.image_px, model.image_px)
     return picture if picture.size == size else picture.resize(size, Image.Resampling.BICUBIC)
+
+
+def refuses(reward: str, subject_reward: str, processes: int) -> str:
+    """See `records.Method`."""
+    if subject_reward:
+        return "feedback follows one reward: leave subject_reward empty, or use ddpo for two."
+    return "feedback trains in one process: leave processes at 1." if processes > 1 else ""
 
 
 def class_pictures(settings: FeedbackConfig) -> int:
@@ -330,6 +336,7 @@ METHOD = Method(
         "checkpoint_every": (50, "minutes"),
     },
     class_pictures=class_pictures,
+    refuses=refuses,
     work=work,
     delta=_delta,
 )

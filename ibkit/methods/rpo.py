@@ -8,7 +8,8 @@
 | early stopping | every `validate_every` steps the training prompts' pictures, r at λ_val; the best is the result |
 
 A step has a photo under the instance prompt and a picture that the model before drew for a training prompt (the
-"negative"), each with its own t and ε; the loss is ℓ_θ^ref plus the preference. There is no prior term.
+"negative"), each with its own t and ε; the loss is ℓ_θ^ref plus the preference. There is no prior term. Without the
+preference (`preference_weight = 0`) a step has the photo alone, and no negatives are drawn.
 
 Differs from the code, whose faults these are: photo, prompt and negative are drawn independently, and a label uses the
 reward of the picture that is shown; the text score reads the prompt without the identifier; the weights before the
@@ -34,7 +35,7 @@ from ibkit.device import generator
 from ibkit.errors import ParameterError
 from ibkit.fields import field
 from ibkit.methods.class_images import class_images
-from ibkit.methods.engine.photos import MAY_CHANGE, Examples, PhotoConfig, fit
+from ibkit.methods.engine.photos import MAY_CHANGE, Examples, PhotoConfig, Shown, fit
 from ibkit.methods.records import Method, Work
 from ibkit.model.sample import Sampler, sample
 from ibkit.model.text_to_image import model_fingerprint
@@ -139,50 +140,60 @@ def parts_of(
 def personalize(model, job, settings, *, on_row=None, monitor=None, processes=None) -> list[dict[str, float]]:
     """See `records.Train`.
 
-    The history has step, loss, loss_similarity, loss_preference, k (its mean), pr (the mean probability of the labels
-    that the photo wins), validation (the mean reward, of the steps that have one; step 0 has that of the weights before
-    it, where `validate_every` is above 1), and seconds.
+    The history has step, loss, loss_similarity, loss_preference, k (its mean) and pr (the mean probability of the
+    labels that the photo wins), these three where the preference counts, validation and the monitor's numbers (the mean
+    reward, of the steps that have one; step 0 has that of the weights before it, where `validate_every` is above 1),
+    and seconds.
     """
     device, scorer = model.device, job.reward.scorer(model.device)
     prompts = list(job.prompts)
-    origin = settings_origin(settings, MAY_CHANGE[1:]) | {"model": model_fingerprint(model), "seed": str(job.seed)}
+    origin = settings_origin(settings, MAY_CHANGE) | {"model": model_fingerprint(model), "seed": str(job.seed)}
     origin |= {"prompts": hash_json([job.subject.instance_prompt, *(p.text for p in prompts)])}
     origin |= {"photos": hash_pictures(job.photos), "rewards": scorer.evaluator}
-    asked = [p for p in prompts for _ in range(settings.n_negatives)]
+    in_pairs = settings.preference_weight > 0
+    asked = [p for p in prompts * in_pairs for _ in range(settings.n_negatives)]
     drawn = [
         picture
-        for prompt in prompts
+        for prompt in prompts * in_pairs
         for picture in class_images(
             model, prompt.text, settings.n_negatives, settings.sampler, job.folder / "negatives", job.seed
         )
     ]
-    references, negatives = model.encode_images(job.photos), model.encode_images(drawn)
-    lam, mean = settings.lambda_train, settings.mean
-    r_negative = harmonic(*parts_of(scorer, drawn, asked, job.photos), lam, mean)
-    r_photo = torch.stack(  # (photos, prompts)
-        [harmonic(*parts_of(scorer, job.photos, [p] * len(job.photos), job.photos), lam, mean) for p in prompts], 1
-    )
+    references, lam, mean = model.encode_images(job.photos), settings.lambda_train, settings.mean
+    if in_pairs:
+        negatives = model.encode_images(drawn)
+        r_negative = harmonic(*parts_of(scorer, drawn, asked, job.photos), lam, mean)
+        r_photo = torch.stack(  # (photos, prompts)
+            [harmonic(*parts_of(scorer, job.photos, [p] * len(job.photos), job.photos), lam, mean) for p in prompts], 1
+        )
     of_kind = {"rank": settings.lora_rank} if settings.kind == "lora" else {}
     weights = attach(model, settings.kind, job.name, of_kind, generator(job.seed, job.name))
     best, validations = Copy(weights), Validations()
     probabilities: list[torch.Tensor] = []
 
     def draw(stream: torch.Generator) -> Examples:
-        photo, negative = (torch.randint(n, (settings.batch,), generator=stream) for n in (len(job.photos), len(drawn)))
+        photo = torch.randint(len(references), (settings.batch,), generator=stream)
+        captions = [job.subject.instance_prompt] * settings.batch
+        if not in_pairs:
+            return Examples(references[photo], captions)
+        negative = torch.randint(len(drawn), (settings.batch,), generator=stream)
         better = r_photo[photo, negative // settings.n_negatives] - r_negative[negative]
         pr = torch.sigmoid(better / settings.temperature)
         probabilities.append(pr)
-        captions = [job.subject.instance_prompt] * settings.batch + [asked[i].text for i in negative]
         z_0 = torch.cat([references[photo], negatives[negative]])
+        captions += [asked[i].text for i in negative]
         return Examples(z_0, captions, labels=torch.bernoulli(pr, generator=stream).to(device))
 
     def loss(eps_hat: torch.Tensor, noise: torch.Tensor, examples: Examples) -> dict[str, torch.Tensor]:
+        error = (eps_hat - noise).square().mean(dim=(1, 2, 3))
+        similarity = error[: len(error) // 2 if in_pairs else None].mean()
+        if not in_pairs:
+            return {"loss": settings.similarity_weight * similarity, "loss_similarity": similarity}
         assert examples.z_t is not None and examples.t is not None and examples.labels is not None
         with torch.no_grad(), without(model, job.name):
             before = model.predict_noise(examples.z_t, examples.t, examples.prompts)
-        error, error_before = ((each - noise).square().mean(dim=(1, 2, 3)) for each in (eps_hat, before))
+        error_before = (before - noise).square().mean(dim=(1, 2, 3))
         preference, k = preference_loss(error, error_before, examples.labels, settings.beta)
-        similarity = error.chunk(2)[0].mean()
         whole = settings.similarity_weight * similarity + settings.preference_weight * preference.mean()
         return {"loss": whole, "loss_similarity": similarity, "loss_preference": preference.mean(), "k": k.mean()}
 
@@ -194,12 +205,15 @@ def personalize(model, job, settings, *, on_row=None, monitor=None, processes=No
         reward = harmonic(*parts_of(scorer, pictures, shown, job.photos), settings.lambda_val, mean).mean().item()
         if validations.add(reward):
             best.take(best.now())
-        return {"validation": reward}
+        return {"validation": reward} | (monitor(pictures, shown) if monitor else {})
 
-    def after(number: int) -> dict[str, float]:
-        pr = torch.cat(probabilities).mean().item()
+    def after(number: int, result: Shown) -> dict[str, float]:
+        pr = {"pr": torch.cat(probabilities).mean().item()} if in_pairs else {}
         probabilities.clear()
-        return {"pr": pr} | (validate() if (number + 1) % settings.validate_every == 0 else {})
+        if (number + 1) % settings.validate_every:
+            return pr
+        with result():
+            return pr | validate()
 
     def stop(history: list[dict[str, float]]) -> bool:
         patience = settings.patience if settings.early_stopping else 0
@@ -219,10 +233,12 @@ def personalize(model, job, settings, *, on_row=None, monitor=None, processes=No
 
 def work(settings: RPOConfig) -> Work:
     """Rows of pairs, with and without gradient; validations, of two prompts, as the pocket's and the paper's few."""
-    rows = 2 * settings.n_steps * settings.batch
-    pictures = (1 + settings.n_steps // settings.validate_every) * settings.n_validation + settings.n_negatives
-    forward = rows + pictures * settings.sampler.rows
-    graph_rows = 2 * min(settings.micro_batch or settings.batch, settings.batch)
+    in_pairs = settings.preference_weight > 0
+    rows = (1 + in_pairs) * settings.n_steps * settings.batch
+    pictures = (1 + settings.n_steps // settings.validate_every) * settings.n_validation
+    pictures += settings.n_negatives * in_pairs
+    forward = rows * in_pairs + pictures * settings.sampler.rows
+    graph_rows = (1 + in_pairs) * min(settings.micro_batch or settings.batch, settings.batch)
     if settings.kind == "lora":
         return Work(forward=forward, tuned=rows, pictures=pictures, graph_rows=graph_rows)
     return Work(forward=forward, trained=rows, pictures=pictures, graph_rows=graph_rows)
@@ -236,10 +252,9 @@ METHOD = Method(
     train=personalize,
     source="Miao et al. 2024, arXiv 2407.12164",
     pocket={
-        "n_steps": (1400, "as lora_dreambooth, at most"),
         "batch": (4, "as lora_dreambooth"),
         "learning_rate": (4e-3, "as lora_dreambooth"),
-        "validate_every": (100, "minutes"),
+        "ema_decay": (0.98, "as lora_dreambooth"),
         "n_validation": (8, "two prompts instead of eight"),
         "sampler.n_steps": (10, "as everywhere there"),
         "sampler.guidance": (2.0, "as everywhere there"),

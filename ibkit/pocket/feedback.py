@@ -52,10 +52,15 @@ class Asked:
             words = f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
         return f"{words} {PLACES[self.place][0]}" if self.place else words
 
+    @property
+    def wanted(self) -> dict[str, str]:
+        """The right answer to each of the counter's questions that the prompt decides."""
+        said = {"class": self.noun, "count": NUMBERS.get(self.count, ""), "colour": self.colour, "place": self.place}
+        return {question: value for question, value in said.items() if value}
+
     def fulfilled(self, answers: Mapping[str, str]) -> bool:
         """Whether a picture with these answers (`class`, `count`, `colour`, `place`) shows all that is asked."""
-        wanted = {"class": self.noun, "count": NUMBERS.get(self.count, ""), "colour": self.colour, "place": self.place}
-        return all(answers[question] == value for question, value in wanted.items() if value)
+        return all(answers[question] == value for question, value in self.wanted.items())
 
 
 def prompts(kind: Kind, classes: Sequence[str] = CLASSES) -> list[Asked]:

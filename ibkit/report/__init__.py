@@ -18,6 +18,7 @@ from ibkit.evaluate.claims import CONTRADICTED, NOT_TESTED, SUPPORTED, UNDECIDED
 from ibkit.evaluate.claims.command import summary
 from ibkit.evaluate.published import EVALUATORS, PAPER, PUBLISHED, TABLE_TITLES, PublishedNumber, published
 from ibkit.evaluate.stats import METRICS, as_compared, summarise
+from ibkit.evaluate.tables import by_subjects, differences, differences_in_words
 from ibkit.progress import duration
 from ibkit.report.figures import ReportFigure, drawn, figures_of
 from ibkit.report.gather import Gathered, gather
@@ -25,18 +26,22 @@ from ibkit.report.overview import drawings, facts, headline, label_of_metric, ro
 from ibkit.report.pictures import FIRST, check_choice, hacked, walls, worst
 from ibkit.runs import CompletedRun, write_atomically
 
+MOST_NOTEBOOKS = 24  # whose own figures and parameters are shown
 MAX_ROWS = 60  # of a figure's table; all rows are in the CSV file beside the figure
 TEMPLATE, STYLE = "report.html", "report.css"
 MARKS = {SUPPORTED: ("good", "✓"), CONTRADICTED: ("bad", "✗"), UNDECIDED: ("open", "?"), NOT_TESTED: ("open", "–")}
 
 
-def build_report(run_folder: str | Path | Sequence[str | Path], path: str | Path = "", pictures: str = FIRST) -> Path:
-    """Write the report of one main run or of several together and return its path.
+def build_report(
+    run_folder: str | Path | Sequence[str | Path], path: str | Path = "", pictures: str = FIRST, against: str = ""
+) -> Path:
+    """Write the report of one main run or grid, or of several together, and return its path.
 
     Args:
         run_folder: `outputs/<run>`, whose subfolders are the finished runs of the notebooks; or several of them.
         path: of the file; empty = `report.html` in the folder, which must be a single one.
         pictures: which to show: first, best, worst, or image seeds such as "0,3".
+        against: an arm to subtract from all others; empty = no such table.
 
     Raises:
         ArtifactError: there is no finished notebook run in a folder, or one is incomplete or altered.
@@ -44,17 +49,18 @@ def build_report(run_folder: str | Path | Sequence[str | Path], path: str | Path
         ParameterError: `pictures` is none of these.
     """
     folders = [run_folder] if isinstance(run_folder, str | Path) else list(run_folder)
-    data = render(gather(folders), check_choice(pictures)).encode()
+    data = render(gather(folders), check_choice(pictures), against).encode()
     path = Path(path) if path else Path(folders[0]) / "report.html"
     write_atomically(path, len(data), lambda temporary: temporary.write_bytes(data))
     return path
 
 
-def render(runs: Gathered, pictures: str = FIRST) -> str:
+def render(runs: Gathered, pictures: str = FIRST, against: str = "") -> str:
     """Make the HTML text of a report from finished notebook runs, in the order they ran."""
     stages, scores = runs.stages, runs.scores
     claims = claims_from(runs.evidence) if runs.evidence else []
-    known, others = figures_of(stages)
+    # Of many notebooks only what all show together: each has its own figures beside it, and a page stays small.
+    known, others = figures_of(stages) if len(stages) <= MOST_NOTEBOOKS else ([], [])
     if runs.many:  # what a single run drew of itself is not what all show together
         known, others = [], [*known, *others]
     redrawn = _redrawn(runs)
@@ -88,6 +94,11 @@ def render(runs: Gathered, pictures: str = FIRST) -> str:
         more_figures=others,
         results=_results(scores, runs.evaluations[0]) if scores is not None else [],
         rows=rows_of_trainings(scores) if scores is not None else None,
+        by_subject=by_subjects(scores) if scores is not None and scores["subject"].nunique() > 1 else None,
+        against=label_of(against),
+        differences=differences_in_words(differences(scores, against)) if against and scores is not None else None,
+        unfinished=runs.unfinished,
+        shown=stages if len(stages) <= MOST_NOTEBOOKS else [],
         gaps=gaps,
         published=_published_tables(),
         paper=PAPER,

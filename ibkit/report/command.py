@@ -10,13 +10,17 @@ from ibkit.runs import resolve
 def add_arguments(parser: ArgumentParser) -> None:
     """Add the arguments of `ibkit report`."""
     parser.add_argument(
-        "runs", nargs="+", metavar="RUN", help="folders of finished runs: of other subjects, seeds, or methods"
+        "runs",
+        nargs="+",
+        metavar="RUN",
+        help="folders of finished runs: of other subjects, seeds, or methods; or grids",
     )
     parser.add_argument("--out", default="", metavar="FILE", help="of the page (default: outputs/reports/NAMES.html)")
     parser.add_argument(
         "--pictures", default=FIRST, metavar="WHICH",
         help="which pictures are shown of each prompt: first, best, worst, or noise seeds such as 0,3 (default: first)",
     )  # fmt: skip
+    parser.add_argument("--against", default="", metavar="ARM", help="an arm to subtract from all others")
 
 
 def main(arguments: Namespace) -> int:
@@ -30,5 +34,5 @@ def main(arguments: Namespace) -> int:
         names = f"{folders[0].resolve().name}+{len(folders) - 1}-more"
     path = Path(arguments.out).expanduser().resolve() if arguments.out else resolve("outputs/reports") / f"{names}.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    print(f"open {build_report(folders, path, arguments.pictures)}")
+    print(f"open {build_report(folders, path, arguments.pictures, arguments.against)}")
     return 0

@@ -10,7 +10,7 @@ import pandas as pd
 from ibkit.errors import ArtifactError
 from ibkit.evaluate.claims import SCORES, check_evidence, evidence_files
 from ibkit.evaluate.stats import check_scores
-from ibkit.runs import CompletedRun, input_of, read_json, read_run
+from ibkit.runs import GRID, CompletedRun, input_of, notebook_runs, read_json, read_run
 
 ADAPTED = "adapted.json"
 
@@ -23,11 +23,13 @@ class Gathered:
         name: of the main run, or of all of them, for people.
         stages: the notebooks' runs.
         many: whether they are of several main runs.
+        unfinished: names of a grid's runs that are left out.
     """
 
     name: str
     stages: list[CompletedRun]
     many: bool = False
+    unfinished: tuple[str, ...] = ()
 
     @cached_property
     def evaluations(self) -> list[CompletedRun]:
@@ -97,10 +99,10 @@ class Gathered:
 
 
 def gather(folders: Sequence[str | Path]) -> Gathered:
-    """Read the finished notebook runs of one or more main runs, or of lone notebooks and what they started from.
+    """Read the finished notebook runs of main runs or grids, or of lone notebooks and what they started from.
 
     Args:
-        folders: `outputs/<run>`, whose subfolders are the runs of its notebooks; or a notebook's own run.
+        folders: `outputs/<run>`, whose subfolders are the runs of its notebooks; a grid's; or a notebook's own run.
 
     Raises:
         ArtifactError: there is no finished notebook run in a folder, one is incomplete or altered, or a folder is
@@ -110,15 +112,17 @@ def gather(folders: Sequence[str | Path]) -> Gathered:
     if len(set(places)) < len(places):
         raise ArtifactError(f"A run is given twice: {', '.join(sorted(place.name for place in places))}.")
     stages: dict[Path, CompletedRun] = {}
+    unfinished: list[str] = []
     for place in places:
-        inside = [child for child in sorted(place.glob("*/")) if (child / "manifest.json").is_file()]
-        found = [read_run(child) for child in inside]
+        found, others = notebook_runs(place)
+        unfinished += others
         if not found and (place / "manifest.json").is_file() and read_run(place).kind != "run":
             found = _with_origins(read_run(place))
         if not found:
             raise ArtifactError(f"{place} has no finished run, so there is nothing to report: finish one first.")
         stages |= {stage.folder: stage for stage in found}
-    return Gathered(", ".join(place.name for place in places), list(stages.values()), len(places) > 1)
+    many = len(places) > 1 or any((place / GRID).is_file() for place in places)
+    return Gathered(", ".join(place.name for place in places), list(stages.values()), many, tuple(unfinished))
 
 
 def _with_origins(run: CompletedRun) -> list[CompletedRun]:

@@ -22,7 +22,12 @@ PREAMBLE = r"""\documentclass[twocolumn]{article}
 
 
 def export_paper(
-    runs: Sequence[str | Path], folder: Path, columns: Sequence[str] = (), pictures: str = FIRST, titles: bool = False
+    runs: Sequence[str | Path],
+    folder: Path,
+    columns: Sequence[str] = (),
+    pictures: str = FIRST,
+    titles: bool = False,
+    against: str = "",
 ) -> list[str]:
     """Write the material of a paper into a new folder.
 
@@ -35,6 +40,7 @@ def export_paper(
         columns: metrics of the LaTeX tables; empty = the primary ones and one more.
         pictures: which to show, as for the report.
         titles: whether figures have their titles burnt in.
+        against: the arm of the differences; see `tables.differences`.
 
     Returns:
         Names of the files.
@@ -69,11 +75,11 @@ def export_paper(
                 figure.savefig(path, dpi=300, bbox_inches="tight", metadata=metadata)
             table.to_csv(building / "figures" / f"{name}.csv", index=False)
             captions[name] = caption
-    gaps = differences(scores)
+    gaps = differences(scores, against)
     floats = {"fidelity": fidelity_table(scores, columns, said, "tab:fidelity")}
     if len(gaps):
         floats["differences"] = difference_table(gaps, columns, said, "tab:differences")
-    for name, table in all_tables(scores).items():
+    for name, table in all_tables(scores, against).items():
         for suffix, text in in_all_formats(table).items():
             if suffix != "tex":
                 (building / "tables" / f"{name}.{suffix}").write_text(text, encoding="utf-8")

@@ -19,6 +19,7 @@ from ibkit.evaluate.stats import METRICS, as_compared, metrics_in, one_seed, pri
 LEAST_PX, MOST_STORED_PX = 96, 384  # a side as it is shown at least, and as it is stored at most
 FIRST, BEST, WORST = "first", "best", "worst"
 PER_PROMPT, PER_FOLD, MOST_PROMPTS = 2, 8, 12
+MOST_BYTES = 12 * 2**20  # of the pictures of a page
 
 
 @dataclass(frozen=True)
@@ -67,25 +68,44 @@ def walls(scores: pd.DataFrame, choice: str = FIRST) -> list[Wall]:
     Raises:
         ParameterError: no picture has such a seed.
     """
-    found = []
-    for subject, rows in _drawn(scores).groupby("subject", sort=False):
+    found, drawn = [], _drawn(scores)
+    subjects, n_prompts, per_prompt = _room(drawn)
+    for subject, rows in drawn[drawn["subject"].isin(subjects)].groupby("subject", sort=False):
         rows = one_seed(rows)
         arms = list(arms_of(rows["arm"].unique()))
         of_prompt = rows.groupby("prompt_id")["arm"].transform("nunique")
         shared = rows[rows.groupby(["prompt_id", "image_seed"])["arm"].transform("nunique") == of_prompt]
         seeds = _chosen(shared, arms[-1], choice)
         table = []
-        for prompt, of in list(shared.groupby("prompt_id", sort=False))[:MOST_PROMPTS]:
-            drawn = ((arm, _pictures(of[of["arm"] == arm], seeds[prompt])) for arm in arms)
-            if cells := [(label_of(arm), pictures) for arm, pictures in drawn if pictures]:
+        for prompt, of in list(shared.groupby("prompt_id", sort=False))[:n_prompts]:
+            made = ((arm, _pictures(of[of["arm"] == arm], seeds[prompt][:per_prompt])) for arm in arms)
+            if cells := [(label_of(arm), pictures) for arm, pictures in made if pictures]:
                 table.append((str(of["text"].iloc[0] if "text" in of else prompt), cells))
         if not table:
             there = ", ".join(map(str, sorted(shared["image_seed"].unique())[:12]))
             raise ParameterError(f"--pictures {choice}: no picture of {subject} has that seed; there are {there}.")
-        n_left_out = shared["prompt_id"].nunique() - MOST_PROMPTS
-        more = f" The first {MOST_PROMPTS} prompts; {n_left_out} more are in the run." if n_left_out > 0 else ""
+        n_left_out = shared["prompt_id"].nunique() - n_prompts
+        more = f" The first {n_prompts} prompts; {n_left_out} more are in the run." if n_left_out > 0 else ""
+        if len(subjects) < drawn["subject"].nunique():
+            more += f" A sample of {len(subjects)} of {drawn['subject'].nunique()} subjects, evenly along their list."
         found.append(Wall(str(subject), table, _sentence(choice, arms[-1], scores) + more))
     return found
+
+
+def _room(drawn: pd.DataFrame) -> tuple[list[str], int, int]:
+    """Which subjects a page has room for, how many prompts of each, and how many pictures of a prompt and arm."""
+    if drawn.empty:
+        return [], MOST_PROMPTS, PER_PROMPT
+    subjects = list(drawn["subject"].unique())
+    room = MOST_BYTES // len(_picture(next(drawn.itertuples())).uri)
+    of_subject = drawn.groupby("subject")
+    arms, prompts = of_subject["arm"].nunique().max(), min(MOST_PROMPTS, of_subject["prompt_id"].nunique().max())
+    per_prompt = PER_PROMPT if len(subjects) * arms * prompts * PER_PROMPT <= room else 1
+    prompts = MOST_PROMPTS if len(subjects) * arms * prompts * per_prompt <= room else room // (len(subjects) * arms)
+    n = min(len(subjects), max(1, room // (arms * per_prompt)))
+    if prompts < 1:  # one prompt each, of some subjects
+        subjects = [subjects[i * len(subjects) // n] for i in range(n)]
+    return subjects, max(1, prompts), per_prompt
 
 
 def grids(scores: pd.DataFrame, choice: str, titles: bool) -> Iterator[tuple[str, Figure, pd.DataFrame, str]]:

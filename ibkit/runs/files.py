@@ -129,6 +129,14 @@ def write_atomically(path: Path, need_bytes: int, write: Callable[[Path], Any]) 
             temporary.unlink()
 
 
+def link_or_copy(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """A hard link, which takes no room, or a copy where the file system has none."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
+
+
 def save_tensors(tensors: Mapping[str, "torch.Tensor"], path: Path) -> None:
     """Write savable tensors as safetensors; an error of the disk is an OSError."""
     from safetensors import SafetensorError

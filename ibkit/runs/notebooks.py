@@ -27,6 +27,7 @@ from ibkit.runs.manifest import (
 from ibkit.runs.writing import Run, let_go
 
 OUTPUTS = "outputs"
+GRID = "grid.json"  # what `ibkit grid` laid out, in the folder of a grid
 
 
 def open_run(notebook: str, parameters: Any, inputs: Mapping[str, Any] | None = None) -> Run:
@@ -91,6 +92,32 @@ def input_run(kind: str | tuple[str, ...], named: str = "") -> CompletedRun:
     if run.edited_by_hand:
         print(f"{run.folder.name} was edited by hand after its end")
     return run
+
+
+def notebook_runs(folder: Path, kind: str = "") -> tuple[list[CompletedRun], list[str]]:
+    """The notebooks' runs in the folder of a main run or of a grid, by name.
+
+    In a main run each must be finished. Of a grid, some of whose cells may have failed, those that are not are named.
+
+    Args:
+        folder: outputs/NAME; a grid's has a folder for each subject below it.
+        kind: such as "03_evaluate"; empty = all.
+
+    Returns:
+        The finished runs, and the names of a grid's others.
+
+    Raises:
+        ArtifactError: a run that must be finished is not, or one is altered.
+    """
+    if not (folder / GRID).is_file():
+        return [read_run(path.parent) for path in sorted(folder.glob(f"{kind}*/{MANIFEST}"))], []
+    runs, others = [], []
+    for path in sorted(folder.glob(f"*/{kind}*/{MANIFEST}")):
+        if read_manifest(path.parent)["status"] == "complete":
+            runs.append(read_run(path.parent))
+        else:
+            others.append(path.parent.relative_to(folder).as_posix())
+    return runs, others
 
 
 def newest_run(*kinds: str) -> CompletedRun:

@@ -20,6 +20,7 @@ from ibkit.runs.files import (
     files_of,
     hash_file,
     hash_json,
+    link_or_copy,
     parse_json,
     plain,
     savable,
@@ -205,6 +206,10 @@ class Run:
     def write_bytes(self, rel: str | os.PathLike, data: bytes) -> Path:
         """Write an output from bytes; returns its path."""
         return self._write(rel, len(data), lambda temporary: temporary.write_bytes(data))
+
+    def link(self, rel: str | os.PathLike, source: Path) -> Path:
+        """Make an output of a file elsewhere that nobody changes, without its room (a hard link); returns its path."""
+        return self._write(rel, source.stat().st_size, lambda temporary: link_or_copy(source, temporary))
 
     def write_text(self, rel: str | os.PathLike, text: str) -> Path:
         """Write an output from text (UTF-8, newlines as they are); returns its path."""

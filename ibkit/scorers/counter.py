@@ -19,7 +19,7 @@ from ibkit.pocket.feedback import Asked
 from ibkit.pocket.words import NUMBERS
 from ibkit.pocket.world import CLASSES, COLOURS, PLACES
 from ibkit.runs import read_json
-from ibkit.scorers.base import load_state, reading, require_files
+from ibkit.scorers.base import load_state, reading, require_files, weights_folder
 from ibkit.scorers.judge import RATER_WIDTHS, JudgeNet, to_tensor
 
 COUNTED: dict[str, tuple[str, ...]] = {
@@ -52,13 +52,14 @@ class Counter:
         self.net = self.net.to(self.device).eval().requires_grad_(False)
 
     @classmethod
-    def load(cls, folder: str | Path, device: str | torch.device = "cpu") -> Counter:
-        """Load `counter.safetensors` and `counter.json`, as the build's stage `counter` writes them.
+    def load(cls, device: str | torch.device = "cpu", folder: str | Path = "") -> Counter:
+        """Load the shipped one, or `counter.safetensors` and `counter.json` of another folder, as the build's stage
+        `counter` writes them.
 
         Raises:
             ModelError: they are missing or damaged.
         """
-        folder = Path(folder)
+        folder = Path(folder) if folder else weights_folder("counter", "pocket", "counter")
         require_files("counter", folder, "counter.safetensors", "counter.json")
         with reading("counter", "counter.safetensors and counter.json", folder):
             net = counter_net()

@@ -49,7 +49,7 @@ class FeedbackRewardConfig:
     hidden: int = field(1024, "hidden width of the MLP", "Lee et al.", low=1, high=65_536)
     aux_weight: float = field(0.5, "λ of the prompt classification; 0 = without", "Lee et al.", low=0.0, high=100.0)
     temperature: float = field(2.0, "T of its softmax", "Lee et al.", low=1e-6, high=1e6)
-    n_steps: int = field(1000, "training steps", "ours: the paper is silent", low=1, high=1_000_000)
+    n_steps: int = field(500, "training steps", "ours: the paper is silent", low=1, high=1_000_000)
     batch: int = field(64, "pictures in a step", "ours: the paper is silent", low=1, high=65_536)
     learning_rate: float = field(1e-3, "of AdamW, constant", "ours: the paper is silent", low=0.0, high=1.0)
     weight_decay: float = field(0.01, "of AdamW", "PyTorch's", low=0.0, high=1.0)

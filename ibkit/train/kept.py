@@ -112,6 +112,16 @@ class Average(Copy):
         """A copy of the average."""
         return [v.detach().clone() for v in (self.values or self.weights.values())]
 
+    @contextmanager
+    def shown(self) -> Iterator[None]:
+        """Inside, the average is the model's weights."""
+        trained = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.put_on()
+        try:
+            yield
+        finally:
+            Weights.load(self, trained)
+
     def follow(self, at_most: float = 1.0) -> None:
         """Take one more step into the mean, with the decay or `at_most`."""
         if self.decay:

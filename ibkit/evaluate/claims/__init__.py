@@ -29,7 +29,7 @@ from ibkit.evaluate.intervals import ROUNDING, Interval
 from ibkit.evaluate.stats import METRICS, PRIMARY, bootstrap_difference, check_scores, metrics_in, n_trainings, pair_up
 from ibkit.fields import nearest
 from ibkit.registry import Registry
-from ibkit.runs import read_run
+from ibkit.runs import MANIFEST, notebook_runs, read_run
 
 SUPPORTED, CONTRADICTED, UNDECIDED, NOT_TESTED = "supported", "contradicted", "undecided", "not tested"
 VERDICTS = (SUPPORTED, CONTRADICTED, UNDECIDED, NOT_TESTED)
@@ -82,7 +82,7 @@ class Claim:
         unseen: whether to use only prompts that RL was not trained on.
         side: the claimed side of the threshold, 1 above or −1 below.
         threshold, border: what the decisive interval is compared with, and the same in words.
-        file, notebook: the table to read, and the notebook that makes it.
+        file, notebook: the table to read, and the notebook that makes it, or those of its arms that 03 does not draw.
         check: (table, where) -> the table, its values checked (`evaluate.columns`) and nothing left out.
         test: (claim, table, role -> arm) -> `Outcome`, where the figure is not treatment − control.
         roles: role -> arm, as in the paper; "{personalized}+dpok" is a tuning of whatever plays that role, and * stands
@@ -168,6 +168,7 @@ CLAIMS: Registry[Sequence[Claim]] = Registry(
         "baselines": "ibkit.evaluate.claims.baselines:CLAIMS",
         "dpg": "ibkit.evaluate.claims.dpg:CLAIMS",
         "rpo": "ibkit.evaluate.claims.rpo:CLAIMS",
+        "feedback": "ibkit.evaluate.claims.human_feedback:CLAIMS",
         "tunings": "ibkit.evaluate.claims.tunings:CLAIMS",
     },
 )
@@ -194,8 +195,8 @@ def evaluate_claims(run_or_folder: str | Path, arms: Mapping[str, str] | None = 
     """Test every claim on a run.
 
     Args:
-        run_or_folder: a main run (`outputs/<run>`, with a folder for each notebook), one notebook's own folder, or a
-            folder that holds the tables directly (`outputs/reference`).
+        run_or_folder: a main run (`outputs/<run>`, with a folder for each notebook), a grid, one notebook's own folder,
+            or a folder that holds the tables directly (`outputs/reference`).
         arms: role -> arm, instead of the paper's arm or of what `stand_ins` finds.
 
     Returns:
@@ -225,14 +226,15 @@ def load_scores(run_or_folder: str | Path) -> pd.DataFrame:
 
 
 def _find_table(folder: Path, notebook: str, file: str) -> pd.DataFrame | None:
-    """A checked table of a notebook's run that lies in the folder, or is the folder; None where there is none."""
-    stage = folder / notebook if (folder / notebook).is_dir() else folder
-    path = stage / file
-    if not path.is_file():
-        return None
-    if (stage / "manifest.json").is_file():
-        path = read_run(stage).path(file)
-    return check_evidence(file, read_table(path), str(path))
+    """A checked table of a notebook's runs in the folder, or of the folder itself; None where there is none."""
+    runs = [run for run in notebook_runs(folder, notebook)[0] if file in run.outputs]
+    paths = [run.path(file) for run in runs] or [folder / file] * (folder / file).is_file()
+    if not runs and paths and (folder / MANIFEST).is_file():
+        paths = [read_run(folder).path(file)]
+    tables = [check_evidence(file, read_table(path), str(path)) for path in paths]
+    if len(tables) > 1:
+        return check_evidence(file, pd.concat(tables, ignore_index=True), f"the runs in {folder}")
+    return tables[0] if tables else None
 
 
 def claims_from(tables: Mapping[str, pd.DataFrame], arms: Mapping[str, str] | None = None) -> list[Finding]:
@@ -305,7 +307,9 @@ def _test(claim: Claim, tables: Mapping[str, pd.DataFrame], arms: Mapping[str, s
             raise CannotTest(f"Needs {claim.file} of notebook {claim.notebook}.")
         outcome = (claim.test or compare)(claim, tables[claim.file], cast)
     except CannotTest as reason:
-        return replace(finding, reason=str(reason))
+        elsewhere = claim.file == SCORES and claim.notebook != Claim.notebook
+        where = f" Notebook {claim.notebook} trains its arms." if elsewhere else ""
+        return replace(finding, reason=f"{reason}{where}")
     interval, (verdict, why) = outcome.interval, _verdict(claim, outcome)
     is_known = np.isfinite([interval.low, interval.high]).all()
     return replace(

@@ -10,7 +10,7 @@ SOURCE = "Abstract: higher visual fidelity at the text's alignment of before"
 
 def _claim(number: int, statement: str, quantity: str, source: str, **more) -> Claim:
     return Claim(
-        f"D{number}", PAPER, statement, quantity, source, roles=ROLES, control="plain", only_with=("dpg",),
+        f"D{number}", PAPER, statement, quantity, source, roles=ROLES, control="plain", only_with=("dpg*",),
         **{"treatment": "dpg", **more},
     )  # fmt: skip
 
@@ -27,6 +27,6 @@ CLAIMS = (
     _claim(
         3, "Looking forward keeps more of the subject than the noise's loss, with the mean in Q's place.",
         "{mean} minus {plain}, subject fidelity", "The look-forward loss of its code; no number open to us",
-        axis="subject", treatment="mean", file="dpg.csv", notebook="10_deterministic_pg",
+        axis="subject", treatment="mean", notebook="10_deterministic_pg",
     ),
 )  # fmt: skip

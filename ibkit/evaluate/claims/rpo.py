@@ -52,8 +52,8 @@ def balance(claim: Claim, scores: pd.DataFrame, arms: Mapping[str, str]) -> Outc
 
 def _claim(number: int, statement: str, quantity: str, source: str, **more) -> Claim:
     return Claim(
-        f"R{number}", PAPER, statement, quantity, source, roles=ROLES, only_with=("rpo",),
-        **{"treatment": "rpo", "file": "rpo.csv", "notebook": "11_rpo", **more},
+        f"R{number}", PAPER, statement, quantity, source, roles=ROLES, only_with=("rpo*",),
+        **{"treatment": "rpo", "notebook": "11_rpo", **more},
     )  # fmt: skip
 
 
@@ -61,7 +61,7 @@ CLAIMS = (
     _claim(
         1, "{rpo} balances text and subject better than {plain}, with fewer steps and generated pictures.",
         "{rpo} minus {plain}, harmonic mean of text and subject", "Table 1 of the paper", control="plain", test=balance,
-        file="scores.csv", notebook="03_evaluate",
+        notebook="03_evaluate",
     ),
     _claim(
         2, "Without early stopping the text is lost.", "{rpo} minus {rpo_last}, text fidelity", "Ablation of the paper",

@@ -33,6 +33,7 @@ from ibkit.runs import parse_json, resolve
 
 SCHEMA = 1
 UNDO = "undo"
+NAME = re.compile(r"[^\W_][\w .,'’()+@-]{0,99}")  # of a rater: no markup, and no formula of a spreadsheet
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "schema": int, "study": str, "rater": str, "question": str, "item": str, "answer": str, "shown": str, "time": str,
     "seconds": (int, float),
@@ -105,6 +106,8 @@ def _checked(line: Any) -> dict[str, Any]:
     for name, kind in FIELDS.items():
         if not isinstance(line.get(name), kind) or isinstance(line[name], bool) or line[name] == "":
             raise ValueError(f"its field {name!r} is missing or of the wrong kind")
+    if not NAME.fullmatch(same_rater(line["rater"])):
+        raise ValueError("its rater's name has characters that no name has, or is too long")
         if isinstance(line[name], str):
             line[name].encode()  # half of a surrogate pair could be written nowhere
     if not 0 <= line["seconds"] < math.inf:
@@ -236,11 +239,11 @@ def ratings_file(folder: str | Path, rater: str) -> Path:
     """The file of a rater's clicks.
 
     Raises:
-        StudyError: a name without a letter or digit.
+        StudyError: a name that `NAME` does not allow.
     """
     stem = re.sub(r"\W+", "-", same_rater(rater)).strip("-")
-    if not stem:
-        raise StudyError(f"The rater {rater!r} needs a name with a letter or a digit in it.")
+    if not NAME.fullmatch(same_rater(rater)):
+        raise StudyError(f"The rater {rater!r} needs a name of letters and digits, at most 100, that begins with one.")
     return Path(folder) / f"{stem}.jsonl"
 
 

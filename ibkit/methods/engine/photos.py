@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import MappingProxyType
@@ -24,6 +25,7 @@ from ibkit.train.kept import Average, Kept, Optimizer, Weights, memory_advice
 from ibkit.train.loop import Row, loop
 from ibkit.train.resources import Resources
 
+Shown = Callable[[], AbstractContextManager[None]]
 # may differ on resume: length, and what affects memory and speed only
 MAY_CHANGE = ("n_steps", "checkpoint_every", "micro_batch", "resources")
 
@@ -106,7 +108,7 @@ def fit(
     *,
     more: Mapping[str, Kept] = MappingProxyType({}),
     before: Callable[[int], Mapping[str, float]] = lambda number: {},
-    after: Callable[[int], Mapping[str, float]] = lambda number: {},
+    after: Callable[[int, Shown], Mapping[str, float]] = lambda number, result: {},
     stop: Callable[[list[Row]], bool] = lambda history: False,
 ) -> list[dict[str, float]]:
     """Train `weights`, which are on the model, and leave the result there: the last weights, or their average.
@@ -118,7 +120,8 @@ def fit(
         stream: seed and name of the random streams.
         on_step: called after each step with its row.
         more: state of the method beside weights, average and optimizer, for checkpoints.
-        before, after: called with a step's number before and after its update; columns of its row.
+        before, after: called with a step's number before and after its update; columns of its row. `after` is also
+            handed a context inside which the model has the weights that are the result, the average where there is one.
         stop: see `train.loop`.
 
     Returns:
@@ -167,7 +170,7 @@ def fit(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average.follow(at_most=(number + 1) / (number + 11))  # the first weights are soon forgotten
-        return row | dict(first) | dict(after(number))
+        return row | dict(first) | dict(after(number, average.shown))
 
     moments = Optimizer(optimizer, settings.resources.moment_bytes)
     kept = {"weights": Weights(weights), "average": average, "optimizer": moments, **more}

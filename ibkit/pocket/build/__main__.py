@@ -10,7 +10,9 @@ from pathlib import Path
 from ibkit.errors import IbkitError
 from ibkit.runs import project_root
 
-STAGES = "autoencoder unet decoder judge raters counter image_reward weak_reward clip dino subject card".split()
+STAGES = (
+    "autoencoder unet decoder judge raters counter image_reward weak_reward clip dino subject card counting".split()
+)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -63,9 +63,32 @@ def write_card(build: Build) -> None:
 def write_raters(build: Build) -> None:
     """Measure the simulated raters and put them on the card, if it exists; its other numbers stay."""
     measure_judges(build, dict.fromkeys(RATERS, RATER_WIDTHS))
-    path = build.weights / "card.json"
+    write_again(build, [])
+
+
+def write_again(build: Build, numbers: Sequence[Row]) -> None:
+    """Put numbers on the card, if it exists, in the place of those of the same names; the others stay."""
+    path, new = build.weights / "card.json", {number[0] for number in numbers}
     if path.exists():
-        _write(build, [(r["name"], r["value"], r["target"], r["n"]) for r in json.loads(path.read_text())["numbers"]])
+        kept = [(r["name"], r["value"], r["target"], r["n"]) for r in json.loads(path.read_text())["numbers"]]
+        _write(build, [*(row for row in kept if row[0] not in new), *numbers])
+
+
+def write_counts(build: Build) -> None:
+    """Put the counter on the card, and how well the adapter `counting` makes the base count."""
+    facts = {name: json.loads((build.weights / name / f"{name}.json").read_text()) for name in ("counter", "counting")}
+    write_again(build, [
+        *(
+            (f"counter, {question}, {kind}", right[kind], target, facts["counter"]["n"])
+            for kind, target in {"renders": 0.97, "reconstructions": 0.93}.items()
+            for question, right in facts["counter"]["accuracy"].items()
+        ),
+        *(
+            (f"base with counting, prompts of {kind}, {question} right", value, None, facts["counting"]["n"])
+            for kind, shares in facts["counting"]["right"].items()
+            for question, value in shares.items()
+        ),
+    ])  # fmt: skip
 
 
 def measure_judges(build: Build, widths: dict[str, tuple[int, ...]]) -> None:

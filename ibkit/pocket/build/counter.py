@@ -1,5 +1,8 @@
 """The counter of the pocket world (`ibkit.scorers.counter`), on renders of one to four subjects, noisy and blurred, and
 on the autoencoder's reconstructions of some.
+
+It begins with the weights of a rater, which knows class, place and colours of single subjects: from scratch, 600 steps
+on 4,000 pictures left it at 86 % of classes and 78 % of colours.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ import torch.nn.functional as F
 from ibkit.pocket import world
 from ibkit.pocket.build.autoencoder import rebuilt
 from ibkit.pocket.build.clip import degrade
-from ibkit.pocket.build.common import Budget, fit, hash_seed, save_half
+from ibkit.pocket.build.common import Budget, begin_with, cached, fit, hash_seed, load_float, save_half
 from ibkit.pocket.build.data import Pictures
 from ibkit.pocket.build.judge import jitter
 from ibkit.pocket.words import NUMBERS
@@ -23,8 +26,9 @@ from ibkit.pocket.world import Scene
 from ibkit.scorers.counter import COUNTED, counter_net
 from ibkit.scorers.judge import JudgeNet
 
-BUDGET = Budget(steps=600, batch=64, ema=0.99)
-TRAIN_SEED, N_TRAIN = 20, 4000
+BUDGET = Budget(steps=800, batch=64, lr=1e-3, muon_lr=0.01, ema=0.99)
+FINISH = Budget(steps=1000, batch=64, lr=1e-3, muon_lr=0.01, ema=0.99)  # the same once more, from its result
+TRAIN_SEED, N_TRAIN = 20, 10_000
 TEST_SEED, N_TEST = 21, 500
 
 
@@ -48,25 +52,34 @@ def _labels(pictures: Pictures, device: torch.device) -> dict[str, torch.Tensor]
     return {q: torch.tensor([a.index(t[q]) for t in truths], device=device) for q, a in COUNTED.items()}
 
 
-def train(folder: Path, vae, device: torch.device, dtype: torch.dtype, budget: Budget = BUDGET) -> JudgeNet:
-    """Half of the pictures of a batch are reconstructions, made once."""
+def train(folder: Path, vae, start: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> JudgeNet:
+    """Half of the pictures of a batch are reconstructions, made once; half are mirrored.
+
+    Args:
+        start: a rater's weights; those of its questions that are not the counter's are left.
+    """
     pictures = pictures_of(folder, "counted", TRAIN_SEED, N_TRAIN)
     labels = _labels(pictures, device)
     half = N_TRAIN // 2
-    images = np.concatenate([pictures.images[:half], rebuilt(pictures.images[half:], vae, device)])
+    made = cached(folder / f"counted-rebuilt-{N_TRAIN}.npy", lambda: rebuilt(pictures.images[half:], vae, device))
+    images = np.concatenate([pictures.images[:half], made])
     torch.manual_seed(hash_seed("counter weights"))
     net = counter_net()
+    begin_with(net, start)
 
     def loss_fn(work, average, step, generator):
-        rows = torch.randint(N_TRAIN, (budget.batch,), generator=generator, device=device)
+        rows = torch.randint(N_TRAIN, (BUDGET.batch,), generator=generator, device=device)
         x = torch.from_numpy(images[rows.cpu().numpy()]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = torch.where(torch.rand((len(x), 1, 1, 1), generator=generator, device=device) < 0.5, x.flip(3), x)
         answers, _ = work(degrade(jitter(x, generator), generator).to(dtype))
         losses = {q: F.cross_entropy(answers[q].float(), labels[q][rows], label_smoothing=0.02) for q in COUNTED}
         right = {q: (answers[q].argmax(1) == labels[q][rows]).float().mean() for q in COUNTED}
         # the identity embedding of the judge's network has no part here
         return sum(losses.values()) + 0 * work.identity.weight.sum() + 0 * work.identity.bias.sum(), right
 
-    return fit("counter", folder, net, loss_fn, budget, device, dtype)
+    for name, budget in (("counter", BUDGET), ("counter-finish", FINISH)):
+        fit(name, folder, net, loss_fn, budget, device, dtype)
+    return net
 
 
 @torch.inference_mode()
@@ -78,9 +91,9 @@ def accuracy(net: JudgeNet, images: np.ndarray, labels: dict[str, torch.Tensor],
     return {q: (torch.cat([p[q] for p in parts]).argmax(1) == labels[q]).float().mean().item() for q in COUNTED}
 
 
-def build(folder: Path, weights: Path, vae, device: torch.device, dtype: torch.dtype) -> None:
-    """Train it and write weights and card, `counter.safetensors` and `counter.json`, to `weights`/counter."""
-    net = train(folder, vae, device, dtype).float().to(device)
+def build(folder: Path, weights: Path, vae, rater: Path, device: torch.device, dtype: torch.dtype) -> None:
+    """Train it from the weights of `rater` and write `counter.safetensors` and `counter.json` to `weights`/counter."""
+    net = train(folder, vae, load_float(rater), device, dtype).float().to(device)
     save_half(net.state_dict(), weights / "counter" / "counter.safetensors")
     test = pictures_of(folder, "counted-test", TEST_SEED, N_TEST)
     labels = _labels(test, device)

@@ -16,10 +16,12 @@ import torch
 from ibkit.device import describe_device
 from ibkit.errors import ArtifactError
 from ibkit.model.loading import load_model
-from ibkit.pocket.build import autoencoder, clip, counter, dino, judge, reward, subject, unet
+from ibkit.pocket.build import autoencoder, clip, counter, counting, dino, judge, reward, subject, unet
 from ibkit.pocket.build.common import Budget, compute_dtype, load_float, save_half
 from ibkit.pocket.build.data import MIXED_GROUP, Pictures, base_caption, mixed_group, naming_caption
 from ibkit.pocket.build.tokenizer import save_tokenizer
+from ibkit.scorers.base import POCKET_WEIGHTS
+from ibkit.scorers.counter import Counter
 from ibkit.scorers.judge import RATER_WIDTHS, RATERS
 from ibkit.train.kept import part
 
@@ -131,11 +133,24 @@ class Build:
             save_half(judge.train(*common, name, **options).state_dict(), path)
 
     def counter(self) -> None:
-        """On this build's finished autoencoder, or the shipped one where it has none: it needs nothing else."""
+        """On this build's finished autoencoder and its first rater, or the shipped ones where it has none."""
         if not (self.weights / "counter" / "counter.json").exists():
             own = (self.folder / "vae.safetensors").exists()
             vae = self.vae(True) if own else load_model("pocket", device=self.device).vae
-            counter.build(self.folder, self.weights, vae, self.device, self.dtype)
+            rater = self.folder / f"{RATERS[0]}.safetensors"
+            rater = rater if rater.exists() else POCKET_WEIGHTS / "judge" / rater.name
+            counter.build(self.folder, self.weights, vae, rater, self.device, self.dtype)
+
+    def counting(self) -> None:
+        """An adapter on this build's model, or the shipped one where it has none; card: with the counter."""
+        from ibkit.pocket.build.card import write_counts
+
+        own = self.weights / "pipeline"
+        if not (self.weights / counting.NAME / f"{counting.NAME}.json").exists():
+            model = load_model(str(own) if own.exists() else "pocket", device=self.device)
+            looks = Counter.load(self.device, self.weights / "counter")
+            counting.build(self.folder, self.weights, model, looks)
+        write_counts(self)
 
     def image_reward(self) -> None:
         start = self.start("image_reward/model.safetensors")
