@@ -118,15 +118,17 @@ def threads() -> int:
     return torch.get_num_threads()
 
 
-def keep_memory() -> bool:
+def keep_memory() -> None:
     """Tell glibc to keep freed memory for the next tensors instead of giving it back to the kernel.
 
     A training step on the CPU frees and allocates the same megabytes over and over; zeroing fresh pages for them takes
-    up to half of its time.
-
-    Returns:
-        Whether it took: False on a system without glibc.
+    up to half of its time. A system without glibc is left as it is.
     """
+    _tell_glibc()  # nothing is returned: a notebook's cell that ends with this shows nothing
+
+
+def _tell_glibc() -> bool:
+    """Whether the options took."""
     if platform.libc_ver()[0] != "glibc":
         return False
     libc = ctypes.CDLL(None)

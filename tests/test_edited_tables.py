@@ -24,10 +24,17 @@ def scored():
     return story().assign(clip_t=0.3)
 
 
+def predicted():
+    rights = {f"{name} right": 1 for name in ("reward", "without prompts", "CLIP score")}
+    return pd.DataFrame(
+        {"seed": 0, "subset": "unseen object", "prompt": "one cup", "image_seed": i, **rights} for i in range(4)
+    )
+
+
 TABLES = {
     "scores.csv": scored, "votes.csv": lambda: votes(9), "changes.csv": lambda: changed(0.5),
     "description.csv": lambda: described(0.9, 0.2), "prompt_kinds.csv": lambda: curves(0.2),
-    "rpo.csv": scored, "dpg.csv": scored,
+    "feedback.csv": scored, "feedback_reward.csv": predicted,
 }  # fmt: skip
 
 
@@ -75,8 +82,13 @@ EDITS = [
     ("prompt_kinds.csv", put("n_images", "many"), "line 4: n_images must be a number, and is 'many'"),
     ("prompt_kinds.csv", put("reward_base", "-inf"), "line 4: reward_base must be a number, and is -inf"),
     ("prompt_kinds.csv", twice, "there is a row of arm both, class_noun cat"),
-    ("rpo.csv", put("clip_t", "high"), "line 4: clip_t must be a number or nothing, and is 'high'"),
-    ("dpg.csv", put("clip_t", "high"), "line 4: clip_t must be a number or nothing, and is 'high'"),
+    ("feedback.csv", put("clip_t", "high"), "line 4: clip_t must be a number or nothing, and is 'high'"),
+    (
+        "feedback_reward.csv",
+        put("CLIP score right", "often"),
+        "line 4: CLIP score right must be 0 or 1, and is 'often'",
+    ),
+    ("feedback_reward.csv", twice, "there is a row of seed 0, subset unseen object, prompt one cup, image_seed 1"),
 ]
 
 

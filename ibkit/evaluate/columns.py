@@ -91,6 +91,20 @@ def check_columns(table: pd.DataFrame, kinds: Mapping[str, str], where: str) -> 
     return table
 
 
+def check_table(
+    table: pd.DataFrame, where: str, *, keys: Mapping[str, str], measured: Mapping[str, str]
+) -> pd.DataFrame:
+    """`check_columns`, and one row for each of the keys. Columns that are missing are not looked for.
+
+    Raises:
+        ScoreError: a value of another kind, or two rows of the same keys.
+    """
+    table = check_columns(table, {**keys, **measured}, where)
+    if set(keys) <= set(table.columns):
+        check_unique(table, list(keys), where)
+    return table.reset_index(drop=True)
+
+
 def check_unique(table: pd.DataFrame, keys: Sequence[str], where: str) -> None:
     """Refuse a table in which two rows have the same keys.
 

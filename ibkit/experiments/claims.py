@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 
 from ibkit.evaluate.claims import INSTRUCTBOOTH, CannotTest, Claim, Outcome, signed
-from ibkit.evaluate.columns import ANSWER, NUMBER, OR_NOTHING, SHARE, TEXT, WHOLE, check_columns, check_unique
+from ibkit.evaluate.columns import ANSWER, NUMBER, OR_NOTHING, SHARE, TEXT, WHOLE, check_table
 from ibkit.evaluate.intervals import Interval
 from ibkit.evaluate.stats import METRICS, PRIMARY
 from ibkit.experiments import detailed_description
@@ -24,14 +24,6 @@ MEASURED = {name: (SHARE if METRICS[name].is_share else NUMBER) + OR_NOTHING for
 CURVES = dict.fromkeys(("n_images", "n_identifier_images", "reward_base"), NUMBER)
 CURVES |= dict.fromkeys(("reward_identifier", "judge_activity"), NUMBER)
 CURVES |= dict.fromkeys(("training_reward_identifier", "training_reward_class"), NUMBER + OR_NOTHING)
-
-
-def _check(table: pd.DataFrame, where: str, *, keys: Mapping[str, str], measured: Mapping[str, str]) -> pd.DataFrame:
-    """Refuse values of a wrong kind and rows that stand there twice. Missing columns leave the claim untested."""
-    table = check_columns(table, {**keys, **measured}, where)
-    if set(keys) <= set(table.columns):
-        check_unique(table, list(keys), where)
-    return table.reset_index(drop=True)
 
 
 def description_helps(claim: Claim, table: pd.DataFrame, arms: Mapping[str, str]) -> Outcome:
@@ -117,7 +109,7 @@ CLAIMS = (
         "§2.1 and figure 15 (pictures only; no number in the paper)",
         file="description.csv",
         notebook="04_attention_maps",
-        check=partial(_check, keys=DESCRIBED, measured=MEASURED),
+        check=partial(check_table, keys=DESCRIBED, measured=MEASURED),
         test=description_helps,
     ),
     Claim(
@@ -129,7 +121,7 @@ CLAIMS = (
         side=-1,
         file="changes.csv",
         notebook="05_dino_metric",
-        check=partial(_check, keys=CHANGED, measured={"dino": NUMBER, "judge_identity": SHARE}),
+        check=partial(check_table, keys=CHANGED, measured={"dino": NUMBER, "judge_identity": SHARE}),
         test=pose_lowers_dino,
     ),
     Claim(
@@ -142,7 +134,7 @@ CLAIMS = (
         border="1, equally many images",
         file="prompt_kinds.csv",
         notebook="06_prompt_ablation",
-        check=partial(_check, keys=ABLATED, measured=CURVES),
+        check=partial(check_table, keys=ABLATED, measured=CURVES),
         test=both_kinds_learn_faster,
     ),
 )

@@ -11,18 +11,23 @@ import numpy as np
 import pandas as pd
 
 from ibkit.evaluate.claims import CannotTest, Claim, Outcome, cells_of, levels
+from ibkit.evaluate.columns import SHARE, TEXT, WHOLE, check_table
 from ibkit.evaluate.intervals import difference_interval
 from ibkit.evaluate.stats import METRICS, bootstrap_difference, check_scores, n_trainings, pair_up
 
 PAPER = "Lee et al."
 UNSEEN = ("unseen combination", "unseen object")
 REWARDS = {"reward": "reward", "plain": "without prompts", "clip": "CLIP score"}  # columns of feedback_reward.csv
+PREDICTED = {"seed": WHOLE, "subset": TEXT, "prompt": TEXT, "image_seed": WHOLE}
+RIGHT = {f"{name} right": SHARE for name in REWARDS.values()}
 ARMS = {"base": "base", "labelled": "labelled", "scored": "scored", "tuned": "pretrain", "best": "best_of_*"}
 
 
 def predicts(claim: Claim, table: pd.DataFrame, arms: Mapping[str, str]) -> Outcome:
     """How much more often the treatment predicts what pictures of unseen prompts show than the control does."""
     names = [arms[claim.treatment], arms[claim.control]]
+    if not set(PREDICTED) <= set(table.columns):
+        raise CannotTest(f"{claim.file} lacks its columns: run 09_human_feedback again.")
     if missing := [name for name in names if f"{name} right" not in table]:
         raise CannotTest(f"{claim.file} has no predictions of {missing[0]}.")
     rows = table[table["subset"].isin(UNSEEN)]
@@ -71,7 +76,7 @@ def _claim(number: int, statement: str, quantity: str, source: str, test: Callab
 def _of_reward(number: int, statement: str, quantity: str, source: str, control: str) -> Claim:
     return _claim(
         number, statement, quantity, source, predicts, treatment="reward", control=control, roles=REWARDS,
-        file="feedback_reward.csv",
+        file="feedback_reward.csv", check=partial(check_table, keys=PREDICTED, measured=RIGHT),
     )  # fmt: skip
 
 
