@@ -222,7 +222,7 @@ def test_undo_is_a_line_of_its_own_and_the_session_resumes(items, tmp_path):
         resumed.undo()
     with pytest.raises(StudyError, match="another window"):
         session.answer(0)  # the other session has written meanwhile
-    with pytest.raises(StudyError, match="letters and digits"):
+    with pytest.raises(StudyError, match="a letter or a digit"):
         ratings_file(tmp_path, " ?! ")
 
 
