@@ -106,10 +106,10 @@ def _checked(line: Any) -> dict[str, Any]:
     for name, kind in FIELDS.items():
         if not isinstance(line.get(name), kind) or isinstance(line[name], bool) or line[name] == "":
             raise ValueError(f"its field {name!r} is missing or of the wrong kind")
-    if not NAME.fullmatch(same_rater(line["rater"])):
-        raise ValueError("its rater's name has characters that no name has, or is too long")
         if isinstance(line[name], str):
             line[name].encode()  # half of a surrogate pair could be written nowhere
+    if not NAME.fullmatch(same_rater(line["rater"])):
+        raise ValueError("its rater's name has characters that no name has, or is too long")
     if not 0 <= line["seconds"] < math.inf:
         raise ValueError(f"its seconds are {line['seconds']}")
     if line["question"] not in QUESTIONS:
