@@ -17,6 +17,7 @@ run goes on where it was.
 from __future__ import annotations
 
 import argparse
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -44,7 +45,6 @@ from ibkit.scorers.feedback import FeedbackReward
 ERRORS, SKIPS = 0.1, 0.05
 KEEP = 2  # of best of n, and pictures of a prompt in every arm; of 8 as many as the paper's 4 of 16
 N_TRUE = 300  # true pictures of the precision
-FILES = ("feedback.csv", "feedback_reward.csv")
 
 
 def measure(
@@ -66,7 +66,7 @@ def measure(
     rewards, rows = [], []
     for seed in seeds:
         labels = simulated_labels(rated.truth, ERRORS, SKIPS, generator(seed, "raters"))
-        learned, threshold = study.learn(rated, labels, clip, {}, seed)
+        learned, threshold = study.learn(rated, labels, clip, {}, seed, asked)
         rewards.append(study.predictions(candidates, learned, clip, threshold, seed))
         pd.concat(rewards).to_csv(out / "feedback_reward.csv", index=False)
         reward = learned["reward"]
@@ -115,7 +115,7 @@ def wall(out: Path, name: str, pictures: study.Pictures, n_prompts: int = 12) ->
     for image, text in zip(pictures.images, pictures.texts, strict=True):
         if text in of and len(of[text]) < KEEP:
             of[text].append(image)
-    figure, _ = picture_wall({text.replace(" ", "\n", 2): images for text, images in of.items()}, name)
+    figure, _ = picture_wall({textwrap.fill(text, 14): images for text, images in of.items()}, name)
     figure.savefig(out / f"wall-{name}.png", dpi=90)
 
 
@@ -128,15 +128,18 @@ def report(text: str) -> None:
 
 
 def tables(out: Path) -> str:
-    """Shares by arm and subset, and the verdicts."""
-    found = pd.read_csv(out / "feedback.csv"), pd.read_csv(out / "feedback_reward.csv")
-    scores, rewards = check_scores(found[0]), found[1]
-    columns = ["judge_text", *(c for c in scores if c.startswith("right_")), "precision", "diversity", "feedback"]
-    shares = scores.groupby(["subset", "arm"], sort=False)[columns].mean().round(3)
-    by_kind = scores.pivot_table(index=["subset", "arm"], columns="kind", values="judge_text", sort=False).round(3)
-    right = rewards.groupby("subset", sort=False)[[c for c in rewards if c.endswith("right")]].mean().round(3)
-    findings = [c for c in claims_from(dict(zip(FILES, (scores, rewards), strict=True))) if c.id.startswith("L")]
-    return "\n\n".join([*(t.to_string() for t in (shares, by_kind, right)), claims_as_text(findings)])
+    """Shares by arm and subset where arms were trained, what the rewards predict, and the verdicts."""
+    rewards = pd.read_csv(out / "feedback_reward.csv")
+    found, shown = {"feedback_reward.csv": rewards}, []
+    if (out / "feedback.csv").exists():
+        scores = found["feedback.csv"] = check_scores(pd.read_csv(out / "feedback.csv"))
+        columns = ["judge_text", *(c for c in scores if c.startswith("right_")), "precision", "diversity", "feedback"]
+        shown.append(scores.groupby(["subset", "arm"], sort=False)[columns].mean())
+        shown.append(scores.pivot_table(index=["subset", "arm"], columns="kind", values="judge_text", sort=False))
+    right = ["fulfilled", *(c for c in rewards if c.endswith("right")), *study.REWARDS]
+    shown.append(rewards.groupby("subset", sort=False)[right].mean())
+    findings = [claim for claim in claims_from(found) if claim.id.startswith("L")]
+    return "\n\n".join([*(table.round(3).to_string() for table in shown), claims_as_text(findings)])
 
 
 def main() -> None:

@@ -111,6 +111,9 @@ def train_and_look(noun: str, setting: str, seed: int, folder: Path, weights: st
     asked = [phrase for phrase in phrases for _ in range(N_PICTURES)]
     prompts = [who.prompt(phrase).text for phrase in asked]
     for steps in looks or LOOKS[method]:
+        if (seen := work / f"look-{steps:05d}.csv").exists():  # of a sweep that was stopped later: its weights are gone
+            rows.append(pd.read_csv(seen, keep_default_na=False))
+            continue
         model = load_model(weights)
         n_class = METHODS[method].class_pictures(config)
         pictures = class_images(model, who.class_prompt, n_class, POCKET.class_sampler, cache, seed=0)
@@ -126,13 +129,20 @@ def train_and_look(noun: str, setting: str, seed: int, folder: Path, weights: st
         look["right_class"] = judge.agrees(drawn, "class", [noun] * len(drawn)).int()
         look["pose"] = judge.answers(drawn, "pose")
         rows.append(look.assign(subject=noun, setting=setting, seed=seed, steps=len(history)))
+        write_table(rows[-1], seen)
         means = look[look["phrase"] != ""][["shown", "same_subject"]].mean()
         print(f"{noun} {setting} seed {seed} step {steps}: {means.to_dict()}", flush=True)
-    temporary = table.with_suffix(".tmp")
-    pd.concat(rows).to_csv(temporary, index=False)
-    temporary.replace(table)
+    write_table(pd.concat(rows), table)
     shutil.rmtree(work, ignore_errors=True)  # a training that variants share stays beside it
     print(f"{table.name}: {time.monotonic() - started:.0f} s", flush=True)
+
+
+def write_table(rows: pd.DataFrame, path: Path) -> None:
+    """Write all of it or nothing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    rows.to_csv(temporary, index=False)
+    temporary.replace(path)
 
 
 def mosaic(pictures: Sequence[Image.Image], n_columns: int) -> Image.Image:

@@ -263,7 +263,7 @@ class HumanFeedback(Common):
     """09_human_feedback: a reward learned from good and bad, and a model fine-tuned by it."""
 
     kinds: list[str] = field(["count", "colour", "place", "all"], "kinds of prompts")
-    n_prompts: int = field(8, "rated prompts of each kind; half as many of each unseen sort", low=2, high=1000)
+    n_prompts: int = field(6, "rated prompts of each kind; half as many of each unseen sort", low=2, high=1000)
     n_rated: int = field(6, "pictures of each to rate, and as many that nobody does", low=1, high=1000)
     best_of: int = field(8, "new pictures of each prompt, of which the best four are kept", low=2, high=1000)
     error_rate: float = field(0.1, "share of pictures that a simulated rater gets wrong", low=0.0, high=0.5)
@@ -388,27 +388,20 @@ def make(notebook: str, values: Mapping[str, Any]) -> Any:
     Raises:
         ParameterError: an unknown name (the nearest one is named), or a value that is not allowed (what is, is named).
     """
-    return SCHEMAS[notebook](**checked(schema(notebook), _read_tables(notebook, values), f"Notebook {notebook}"))
-
-
-def _read_tables(notebook: str, values: Mapping[str, Any]) -> dict[str, Any]:
-    """The values, where a table that papermill's -p gave as text is read."""
-    tables = {row.name for row in schema(notebook) if row.type is dict}
-    return {name: literal(v) if name in tables and type(v) is str else v for name, v in values.items()}
+    tables = {row.name for row in schema(notebook) if row.type is dict}  # papermill's -p gives them as text
+    read = {name: literal(v) if name in tables and type(v) is str else v for name, v in values.items()}
+    return SCHEMAS[notebook](**checked(schema(notebook), read, f"Notebook {notebook}"))
 
 
 def collect(notebook: str, namespace: Mapping[str, Any]) -> Any:
     """Check the variables of a notebook's parameters cell; call it in the next cell as `collect(name, globals())`.
 
     From here on the notebook shows the kit's errors as sentences (`ibkit.shell`).
-
-    Any other public variable that holds a plain literal is taken for a mistyped parameter and refused. Only names
-    that the parameters cell itself assigns are looked at when the cell is run again by hand, since by then the
-    variables of later cells are there too.
+    Any other public variable that holds a plain literal is taken for a mistyped parameter and refused. Only names that
+    the parameters cell itself assigns are looked at when the cell is run again by hand: later cells' are there by then.
 
     Args:
-        notebook: its name without the suffix, such as "01_personalize".
-        namespace: the notebook's `globals()`.
+        notebook: its name without the suffix, such as "01_personalize"; namespace: the notebook's `globals()`.
 
     Returns:
         An instance of the notebook's dataclass.
@@ -426,8 +419,7 @@ def collect(notebook: str, namespace: Mapping[str, Any]) -> Any:
         or (name in candidates - IPYTHON_NAMES and not name.startswith("_") and type(value) in LITERALS)
     }
     parameters = make(notebook, values)
-    missing = [name for name in names if name not in values]
-    if missing:
+    if missing := [name for name in names if name not in values]:
         raise ParameterError(
             f"The parameters cell of notebook {notebook} does not set {', '.join(missing)}; put the line back."
         )

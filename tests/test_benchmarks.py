@@ -1,12 +1,14 @@
 """Benchmarks: that of a GPU runs here on a small U-Net; arms from different starts stay apart."""
 
 import json
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 import torch
+from PIL import Image
 
-from benchmarks import baselines, dreambooth, scoring, sd15, sd15_all
+from benchmarks import baselines, dreambooth, personalize, scoring, sd15, sd15_all
 from benchmarks.arms import personalized
 from benchmarks.personalize import as_scores, chosen
 from ibkit.adapt import Adapted
@@ -102,6 +104,38 @@ def test_the_fewest_steps_that_keep_subject_and_prompt_are_chosen(shown, same, s
     bare = table.assign(phrase="", shown=1, same_subject=1)  # counts for nothing
     found = chosen(pd.concat([table, bare]))
     assert found.to_dict() == ({"lora": steps} if steps else {})
+
+
+def test_a_sweep_that_was_stopped_keeps_the_looks_that_it_had(tmp_path, monkeypatch):
+    """It does not look again at an earlier step with the weights of a later one."""
+    trained, blank = [], Image.new("RGB", (4, 4))
+
+    def train(model, job, method, config):
+        if config.n_steps == 1000 and not trained.count(1000):
+            trained.append(1000)
+            raise KeyboardInterrupt
+        trained.append(config.n_steps)
+        return [{}] * config.n_steps
+
+    judge = SimpleNamespace(
+        agrees=lambda pictures, *_: torch.ones(len(pictures)), identifies=lambda pictures, _: torch.ones(len(pictures)),
+        answers=lambda pictures, _: ["none"] * len(pictures),
+    )  # fmt: skip
+    fakes = {
+        "train": train,
+        "load_model": lambda name: None,
+        "class_images": lambda *_, **__: [],
+        "mosaic": lambda *_: blank,
+    }
+    fakes |= {"sample": lambda model, prompts, *_: [blank] * len(prompts), "Judge": SimpleNamespace(load=lambda: judge)}
+    for name, fake in (fakes | {"Adapted": SimpleNamespace(of=lambda model: None)}).items():
+        monkeypatch.setattr(personalize, name, fake)
+    look = ("cat", "lora", 0, tmp_path, "pocket", (600, 1000))
+    with pytest.raises(KeyboardInterrupt):
+        personalize.train_and_look(*look)
+    personalize.train_and_look(*look)
+    assert trained == [600, 1000, 1000]
+    assert personalize.read([tmp_path]).groupby("steps").size().to_dict() == {600: 48, 1000: 48}
 
 
 def test_the_ends_of_variants_are_scores_that_claims_read():

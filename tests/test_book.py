@@ -92,6 +92,7 @@ def test_the_book_is_built_and_its_links_lead_somewhere(tmp_path):
 
 def check_links(site):
     parsed = {path: Links(path.read_text(encoding="utf-8")) for path in site.rglob("*.html")}
+    del parsed[site / "404.html"]  # of a server: its links begin at the root
     assert len(parsed) > 40
     for path, links in parsed.items():
         for tag, place in links.places:

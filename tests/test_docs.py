@@ -6,6 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from benchmarks.personalize import curve, read
 from ibkit.job.methods import facts, in_markdown
 from ibkit.methods.records import METHODS
 
@@ -19,6 +20,21 @@ def test_the_settings_of_a_page_are_the_records(page):
     assert tables, "a page of a method has its settings"
     for name, table in tables:
         assert table.strip() == in_markdown(facts(METHODS.find(name))["settings"]), f"ibkit methods {name} --markdown"
+
+
+ROW = re.compile(r"^\| ([a-z ]+), (\d) \| `([a-z ]+)`.* \| (\d+) \| (\d+) % \| (\d+) % \|$", re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", ["dpg", "rpo"])
+def test_the_results_of_a_page_are_in_the_committed_tables(name):
+    root = Path(__file__).parents[1]
+    rows = read([root / "outputs" / "reference" / folder for folder in (name, "personalize")])
+    means = curve(rows, ["subject", "seed", "setting", "steps"])
+    said = ROW.findall((root / "docs" / "methods" / f"{name}.md").read_text(encoding="utf-8"))
+    assert len(said) >= 4
+    for subject, seed, setting, steps, shown, same in said:
+        found = means.loc[subject, int(seed), setting, int(steps)]
+        assert [f"{100 * found[column]:.0f}" for column in ("shown", "same_subject")] == [shown, same]
 
 
 def test_a_bar_in_a_text_does_not_end_the_cell():

@@ -82,6 +82,11 @@ def test_alternatives_differ_in_one_respect_that_the_prompt_names():
     assert len(set(found)) == 17 and asked not in found
     for one in found:
         assert (one.noun != "cat") + (one.count != 2) + (one.place != "park") == 1 and not one.colour
+    unseen = {Asked("cat", 3, place="park"), Asked("pot", 2, place="park")}
+    fair = alternatives(asked, 13, random.Random(0), unseen)  # without those, and without dogs and cups
+    assert not {one for one in fair if one in unseen or one.noun in HELD_OUT_CLASSES} and len(set(fair)) == 13
+    with pytest.raises(ParameterError, match="has 13 alternatives, not 14"):
+        alternatives(asked, 14, random.Random(0), unseen)
     with pytest.raises(ParameterError, match="has 17 alternatives, not 18"):
         alternatives(asked, 18, random.Random(0))
 

@@ -30,6 +30,7 @@ from ibkit.pocket.draw import render
 from ibkit.pocket.world import sample_scene
 from ibkit.presets import SD15
 from ibkit.scorers import make_scorer
+from ibkit.train.loop import kept_of
 from tests.tiny import scheduler, tiny_model
 
 CAT = PersonalizedSubject("cat", "cat", "sks", "", "tiny", "", None)
@@ -74,9 +75,12 @@ def test_the_critic_has_the_papers_size_and_starts_increasing():
     assert (critic(2 * of) > critic(of)).all()
 
 
-def test_the_discount_is_each_photos_own(tiny, tmp_path, monkeypatch):
-    """Without a critic and a prior, the loss is the mean of γ^t times the mean residual of each photo."""
-    config = dataclasses.replace(SETTINGS["dpg"], critic="none", prior_weight=0.0, n_steps=1)
+@pytest.mark.parametrize("critic", ["none", "learned"])
+def test_the_discount_is_each_photos_own(tiny, tmp_path, monkeypatch, critic):
+    """Without a prior, the loss is the mean of γ^t times each photo's mean residual, or Q of it; Q then takes its step
+    of SGD towards the mean residual.
+    """
+    config = dataclasses.replace(SETTINGS["dpg"], critic=critic, prior_weight=0.0, n_steps=1)
     seen = []
     predict = type(tiny).predict_noise
     monkeypatch.setattr(
@@ -88,7 +92,17 @@ def test_the_discount_is_each_photos_own(tiny, tmp_path, monkeypatch):
     chosen = torch.randint(len(PHOTOS), (2,), generator=stream)
     assert torch.equal(t, torch.randint(1000, (2,), generator=stream))
     x_0 = tiny.encode_images(PHOTOS)[chosen]
-    each = (predict_x0(x, eps_hat, alphas[t]) - x_0).square().mean(dim=(1, 2, 3))
+    of = (predict_x0(x, eps_hat, alphas[t]) - x_0).square().detach()
+    each, mean = of.mean(dim=(1, 2, 3)), of.mean(dim=(1, 2, 3))
+    if critic == "learned":
+        q = Critic(4, 8, 8, generator(0, "critic"))
+        each = q(of)
+        (each - mean).square().mean().backward()
+        for name, found in kept_of(tmp_path, "critic").items():
+            parameter = dict(q.named_parameters())[name]
+            expected = parameter.detach() - config.critic_learning_rate * parameter.grad
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-6)
+            assert not torch.equal(found, parameter)
     assert row["loss"] == pytest.approx((0.9986 ** t.float() * each).mean().item(), rel=1e-3)
     assert 0.9986**999 == pytest.approx(0.25, abs=0.005)
 
@@ -96,8 +110,6 @@ def test_the_discount_is_each_photos_own(tiny, tmp_path, monkeypatch):
 def test_the_critic_learns_its_cost_and_the_policy_does_not_move_it(tiny, tmp_path):
     config = dataclasses.replace(SETTINGS["dpg"], n_steps=1, critic_learning_rate=0.0, checkpoint_every=1)
     train("dpg", tiny, tmp_path, config)
-    from ibkit.train.loop import kept_of
-
     start = Critic(4, 8, 8, generator(0, "critic"))
     assert all(torch.equal(p, kept_of(tmp_path, "critic")[n]) for n, p in start.named_parameters())
     of, optimizer = torch.rand(64, 4, 8, 8, generator=generator(3)), torch.optim.SGD(start.parameters(), lr=0.01)

@@ -7,9 +7,11 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import pytest
+import yaml
 
 from ibkit import cli
 from ibkit.errors import ArtifactError, ParameterError
@@ -196,7 +198,8 @@ def test_each_stage_gets_a_gpu_of_its_own(tmp_path, monkeypatch):
 def test_a_process_ends_with_its_parent(tmp_path):
     child = "from ibkit.job.stage import end_with_parent; import time; end_with_parent(); print('on', flush=True)\n"
     child += f"try: time.sleep(60)\nexcept KeyboardInterrupt: open({str(tmp_path / 'told')!r}, 'w')"
-    parent = f"import subprocess, sys; subprocess.Popen([sys.executable, '-c', {child!r}]); import time; time.sleep(60)"
+    parent = "import signal, subprocess, sys, time; signal.signal(signal.SIGINT, signal.SIG_IGN); "  # as under nohup
+    parent += f"subprocess.Popen([sys.executable, '-c', {child!r}]); time.sleep(60)"
     process = subprocess.Popen([sys.executable, "-c", parent], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "on\n"
     process.kill()
@@ -239,6 +242,7 @@ sys.exit(cli.main(sys.argv[2:]))
 """
 TUNE = """
 import time
+from functools import partial
 from pathlib import Path
 place = Path({place!r})
 if parameters.seed == 1 and (place / "fail").exists():
@@ -249,22 +253,25 @@ while parameters.seed == 1 and (place / "wait").exists():
 """
 
 
+def start_grid(places, path, outputs, *words):  # noqa: F811
+    """`ibkit grid` in a process of its own, on a test's notebooks and outputs."""
+    (places / "grid.py").write_text(GRID)
+    (places / "stage.py").write_text(STAGE)
+    command = [sys.executable, places / "grid.py", places, outputs, path, *words]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
 @pytest.mark.slow
 def test_a_grid_goes_on_after_a_failing_cell_and_after_sigkill(places):  # noqa: F811
     pytest.importorskip("snakemake", reason="needs Snakemake: pip install -e '.[workflow]'")
     notebook(places / "notebooks", "02_rl_finetune", TUNE.format(place=str(places)), NOTE, FINISH)
-    (places / "grid.py").write_text(GRID)
-    (places / "stage.py").write_text(STAGE)
     path = config(places, "subjects: [cat]\ntune: [ddpo]\nseeds: [0, 1]\n", "both")
-
-    def start(outputs):
-        words = [sys.executable, places / "grid.py", places, outputs, path]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    start = partial(start_grid, places, path)
 
     (places / "fail").touch()
     process = start("outputs")
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=3600)
     assert process.returncode == 1, err
     assert "failed: cat/02_rl_finetune-seed1: 02_rl_finetune-seed1: ValueError: boom" in err
     assert "1 cells failed, 1 need them" in err
@@ -277,7 +284,7 @@ def test_a_grid_goes_on_after_a_failing_cell_and_after_sigkill(places):  # noqa:
     (places / "fail").unlink()
     (places / "wait").touch()
     process = start("outputs")
-    until = time.monotonic() + 300
+    until = time.monotonic() + 3600
     while not (places / "waiting").exists():
         assert process.poll() is None and time.monotonic() < until
         time.sleep(0.1)
@@ -289,21 +296,42 @@ def test_a_grid_goes_on_after_a_failing_cell_and_after_sigkill(places):  # noqa:
 
     (places / "wait").unlink()
     process = start("outputs")
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=3600)
     assert process.returncode == 0, err
     assert [line for line in out.splitlines() if line.startswith("[")] == [
         "[1/2] cat/02_rl_finetune-seed1", "[2/2] cat/03_evaluate-seed1",
     ]  # fmt: skip
     assert {path: path.stat().st_mtime_ns for path in done} == done
     process = start("outputs")
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=3600)
     assert process.returncode == 0 and "[" not in out, err
 
     undisturbed = start("others")
-    out, err = undisturbed.communicate(timeout=600)
+    out, err = undisturbed.communicate(timeout=3600)
     assert undisturbed.returncode == 0, err
     names = sorted(path.parent.name for path in folder.glob("cat/*/manifest.json"))
     assert len(names) == 6
     for name in names:
         one, other = (identify(places / outputs / "both/cat" / name)["sha256"] for outputs in ("outputs", "others"))
         assert one == other, name
+
+
+@pytest.mark.slow
+def test_a_grid_on_slurm(places):  # noqa: F811
+    """By the shipped profile, less what a small cluster lacks; the cells are jobs of a real Slurm."""
+    pytest.importorskip("snakemake_executor_plugin_slurm", reason="needs snakemake-executor-plugin-slurm")
+    if shutil.which("sinfo") is None or subprocess.run(["sinfo"], capture_output=True).returncode:
+        pytest.skip("there is no Slurm here: it needs slurmctld and slurmd")
+    profile = yaml.safe_load((grid.WORKFLOW / "profiles/slurm/config.yaml").read_text())
+    del profile["set-resources"]  # GPUs
+    profile["default-resources"] |= {"mem_mb": 1000, "cpus_per_task": 1, "runtime": 20}
+    (places / "profile").mkdir()
+    (places / "profile/config.yaml").write_text(yaml.safe_dump(profile | {"slurm-status-command": "squeue"}))
+    path = config(places, "subjects: [cat]\ntune: none\n", "slurm")
+    process = start_grid(places, path, "outputs", "--profile", f"{places / 'profile'}/")
+    out, err = process.communicate(timeout=3600)
+    folder = places / "outputs/slurm"
+    assert process.returncode == 0, err + (folder / "logs/snakemake.txt").read_text()
+    assert "[2/2] cat/03_evaluate" in out
+    assert "SLURM jobid" in (folder / "logs/snakemake.txt").read_text()
+    assert read_run(folder / "cat/03_evaluate").parameters["runs"] == [str(folder / "cat/01_personalize")]

@@ -23,7 +23,7 @@ def grid(tmp_path_factory):
     """A grid's folder of three subjects, one of which has a cell that failed."""
     folder = tmp_path_factory.mktemp("outputs") / "all"
     for seed, subject in enumerate(SUBJECTS):
-        scores = score_table(6).assign(subject=subject, class_noun=subject)
+        scores = score_table(20).assign(subject=subject, class_noun=subject)
         for column in ("seed", "tune_seed"):
             scores.loc[scores[column].notna(), column] = seed
         run = Run.open(folder / subject / "03_evaluate", "03_evaluate", {"model": "pocket"})

@@ -57,7 +57,7 @@ from ibkit.train.loop import Row
 SEEN, COMBINATION, OBJECT = SUBSETS = ("seen", "unseen combination", "unseen object")
 CLIP = "CLIP score"
 REWARDS: dict[str, dict[str, Any]] = {"reward": {}, "without prompts": {"aux_weight": 0.0}}
-N_OTHERS = 8  # prompts that a picture is told apart from; one of a count alone has 10
+N_OTHERS = 3  # prompts that a picture is told apart from; one of a count alone may have no more that are not unseen
 ARMS = {
     "labelled": Variant("feedback", {"pretrain_weight": 0.0}, "rated pictures alone"),
     "scored": Variant("feedback", {"pretrain_weight": 0.0}, "and pictures that nobody rated"),
@@ -192,18 +192,26 @@ def write_labels(folder: Path, pictures: Pictures, labels: Sequence[float | None
 
 
 def learn(
-    pictures: Pictures, labels: Sequence[float | None], clip: ClipT, settings: Mapping[str, Any], seed: int
+    pictures: Pictures,
+    labels: Sequence[float | None],
+    clip: ClipT,
+    settings: Mapping[str, Any],
+    seed: int,
+    asked: Sequence[Prompt] = (),
 ) -> tuple[dict[str, FeedbackReward], float]:
     """The rewards of `REWARDS` from rated pictures, and the threshold of CLIP's score that agrees best with the same
     labels. A picture without a label has no part.
 
     Args:
+        asked: all prompts; those that are unseen are no wrong answers of the prompt classification, or it would learn
+            that they are wrong.
         settings: of both, such as {"n_steps": 200}; the rest is `FeedbackRewardConfig`'s.
     """
     rows = [i for i, label in enumerate(labels) if label is not None]
     rated, y = pictures.take(rows), [float(labels[i] or 0) for i in rows]
     rng = random.Random(f"alternatives {seed}")
-    others = [[o.text for o in alternatives(one.asked, N_OTHERS, rng)] for one in rated.prompts]
+    unseen = {one.asked for one in asked if one.subset != SEEN}
+    others = [[o.text for o in alternatives(one.asked, N_OTHERS, rng, unseen)] for one in rated.prompts]
     found = {}
     for name, changes in REWARDS.items():
         config = FeedbackRewardConfig(**{**settings, **changes})

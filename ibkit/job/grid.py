@@ -164,6 +164,8 @@ def print_plan(cells: Sequence[Cell], todo: Sequence[Cell], folder: Path, worker
     subjects = {cell.name.partition("/")[0] for cell in cells}
     kinds = Counter(cell.stage.notebook.stem for cell in cells)
     print(f"grid {folder.name}: {len(subjects)} subjects, {len(cells)} cells, {len(cells) - len(todo)} of them done")
+    if not todo:
+        return 0
     keep_memory()
     threads()
     given = cells[0].stage.parameters

@@ -82,6 +82,7 @@ def end_with_parent(group: bool = False) -> None:
         group: whether all processes of this one's group are told.
     """
     parent = os.getppid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a script starts in the background ignores it
 
     def watch() -> None:
         while os.getppid() == parent:

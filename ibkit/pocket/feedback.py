@@ -7,7 +7,7 @@ subjects (there: six), ten colours (nine) and eight places (eight backgrounds).
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any, Literal
@@ -91,8 +91,10 @@ def split(kind: Kind, n: int, unseen_share: float = 0.2, seed: int = 0) -> tuple
     return rated[held_out:][:n], rated[:held_out][:n], others[:n]
 
 
-def alternatives(asked: Asked, n: int, rng: random.Random) -> list[Asked]:
+def alternatives(asked: Asked, n: int, rng: random.Random, unseen: Collection[Asked] = ()) -> list[Asked]:
     """`n` different prompts that differ from one in exactly one respect that it names, its object among them.
+
+    None is one of `unseen`; where there are any, none has another object of `HELD_OUT_CLASSES` either.
 
     Raises:
         ParameterError: there are not so many.
@@ -105,7 +107,9 @@ def alternatives(asked: Asked, n: int, rng: random.Random) -> list[Asked]:
     }
     named = [name for name in choices if getattr(asked, name)]
     pairs: list[dict[str, Any]] = [{name: value} for name in named for value in choices[name]]
-    other = [one for pair in pairs if (one := replace(asked, **pair)) != asked]
+    held_out = set(HELD_OUT_CLASSES) - {asked.noun} if unseen else set()
+    other = [replace(asked, **pair) for pair in pairs]
+    other = [one for one in other if one != asked and one not in unseen and one.noun not in held_out]
     if n > len(other):
         raise ParameterError(f"{asked.text!r} has {len(other)} alternatives, not {n}: ask for fewer.")
     return rng.sample(other, n)

@@ -19,7 +19,7 @@ from ibkit.evaluate.stats import METRICS, as_compared, metrics_in, one_seed, pri
 LEAST_PX, MOST_STORED_PX = 96, 384  # a side as it is shown at least, and as it is stored at most
 FIRST, BEST, WORST = "first", "best", "worst"
 PER_PROMPT, PER_FOLD, MOST_PROMPTS = 2, 8, 12
-MOST_BYTES = 12 * 2**20  # of the pictures of a page
+MOST_BYTES, MOST_PICTURES = 12 * 2**20, 360  # of a page, so that it is small and opens at once
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ def _room(drawn: pd.DataFrame) -> tuple[list[str], int, int]:
     if drawn.empty:
         return [], MOST_PROMPTS, PER_PROMPT
     subjects = list(drawn["subject"].unique())
-    room = MOST_BYTES // len(_picture(next(drawn.itertuples())).uri)
+    room = min(MOST_PICTURES, MOST_BYTES // len(_picture(next(drawn.itertuples())).uri))
     of_subject = drawn.groupby("subject")
     arms, prompts = of_subject["arm"].nunique().max(), min(MOST_PROMPTS, of_subject["prompt_id"].nunique().max())
     per_prompt = PER_PROMPT if len(subjects) * arms * prompts * PER_PROMPT <= room else 1

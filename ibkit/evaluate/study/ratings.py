@@ -33,6 +33,7 @@ from ibkit.runs import parse_json, resolve
 
 SCHEMA = 1
 UNDO = "undo"
+LONGEST_S = 1e9  # of an item on the screen; a larger whole number may be no float
 NAME = re.compile(r"[^\W_][\w .,'’()+@-]{0,99}")  # of a rater: no markup, and no formula of a spreadsheet
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "schema": int, "study": str, "rater": str, "question": str, "item": str, "answer": str, "shown": str, "time": str,
@@ -110,7 +111,7 @@ def _checked(line: Any) -> dict[str, Any]:
             line[name].encode()  # half of a surrogate pair could be written nowhere
     if not NAME.fullmatch(same_rater(line["rater"])):
         raise ValueError("its rater's name has characters that no name has, or is too long")
-    if not 0 <= line["seconds"] < math.inf:
+    if not 0 <= line["seconds"] < LONGEST_S:
         raise ValueError(f"its seconds are {line['seconds']}")
     if line["question"] not in QUESTIONS:
         raise ValueError(f"there is no question {line['question']!r}")
