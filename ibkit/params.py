@@ -15,7 +15,7 @@ from typing import Any
 
 from ibkit.errors import IbkitError, ParameterError
 from ibkit.fields import Field, checked, field, fields_of, fill, nearest
-from ibkit.shell import fold_tracebacks
+from ibkit.shell import cell_names, fold_tracebacks
 
 LITERALS = (int, float, str, bool, list, dict, type(None))
 IPYTHON_NAMES = {"In", "Out", "exit", "quit"}
@@ -411,7 +411,7 @@ def collect(notebook: str, namespace: Mapping[str, Any]) -> Any:
     """
     fold_tracebacks()
     names = [row.name for row in schema(notebook)]
-    candidates = _cell_names(namespace, names) if namespace.get("_ibkit_collected") else set(namespace)
+    candidates = cell_names(namespace, names) if namespace.get("_ibkit_collected") else set(namespace)
     values = {
         name: value
         for name, value in namespace.items()
@@ -434,17 +434,3 @@ def literal(text: str) -> Any:
         with contextlib.suppress(ValueError, SyntaxError, RecursionError, MemoryError):  # the last two: too deep
             return read(text)
     return text
-
-
-def _cell_names(namespace: Mapping[str, Any], names: list[str]) -> set[str]:
-    """Names assigned by the cell run last among those that assign most of the notebook's parameters."""
-    for source in reversed(namespace.get("In", [])):
-        try:
-            body = ast.parse(source).body
-        except SyntaxError:
-            continue
-        targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
-        assigned = {target.id for target in targets if isinstance(target, ast.Name)}
-        if len(assigned & set(names)) > len(names) / 2:
-            return assigned
-    return set()

