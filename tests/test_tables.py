@@ -207,7 +207,9 @@ def test_runs_on_several_subjects_make_one_table(tmp_path, scores, capsys):
     assert len(together) == 2 * len(scores) and together["seen"].isna().sum() == 6
     assert main(["tables", str(tmp_path / "cat"), str(tmp_path / "dog"), "--out", str(tmp_path / "both")]) == 0
     assert "| Base model | 100.0 % [" in capsys.readouterr().out
-    names = {f"{t}.{s}" for t in ("fidelity", "differences", "seen_and_unseen") for s in ("csv", "md", "tex")}
+    names = {
+        f"{t}.{s}" for t in ("fidelity", "subjects", "differences", "seen_and_unseen") for s in ("csv", "md", "tex")
+    }
     assert {path.name for path in (tmp_path / "both").iterdir()} == names | {"scores.csv"}
     claims = {claim.id: claim for claim in evaluate_claims(tmp_path / "both")}
     assert claims["C1"].n == 320 and claims["C8"].n == 160
