@@ -152,7 +152,7 @@ def evaluated(tmp_path, monkeypatch):
 
 def test_tables_are_written_where_the_runs_are_read_from(evaluated, monkeypatch):
     monkeypatch.setattr(
-        "ibkit.evaluate.tables.all_tables", lambda scores: {"fidelity": pd.DataFrame({"Method": ["a"]})}
+        "ibkit.evaluate.tables.all_tables", lambda scores, against: {"fidelity": pd.DataFrame({"Method": ["a"]})}
     )
     for _ in range(2):  # into its own folder again
         assert main(["tables", "run", "--out", "made"]) == 0
