@@ -18,7 +18,7 @@ from ibkit.runs import project_root
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 KEYS = {"Tab": 9, "Enter": 13, " ": 32, "Escape": 27}
-PATIENCE_S = 240.0  # a kernel that shares its cores imports PyTorch in half a minute
+PATIENCE_S = 900.0  # a kernel that shares its cores with others takes minutes to run a notebook
 
 
 def checkout(folder: Path) -> Path:
