@@ -62,7 +62,7 @@ def test_how_to_choose_says_what_the_committed_tables_say():
     rows = rows[rows["identifier"]].drop_duplicates()  # both folders have the cat's start
     means = 100 * rows.groupby(["arm", "subject"])[["shown", "same_subject"]].mean()
     named = {"the start": "start", "DDPO, text": "text", "DDPO, text and `subject`": "text and subject"}
-    named |= {"DDPO, text and DINO": "text and DINO", "DRaFT, past its end": "DRaFT long"}
+    named |= {"DDPO, text and DINO": "text and DINO", "DRaFT, its preset": "DRaFT", "DRaFT, past its end": "DRaFT long"}
     for label, arm in named.items():
         said = re.search(rf"\| {re.escape(label)} \| \d+ \| (.*?) \| (.*?) \|", text)
         for subject, cell in zip(("cat", "dog"), said.groups(), strict=True):
