@@ -34,7 +34,7 @@ from ibkit.runs import parse_json, resolve
 SCHEMA = 1
 UNDO = "undo"
 LONGEST_S = 1e9  # of an item on the screen; a larger whole number may be no float
-NAME = re.compile(r"[^\W_][\w .,'’()+@-]{0,99}")  # of a rater: no markup, and no formula of a spreadsheet
+NAME = re.compile(r"[^\W_][^\x00-\x1f<>]{0,99}")  # of a rater: no markup, and no formula of a spreadsheet
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "schema": int, "study": str, "rater": str, "question": str, "item": str, "answer": str, "shown": str, "time": str,
     "seconds": (int, float),
@@ -107,10 +107,10 @@ def _checked(line: Any) -> dict[str, Any]:
     for name, kind in FIELDS.items():
         if not isinstance(line.get(name), kind) or isinstance(line[name], bool) or line[name] == "":
             raise ValueError(f"its field {name!r} is missing or of the wrong kind")
-    if not NAME.fullmatch(same_rater(line["rater"])):
-        raise ValueError("its rater's name has characters that no name has, or is too long")
         if isinstance(line[name], str):
             line[name].encode()  # half of a surrogate pair could be written nowhere
+    if not NAME.fullmatch(same_rater(line["rater"])):
+        raise ValueError("its rater's name has characters that no name has, or is too long")
     if not 0 <= line["seconds"] < LONGEST_S:
         raise ValueError(f"its seconds are {line['seconds']}")
     if line["question"] not in QUESTIONS:
