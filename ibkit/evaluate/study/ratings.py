@@ -34,8 +34,7 @@ from ibkit.runs import parse_json, resolve
 SCHEMA = 1
 UNDO = "undo"
 LONGEST_S = 1e9  # of an item on the screen; a larger whole number may be no float
-# Of a rater, normalized: no markup, no path, no formula of a spreadsheet.
-NAME = re.compile(r"[^\s<>/\\=+@-][^<>/\\\x00-\x1f]{0,99}")
+NAME = re.compile(r"[^\W_][^\x00-\x1f<>]{0,99}")  # of a rater: no markup, and no formula of a spreadsheet
 FIELDS: dict[str, type | tuple[type, ...]] = {
     "schema": int, "study": str, "rater": str, "question": str, "item": str, "answer": str, "shown": str, "time": str,
     "seconds": (int, float),
@@ -244,10 +243,10 @@ def ratings_file(folder: str | Path, rater: str) -> Path:
         StudyError: a name that `NAME` does not allow.
     """
     stem = re.sub(r"\W+", "-", same_rater(rater)).strip("-")
-    if not stem or not NAME.fullmatch(same_rater(rater)):
+    if not NAME.fullmatch(same_rater(rater)):
         raise StudyError(
-            f"The rater {rater!r} needs a name with a letter or a digit, of at most 100 characters, without < > / \\, "
-            "and with none of = + @ - at its beginning."
+            f"The rater {rater!r} needs a name that begins with a letter or a digit, has no < or >, and is no longer "
+            "than 100 characters."
         )
     return Path(folder) / f"{stem}.jsonl"
 
