@@ -409,6 +409,7 @@ def papermill(tokenizer, folder, *words):
     return read_run(folder / "run", "04_attention_maps")
 
 
+@pytest.mark.slow
 def test_the_notebook_on_the_rare_subject(tokenizer, tmp_path):
     run = papermill(tokenizer, tmp_path)
     table = run.table("description.csv")

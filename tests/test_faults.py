@@ -37,10 +37,10 @@ def equal(a, b):
 
 
 def test_killed_at_any_moment_it_ends_the_same(tmp_path):
-    result = run_trials(20, tmp_path)
+    result = run_trials(12, tmp_path)  # benchmarks/faults.py does 200
     assert result["repeatable"]
     assert result["different"] == [] and result["leftovers"] == []
-    assert result["killed_while_writing"] >= 3 and result["killed_while_training"] >= 3
+    assert result["killed_while_writing"] >= 2 and result["killed_while_training"] >= 2
 
 
 @pytest.mark.parametrize("file", ["tensors.safetensors", "state.json"])

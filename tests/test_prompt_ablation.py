@@ -446,6 +446,7 @@ def test_equal_rewards_give_an_equal_figure():
     assert len(np.unique(places[0][1][:, 1])) == 2  # apart from each other
 
 
+@pytest.mark.slow
 def test_the_notebook(tmp_path):
     words = ["-y", "dreambooth_steps: [1]", "-y", "train_seeds: [3]", "-p", "n_epochs", 2, "-p", "n_images", 2]
     words += ["-y", "settings: {images_per_epoch: 4}", "-r", "run_out", tmp_path / "run"]

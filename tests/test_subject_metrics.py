@@ -545,6 +545,7 @@ def _cat():
     return controlled_pairs(["cat"], 1)[0].reference.subject
 
 
+@pytest.mark.slow
 def test_the_notebook(tmp_path, weights):
     small = ["-y", "class_nouns: [cat]", "-p", "n_pairs", "4", "-p", "n_individuals", "8", "-r", "device", "cpu"]
     small += ["-r", "scorer_weights", weights]
