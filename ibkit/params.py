@@ -140,19 +140,18 @@ class RLFinetune(Measured):
 
     def __post_init__(self):
         from ibkit.methods.engine.objectives import RewardSpec
-        from ibkit.methods.records import find_method
+        from ibkit.methods.records import check_tuning, find_method
         from ibkit.presets import preset_of
 
         method = find_method(self.method, "tune")
         _check_settings(self, method.name)
-        fill(preset_of(self.model).guard, self.guard, "The guard")
+        guard = fill(preset_of(self.model).guard, self.guard, "The guard")
         RewardSpec(self.reward, options=self.reward_options)
         if self.subject_reward:
             RewardSpec(self.subject_reward, options=self.subject_reward_options)
         elif self.subject_reward_options:
             raise ParameterError("There are subject_reward_options and no subject_reward: name its scorer.")
-        if sentence := method.refuses(self.reward, self.subject_reward, self.processes):
-            raise ParameterError(sentence)
+        check_tuning(method, self.reward, self.subject_reward, self.processes, guard.patience)
 
 
 @dataclass(frozen=True, kw_only=True)

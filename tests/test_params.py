@@ -255,6 +255,7 @@ def test_an_unknown_notebook_is_refused_with_the_nearest_one():
         ("refl", {"reward": "dino"}, "dino has no gradient .*choose one of clip_t, image_reward"),
         ("feedback", {"subject_reward": "subject"}, "follows one reward"),
         ("feedback", {"processes": 2}, "trains in one process"),
+        ("feedback", {"guard": {"patience": 3}}, "no frontier to stop by: leave guard.patience at 0"),
     ],
 )
 def test_what_a_tuning_cannot_have_is_refused_before_anything_runs(method, asked, says):

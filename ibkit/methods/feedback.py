@@ -236,14 +236,9 @@ def tune(model, job, settings, *, on_row=None, monitor=None, processes=None) -> 
     """As a stage; see `records.Train`.
 
     Raises:
-        ParameterError: a second reward, a guard that stops, several processes, or what `train` refuses.
+        ParameterError: what `check_job` or `train` refuses.
     """
     check_job(METHOD, job, processes)
-    if job.guard and job.guard.patience:
-        raise ParameterError(
-            f"{job.name} draws its pictures before the training, not in it, and has no frontier to stop by: leave "
-            "guard.patience at 0."
-        )
     scorer = job.reward.scorer(model.device)
     pictures: list[Image.Image] = []
     prompts: list[str] = []
@@ -322,8 +317,8 @@ METHOD = Method(
     train=tune,
     source="Lee et al. 2023, arXiv 2302.12192",
     pocket={
-        "n_steps": (400, "minutes; not compared with other numbers"),
-        "batch": (16, "minutes; not compared with other sizes"),
+        "n_steps": (150, "minutes; not compared with other numbers"),
+        "batch": (8, "minutes; not compared with other sizes"),
         "micro_batch": (0, "64 px pictures fit in one pass"),
         "learning_rate": (2e-3, "as DRaFT's adapter there; not compared with others"),
         "pretrain_weight": (0.5, "rewards of about .5, so that both terms weigh alike; not compared with others"),
@@ -336,6 +331,7 @@ METHOD = Method(
         "checkpoint_every": (50, "minutes"),
     },
     class_pictures=class_pictures,
+    draws=False,
     refuses=refuses,
     work=work,
     delta=_delta,

@@ -116,6 +116,7 @@ class Method:
         names: how the trained model calls the subject; by default as the user does.
         class_pictures: settings -> how many pictures of the class the training wants.
         reward: name of the scorer that a personalization is handed as `Job.reward`; empty where it needs none.
+        draws: whether a tuning draws pictures as it trains, by which a guard can stop it.
         refuses: names of reward and second reward, number of processes -> why a tuning cannot have them, or "".
         work: settings -> `Work`, without the class pictures.
         delta: settings -> kind and settings of the delta that is trained, without its words; to count memory.
@@ -131,6 +132,7 @@ class Method:
     names: Callable[[PersonalizedSubject], PersonalizedSubject] = lambda subject: subject
     class_pictures: Callable[[Any], int] = lambda settings: 0
     reward: str = ""
+    draws: bool = True
     refuses: Callable[[str, str, int], str] = lambda reward, subject_reward, processes: ""
     work: Callable[[Any], Work] = lambda settings: Work()
     delta: Callable[[Any], tuple[str, Mapping[str, Any]]] = lambda settings: ("lora", {"rank": settings.lora_rank})
@@ -179,9 +181,20 @@ def find_method(name: str, stage: str) -> Method:
 
 
 def check_job(method: Method, job: Job, processes: Processes | None = None) -> None:
-    """Raise ParameterError with the sentence where a tuning cannot have the job's rewards or so many processes."""
-    names = [spec.name if spec else "" for spec in (job.reward, job.subject_reward)]
-    if sentence := method.refuses(names[0], names[1], processes.count if processes else 1):
+    """Refuse what a tuning cannot have of a job, see `check_tuning`."""
+    reward, subject_reward = (spec.name if spec else "" for spec in (job.reward, job.subject_reward))
+    patience = job.guard.patience if job.guard else 0
+    check_tuning(method, reward, subject_reward, processes.count if processes else 1, patience)
+
+
+def check_tuning(method: Method, reward: str, subject_reward: str, processes: int, patience: int) -> None:
+    """Raise ParameterError where a tuning cannot have these rewards, so many processes, or a guard that stops it."""
+    if patience and not method.draws:
+        raise ParameterError(
+            f"{method.name} draws its pictures before the training, not in it, and has no frontier to stop by: leave "
+            "guard.patience at 0."
+        )
+    if sentence := method.refuses(reward, subject_reward, processes):
         raise ParameterError(sentence)
 
 

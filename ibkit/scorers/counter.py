@@ -8,7 +8,6 @@ of one subject, does not. It is a small network of the judge's kind, trained apa
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -20,7 +19,7 @@ from ibkit.pocket.words import NUMBERS
 from ibkit.pocket.world import CLASSES, COLOURS, PLACES
 from ibkit.runs import read_json
 from ibkit.scorers.base import load_state, reading, require_files, weights_folder
-from ibkit.scorers.judge import RATER_WIDTHS, JudgeNet, to_tensor
+from ibkit.scorers.judge import RATER_WIDTHS, Answering, JudgeNet, to_tensor
 
 COUNTED: dict[str, tuple[str, ...]] = {
     "class": CLASSES,
@@ -34,22 +33,8 @@ def counter_net() -> JudgeNet:
     return JudgeNet(RATER_WIDTHS, COUNTED)
 
 
-@dataclass
-class Counter:
-    """Answers `COUNTED` about pictures.
-
-    Attributes:
-        net: the trained network.
-        card: its accuracy by question on held-out renders and on reconstructions, with n.
-    """
-
-    net: JudgeNet
-    card: dict
-    device: str | torch.device = "cpu"
-    batch_size: int = 128
-
-    def __post_init__(self):
-        self.net = self.net.to(self.device).eval().requires_grad_(False)
+class Counter(Answering):
+    """Answers `COUNTED` about pictures."""
 
     @classmethod
     def load(cls, device: str | torch.device = "cpu", folder: str | Path = "") -> Counter:

@@ -99,13 +99,13 @@ def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
 
 
 @dataclass
-class Judge:
-    """Answers questions about pictures of the pocket world.
+class Answering:
+    """What answers questions about pictures of the pocket world.
 
     Attributes:
         net: the trained network.
         card: its accuracy by question on held-out renders and on reconstructions, with n; printed beside every number
-            it gives; the least likeness of a true picture (`threshold`), and the widths of its network.
+            it gives.
     """
 
     net: JudgeNet
@@ -115,6 +115,12 @@ class Judge:
 
     def __post_init__(self):
         self.net = self.net.to(self.device).eval().requires_grad_(False)
+
+
+class Judge(Answering):
+    """Answers `ANSWERS`, and which individual is shown; its card also has the least likeness of a true picture
+    (`threshold`), and the widths of its network.
+    """
 
     @classmethod
     def load(cls, device: str | torch.device = "cpu", folder: str | Path = "", name: str = "judge") -> Judge:

@@ -148,7 +148,7 @@ def fit(
         own = generator(*stream, number)
         sums: dict[str, torch.Tensor] = {}
         with memory_advice(f"lower micro_batch (now {micro_batch}) or set resources.checkpointing"):
-            first = before(number)
+            row_before = before(number)
             whole = draw(own)
             t = torch.randint(len(alphas), (len(whole.z_0),), generator=own).to(model.device)
             noise = torch.randn(whole.z_0.shape, generator=own).to(model.device)
@@ -170,7 +170,7 @@ def fit(
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         average.follow(at_most=(number + 1) / (number + 11))  # the first weights are soon forgotten
-        return row | dict(first) | dict(after(number, average.shown))
+        return row | dict(row_before) | dict(after(number, average.shown))
 
     moments = Optimizer(optimizer, settings.resources.moment_bytes)
     kept = {"weights": Weights(weights), "average": average, "optimizer": moments, **more}
