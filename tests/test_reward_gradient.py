@@ -173,13 +173,23 @@ def test_at_the_level_nothing_pulls_any_more(tokenizer, tmp_path):
     assert all(row["grad_norm"] > 0 for row in rows)
 
 
-def test_a_batch_in_parts_has_the_same_gradient(tokenizer, tmp_path):
-    norms = []
-    for micro_batch in (8, 3):
-        config = dataclasses.replace(CONFIG, micro_batch=micro_batch, n_epochs=2)
-        rows = train(tiny_model(tokenizer), PROMPTS, Brightness(), config, tmp_path / str(micro_batch))
-        norms.append([row["grad_norm"] for row in rows])
-    assert norms[0] == pytest.approx(norms[1], rel=1e-3)
+class LightIfDancing(Brightness):
+    """How bright a picture of dancing is, and how dark another one: it reads each picture's own text."""
+
+    def differentiable(self, pixels, texts):
+        return pixels.mean(dim=(1, 2, 3)) * torch.tensor([1.0 if "dancing" in text else -1.0 for text in texts])
+
+
+@pytest.mark.parametrize("micro_batch, decoded", [(3, 32), (8, 1), (4, 3)])
+def test_a_batch_in_parts_has_the_same_rewards_and_gradient(tokenizer, tmp_path, monkeypatch, micro_batch, decoded):
+    """In parts through the U-Net, and in smaller ones through the decoder."""
+    found = []
+    for each, at_once in ((8, 32), (micro_batch, decoded)):
+        monkeypatch.setattr(reward_gradient, "pictures_at_once", lambda image_px, n=at_once: n)
+        config = dataclasses.replace(CONFIG, micro_batch=each, n_epochs=2)
+        rows = train(tiny_model(tokenizer), PROMPTS, LightIfDancing(), config, tmp_path / f"{each}-{at_once}")
+        found.append([row[name] for row in rows for name in ("reward", "loss", "grad_norm")])
+    assert found[0] == pytest.approx(found[1], rel=1e-3)
 
 
 def killed_in_epoch_4(folder, tokenizer):
