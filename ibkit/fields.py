@@ -186,5 +186,7 @@ def _replaced(settings: T, flat: Mapping[str, Any]) -> T:
 def nearest(name: str, known: Iterable[str]) -> str:
     """The end of an error message about an unknown name, with its full stop or question mark."""
     known = list(known)
+    if not known:
+        return "; it has none."
     near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"; did you mean {near[0]!r}?" if near else f"; it is one of {', '.join(known)}."

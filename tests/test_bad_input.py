@@ -216,6 +216,12 @@ def test_numbers_of_steps_that_would_begin_far_from_noise_are_refused(n_steps, s
         make("03_evaluate", {"n_inference_steps": n_steps})
 
 
+@pytest.mark.parametrize("values", [(2, math.nan), (2, -1.0), (0, 1.0), (2, 1.0, 2.0), (2.5, 1.0)])
+def test_a_sampler_that_cannot_be_is_refused(values):
+    with pytest.raises(ParameterError, match="^The sampler: setting '[a-z_]+' must be"):
+        Sampler(*values)
+
+
 @pytest.mark.parametrize("n_steps", [1, 2, 3, 5, 7, 10, 15, 20, 30, 50, 100, 300, 450, 500, 1000])
 def test_usual_numbers_of_steps_are_possible(n_steps):
     assert Sampler(n_steps).n_steps == n_steps
@@ -231,6 +237,11 @@ PROMPTS = [
     ("{} in the jungle", "has braces"),
     ("<sks> in the jungle", "holds the identifier"),
     ("a dog in the snow", "names the dog twice"),
+    ("[V] dog in the snow", "names the dog twice"),
+    ("cute red Dogs in the snow", "names the dog twice"),
+    ("a_photo_of_sks_dog", "holds the identifier"),
+    ("a_photo_of_a_dog", "is a whole sentence"),
+    ("a {} in the snow", "has braces: write {subject}"),
 ]
 
 
@@ -247,7 +258,20 @@ def test_the_form_that_is_advised_works():
     assert make_prompt("taking a photo of a bird", "dog", "sks").clean == "a dog taking a photo of a bird"
 
 
-@pytest.mark.parametrize("noun", ["a dog", "the dog", "An owl", "my dog", " "])
+@pytest.mark.parametrize(
+    "prompt", ["chasing a dog", "playing with two dogs", "in a dog house", "next to a dog", "as a dog"]
+)
+def test_prompts_may_hold_another_of_the_class(prompt):
+    assert make_prompt(prompt, "dog", "sks").text == f"a sks dog {prompt}"
+
+
+@pytest.mark.parametrize("words", ["a fluffy", "fluffy dog", "fluffy {}", "sks fluffy"])
+def test_descriptions_in_other_tools_habit_are_refused(words):
+    with pytest.raises(ParameterError, match=f"^description '{words}'"):
+        make_prompt("in the snow", "dog", "sks", words)
+
+
+@pytest.mark.parametrize("noun", ["a dog", "the dog", "An owl", "my dog", " ", "photo of a dog"])
 def test_a_class_noun_with_an_article_is_refused(noun):
     with pytest.raises(ParameterError, match="must be a noun without an article, such as '(dog|owl)'"):
         make_prompt("in the snow", noun)
@@ -277,9 +301,12 @@ LATER = [
     (["--prompts", "fighting a bear"], "the pocket world knows no cat 'fighting a bear'"),
     (["-p", "03_evaluate.prompts=['fighting a bear']"], "the pocket world knows no cat 'fighting a bear'"),
     (["--class-noun", "unicorn"], "the pocket world has no 'unicorn'"),
-    (["--identifier", "cat"], "identifier 'cat' is a common word"),
+    (["--identifier", "photo"], "identifier 'photo' is a common word"),
+    (["--identifier", "cat"], "identifier 'cat' stands in the class noun"),
+    (["--identifier", "{}"], "identifier '{}' has braces: leave them out"),
     (["--description", "very " * 30], "shorten it by"),
     (["--model", "/nowhere/model"], "is not there: give 'pocket'"),
+    (["--set", "reward.weight=1"], "image_reward has no setting 'weight'; it has none."),
     (["-p", "03_evaluate.scorers=['clipt']"], "did you mean 'clip_t'?"),
     (["--set", "ddpo.sampler.n_steps=667"], "give 500 or 900"),
 ]

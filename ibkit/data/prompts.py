@@ -23,6 +23,9 @@ PICTURE_OF = re.compile(
     r"rendering|sketch|shot|close-?up)s?\s+of\b",
     re.IGNORECASE,
 )
+ARTICLE = re.compile(r"^\s*(?:an?|the|my)\s+(?=\S)", re.IGNORECASE)
+# A word that can stand before a noun at the start of a prompt, as "[V]" or "red" do: no verb, and no preposition.
+ADJECTIVE = r"(?!\w+ing\b|(?:in|on|at|with|as|by|near|next|under|over|behind|beside|like|and|to|for|of|from)\b)\S+"
 VOWEL_SOUND = re.compile(r"[aeiou]|hour|honest|heir", re.IGNORECASE)
 
 
@@ -74,28 +77,42 @@ def make_prompt(
         ParameterError: another word is the identifier, the activity repeats the class noun, or there are braces other
             than one {subject}.
     """
-    if not class_noun.strip() or re.match(r"\s*(an?|the|my)\s+\S", class_noun, re.IGNORECASE):
-        noun = re.sub(r"^\s*(an?|the|my)\s+", "", class_noun, flags=re.IGNORECASE).strip() or "dog"
+    noun = ARTICLE.sub("", PICTURE_OF.sub("", class_noun).strip()) or "dog"
+    if noun != class_noun.strip():
         raise ParameterError(f"class noun {class_noun!r} must be a noun without an article, such as {noun!r}.")
+    if ARTICLE.match(description) or re.search(_alone(class_noun), description, re.IGNORECASE):
+        raise ParameterError(
+            f"description {description!r} stands between identifier and class noun: leave out the article and the "
+            f"{class_noun}, such as 'small brown'."
+        )
     if activity.count(SLOT) > 1:
         raise ParameterError(f"prompt {activity!r} has {SLOT} more than once: name the subject once.")
-    for what, words in (("prompt", activity), ("description", description), ("class noun", class_noun)):
+    given = {"prompt": activity, "description": description, "class noun": class_noun, "identifier": identifier}
+    for what, words in given.items():
         if re.search("[{}]", words.replace(SLOT, "") if what == "prompt" else words):
-            raise ParameterError(f"{what} {words!r} has braces: only a prompt may, as {SLOT} where the subject stands.")
-        if identifier and re.search(_alone(identifier), words, re.IGNORECASE):
+            mend = f"write {SLOT} where the subject stands, and no others" if what == "prompt" else "leave them out"
+            raise ParameterError(f"{what} {words!r} has braces: {mend}.")
+        # Files of other tools have underscores for blanks.
+        if (
+            identifier
+            and what != "identifier"
+            and re.search(_alone(identifier), words.replace("_", " "), re.IGNORECASE)
+        ):
             raise ParameterError(
                 f"{what} {words!r} holds the identifier {identifier!r}, which the kit puts in itself: leave it out, or "
                 f"write a prompt with {SLOT} where the subject stands."
             )
     before, slot, after = activity.partition(SLOT)
-    if not slot and PICTURE_OF.match(activity):
+    if not slot and PICTURE_OF.match(activity.replace("_", " ")):
         raise ParameterError(
             f"prompt {activity!r} is a whole sentence, and the kit puts the subject in itself: write {SLOT} in place "
             "of the subject and its words, such as 'a photo of {subject} in the snow', or only what follows it, "
             "such as 'in the snow'."
         )
     noun = _alone(class_noun)
-    twice = rf"{noun}\s*{re.escape(SLOT)}|{re.escape(SLOT)}\s*{noun}" if slot else rf"^\s*((an?|the|my)\s+)?{noun}"
+    twice = (
+        rf"{noun}\s*{re.escape(SLOT)}|{re.escape(SLOT)}\s*{noun}" if slot else rf"^\s*(?:{ADJECTIVE}\s+){{0,3}}{noun}"
+    )
     if re.search(twice, activity, re.IGNORECASE):
         raise ParameterError(
             f"prompt {activity!r} names the {class_noun} twice, since the kit puts it in itself: give what follows it, "
@@ -112,9 +129,9 @@ def make_prompt(
 
 
 def _alone(words: str) -> str:
-    """A pattern for whole words, also in quotes, brackets or the possessive; "v-neck" does not match "v"."""
+    """A pattern for whole words, also in quotes or brackets, possessive or plural; "v-neck" does not match "v"."""
     joined = r"\s+".join(map(re.escape, words.split()))
-    return rf"(?<!\S)[^\w\s]*{joined}(['’]s)?[^\w\s]*(?!\S)"
+    return rf"(?<!\S)[^\w\s]*{joined}(?:['’]?s)?[^\w\s]*(?!\S)"
 
 
 def _fix_article(before: str, word: str) -> str:
@@ -153,7 +170,12 @@ def check_identifier(model: TextToImage, identifier: str, class_noun: str) -> li
     """
     if len(identifier.split()) != 1:
         raise ParameterError(f"identifier {identifier!r} must be one word: a rare one such as 'sks'.")
-    if identifier.lower() in class_noun.lower().split() or identifier.lower() in COMMON_WORDS:
+    if identifier.lower() in class_noun.lower().split():
+        raise ParameterError(
+            f"identifier {identifier!r} stands in the class noun {class_noun!r}, and the kit puts it before that: "
+            "leave it out there, or choose another."
+        )
+    if identifier.lower() in COMMON_WORDS:
         raise ParameterError(
             f"identifier {identifier!r} is a common word, whose meaning would be overwritten: "
             "choose a rare one such as 'sks'."

@@ -2,7 +2,6 @@
 
 import argparse
 import json
-from pathlib import Path
 from typing import Any
 
 from ibkit.device import describe_device, keep_memory, pick_device, threads
@@ -99,15 +98,11 @@ def _require_counted(model: str) -> None:
     Raises:
         ParameterError: with its shape.
     """
-    from ibkit.model.parts import SD_WIDTHS, read_configs
+    from ibkit.model.parts import SD_WIDTHS, widths_of
 
-    folder = Path(model).expanduser()
-    if model == "pocket" or not folder.is_dir():
-        return
-    widths = tuple(read_configs(model, folder)["unet"].get("block_out_channels", SD_WIDTHS))
-    if widths != SD_WIDTHS:
+    if model != "pocket" and (widths := widths_of(model)) != SD_WIDTHS:
         raise ParameterError(
-            f"plan counts the pocket model and Stable Diffusion's shape, and the U-Net of {folder} has the widths "
+            f"plan counts the pocket model and Stable Diffusion's shape, and the U-Net of {model} has the widths "
             f"{widths}: start `ibkit run`, whose table says what each stage took."
         )
 

@@ -32,6 +32,7 @@ from ibkit.job.notebook import (
 )
 from ibkit.job.reuse import free_name, reuse
 from ibkit.job.stages import CHAINS, JOB, SHARED, Stage, defaults, given, plan, spell
+from ibkit.model.parts import SD_WIDTHS, widths_of
 from ibkit.params import schema
 from ibkit.progress import duration
 from ibkit.runs import MANIFEST, Run, held_by, project_root, read_manifest
@@ -187,7 +188,9 @@ def _one(arguments: Namespace, launched: dict[str, Any]) -> int:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the stages say them
         require_ready(stages)
-    if not arguments.resume and stages[0].parameters["model"] != "pocket":
+    model = stages[0].parameters["model"]
+    # What is counted is Stable Diffusion's shape; a folder of another one finds out while it trains.
+    if not arguments.resume and model != "pocket" and widths_of(model) == SD_WIDTHS:
         settings |= _fitted(settings, folder)
         stages = plan(settings, folder)
     again = f"go on with:  ibkit run --resume --name {folder.name}"

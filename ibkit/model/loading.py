@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +25,8 @@ WEIGHTS = re.compile(
     r"(?:diffusion_pytorch_|pytorch_)?model(?:\.(?P<variant>\w+))?(?P<shard>-\d+-of-\d+)?\.(?P<kind>safetensors|bin)"
 )
 VARIANTS = ("", "fp16", "bf16")  # in the order they are preferred; others after them
-OTHER_PARTS_OF_CLIP = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale")  # read by no method
+# What a file may hold beside the text encoder: other parts of CLIP, and a buffer of older versions.
+NOT_READ = ("vision_model.", "visual_projection.", "text_projection.", "logit_scale", "embeddings.position_ids")
 
 
 def load_model(model: str = "pocket", revision: str = "", device: torch.device | str = "cpu") -> TextToImage:
@@ -134,7 +136,7 @@ def load_weights(
         ModelError: weights are missing, left over, of another shape or not finite, or the file is damaged.
     """
     where = f"the {part} in {folder}"
-    variant, safe = _weights_of(folder / part, where)
+    variant, safe, files = _weights_of(folder / part, where)
     try:
         module, report = architecture.from_pretrained(
             folder, subfolder=part, output_loading_info=True, ignore_mismatched_sizes=True,
@@ -143,20 +145,45 @@ def load_weights(
     except SafetensorError as error:
         raise ModelError(f"{where}: its weights file is damaged ({error}): restore it.") from error
     missing = sorted(report["missing_keys"])
-    left_over = sorted(key for key in report["unexpected_keys"] if not key.startswith(OTHER_PARTS_OF_CLIP))
+    left_over = sorted(key for key in report["unexpected_keys"] if not key.startswith(NOT_READ))
+    if adapter := next((key for key in left_over if ".base_layer." in key), ""):
+        raise ModelError(
+            f"{where} was saved with an adapter (LoRA) attached (first {adapter}): take it off or merge it, and "
+            "save it again (unload_lora_weights or fuse_lora of its pipeline, or merge_and_unload of PEFT)."
+        )
     wrapped = next((key for key in left_over if missing and key.endswith(f".{missing[0]}")), "")
     prefix = wrapped.removesuffix(missing[0]) if wrapped else ""
     if prefix and {prefix + key for key in missing} <= set(left_over):
-        raise ModelError(
-            f"{where}: the names of {len(missing)} weights begin with {prefix!r}, the first {wrapped}: they were saved "
-            "inside a wrapper; save the model inside it, or remove that prefix from the names."
+        warnings.warn(
+            f"{where}: the names of {len(missing)} weights begin with {prefix!r}, which a wrapper put there: they are "
+            "read without it.",
+            stacklevel=1,
         )
+        return _unwrapped(module, where, prefix, files)
     return require_whole(module, where, missing, left_over, sorted(key for key, *_ in report["mismatched_keys"]))
 
 
-def _weights_of(folder: Path, where: str) -> tuple[str, bool]:
+def _unwrapped(module: torch.nn.Module, where: str, prefix: str, files: list[Path]) -> torch.nn.Module:
+    """The module with the weights of its files, whose names are taken without a prefix."""
+    from diffusers.models.model_loading_utils import load_state_dict
+
+    state = module.state_dict()
+    read = {name.removeprefix(prefix): weight for file in files for name, weight in load_state_dict(file).items()}
+    own = {name: weight.float() for name, weight in read.items() if name in state or not name.startswith(NOT_READ)}
+    fits = {name: weight for name, weight in own.items() if name in state and weight.shape == state[name].shape}
+    module.load_state_dict(fits, strict=False, assign=True)
+    return require_whole(
+        module,
+        where,
+        sorted(state.keys() - own.keys()),
+        sorted(own.keys() - state.keys()),
+        sorted(own.keys() & state.keys() - fits.keys()),
+    )
+
+
+def _weights_of(folder: Path, where: str) -> tuple[str, bool, list[Path]]:
     """Which of a part's weights to read, by the names that diffusers and transformers give them: their variant, empty
-    for the plain ones, and whether they are safetensors (a .bin is read as weights only: it can run no program).
+    for the plain ones; whether they are safetensors (a .bin is read as weights only: it can run no program); the files.
 
     Raises:
         ModelError: there are none, or those in several files have no index.
@@ -172,7 +199,9 @@ def _weights_of(folder: Path, where: str) -> tuple[str, bool]:
     )
     if first["shard"] and not any(name.endswith(".json") and ".index." in name for name in names):
         raise ModelError(f"{where} has weights in several files and no index of them: restore its .index.json.")
-    return first["variant"] or "", first["kind"] == "safetensors"
+    chosen = (first["variant"], first["kind"], bool(first["shard"]))
+    files = [folder / m.string for m in found if (m["variant"], m["kind"], bool(m["shard"])) == chosen]
+    return first["variant"] or "", first["kind"] == "safetensors", files
 
 
 def require_whole(

@@ -77,6 +77,14 @@ def check_parts(model: str, folder: Path) -> None:
         )
 
 
+def widths_of(model: str) -> tuple[int, ...]:
+    """The widths of the U-Net of a local folder; of any other model Stable Diffusion's, which what is counted has."""
+    folder = Path(model).expanduser()
+    if not folder.is_dir():
+        return SD_WIDTHS
+    return tuple(read_configs(model, folder)["unet"].get("block_out_channels", SD_WIDTHS))
+
+
 def square_side(model: str, sample_size: Any) -> int:
     """The side of a U-Net's square latents, from its config's `sample_size`: a number or a pair of equal ones.
 

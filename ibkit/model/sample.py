@@ -16,7 +16,7 @@ from PIL import Image
 
 from ibkit.device import generator, working
 from ibkit.errors import ModelError, ParameterError
-from ibkit.fields import field
+from ibkit.fields import checked, field, fields_of
 from ibkit.model.ddim import Schedule, check_spacing, log_prob, make_schedule, step_mean
 from ibkit.model.text_to_image import TextToImage, default_batch
 
@@ -30,6 +30,7 @@ class Sampler:
     eta: float = field(1.0, "DDIM's η: 0 deterministic, 1 as DDPO samples", "DDPO", low=0.0, high=1.0)
 
     def __post_init__(self):
+        checked(fields_of(Sampler), vars(self), "The sampler", "setting")
         check_spacing(self.n_steps)  # before hours of a job that would end there
 
     def schedule(self, model: TextToImage) -> Schedule:
