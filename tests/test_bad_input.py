@@ -14,6 +14,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from ibkit.adapt import lora
+from ibkit.cli import main
 from ibkit.data.photos import PhotoError, PhotoWarning, load_subject_photos, photo_files
 from ibkit.data.prompts import make_prompt
 from ibkit.device import pick_device
@@ -297,6 +298,7 @@ LATER = [
     (["--device", "cuda:99"], "device='cuda:99' was asked for"),
     (["--reward", "pick_score"], "pick_score: the pocket weights have none"),
     (["--subject-reward", "pick_score"], "pick_score: the pocket weights have none"),
+    (["-p", "03_evaluate.best_of=2", "-p", "03_evaluate.best_of_reward=pick_score"], "the pocket weights have none"),
     (["--scorer-weights", "/nowhere/weights"], "there is no weights folder /nowhere/weights"),
     (["--prompts", "fighting a bear"], "the pocket world knows no cat 'fighting a bear'"),
     (["-p", "03_evaluate.prompts=['fighting a bear']"], "the pocket world knows no cat 'fighting a bear'"),
@@ -317,6 +319,19 @@ def test_what_a_later_stage_would_refuse_is_refused_first(words, says):
     with pytest.raises((ParameterError, ModelError)) as refused:
         require_ready(job(*words))
     assert says in str(refused.value) and "\n" not in str(refused.value)
+
+
+PLANS = [
+    (["--gpu", "nan"], "--gpu nan is no GPU's memory: give it in GiB"),
+    (["--gpu", "-3"], "--gpu -3 is no GPU's memory"),
+    (["--scorer-weights", "/nowhere"], "there is no weights folder /nowhere"),
+    (["--reward", "pick_score"], "the pocket weights have none"),
+]
+
+
+@pytest.mark.parametrize(("words", "says"), PLANS)
+def test_plan_refuses_what_run_would(words, says, capsys):
+    assert main(["plan", *words]) == 2 and says in capsys.readouterr().err
 
 
 def test_a_usual_job_is_ready(tmp_path):

@@ -234,7 +234,10 @@ def with_adapter(state):
         (without_three, r"3 missing \(first [a-z]\w*\.[\w.]+\); restore or download"),
         (lambda state: state | {"ears.weight": torch.ones(2)}, r"1 not of this model \(first ears.weight\)"),
         (renamed("encoder_"), r"\d+ missing \(first .*, \d+ not of this model \(first encoder_"),
-        (lambda state: without_three(renamed("module.")(state)), r"\d+ missing .*, \d+ not of this model \(first module"),
+        (
+            lambda state: without_three(renamed("module.")(state)),
+            r"\d+ missing .*, \d+ not of this model \(first module",
+        ),
         (lambda state: renamed("module.")(one_not_finite(torch.nan)(state)), r"1 not finite \(first .*weight\)"),
         (lambda state: renamed("module.")(one_replaced(lambda w: w[:-1].clone())(state)), r"1 of another shape"),
         (with_adapter, r"was saved with an adapter \(LoRA\) attached \(first .*\.base_layer\.weight\): take it off"),

@@ -173,7 +173,7 @@ def check_identifier(model: TextToImage, identifier: str, class_noun: str) -> li
     if identifier.lower() in class_noun.lower().split():
         raise ParameterError(
             f"identifier {identifier!r} stands in the class noun {class_noun!r}, and the kit puts it before that: "
-            "leave it out there, or choose another."
+            "leave it out there, or choose another rare word."
         )
     if identifier.lower() in COMMON_WORDS:
         raise ParameterError(

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from typing import Any
 
 from ibkit.device import describe_device, keep_memory, pick_device, threads
@@ -25,7 +26,7 @@ def main(arguments: argparse.Namespace) -> int:
     """Print the prediction, or the ladder; returns 0.
 
     Raises:
-        ParameterError: --gpu for the pocket model.
+        ParameterError: --gpu for the pocket model, or of no size.
     """
     from ibkit.job import fit
     from ibkit.job.costs import PocketCosts, costs, count
@@ -43,6 +44,8 @@ def main(arguments: argparse.Namespace) -> int:
     _require_counted(wanted["model"])
     device = pick_device(wanted["device"])
     card, where = arguments.gpu or fit.card_gib(device), describe_device(device)
+    if arguments.gpu is not None and not 0 < arguments.gpu < math.inf:
+        raise ParameterError(f"--gpu {arguments.gpu:g} is no GPU's memory: give it in GiB, such as --gpu 24.")
     if arguments.gpu and wanted["model"] == "pocket":
         raise ParameterError("--gpu plans for Stable Diffusion: add --model sd15; the pocket model needs no GPU.")
     if arguments.gpu:

@@ -23,13 +23,14 @@ from ibkit.presets import preset_of
 from ibkit.runs import hash_json, resolve
 from ibkit.scorers import make_scorer
 
+OFFICIAL = "official"  # weights that are downloaded
 SHIPPED = ("pocket", "image_reward")  # weights and reward that are always there
 
 
 def require_ready(stages: Sequence[Stage], scorers: bool = True) -> None:
     """Refuse a job of which a stage cannot do what its parameters ask for.
 
-    Without `scorers` no scorer is loaded: a prediction needs no weights, and gigabytes are not downloaded for one.
+    Without `scorers` the official ones are not loaded: gigabytes are not downloaded for a prediction.
 
     Raises:
         ParameterError: a device that is not here; a class, activity, prompt or identifier that cannot be.
@@ -45,8 +46,10 @@ def require_ready(stages: Sequence[Stage], scorers: bool = True) -> None:
         reader = _reader(given["model"], place) if place else None
         for prompts in asked:
             _require_prompts(given, who, prompts, reader)
-    for given in _distinct(stage.parameters for stage in stages) if scorers else ():
-        _require_scorers(given, judged=who.world is not None)
+    for given in _distinct(stage.parameters for stage in stages):
+        weights = given.get("scorer_weights") or preset_of(given["model"]).scorers
+        if scorers or weights != OFFICIAL:
+            _require_scorers(given, weights, judged=who.world is not None)
 
 
 def _distinct(stages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -113,14 +116,15 @@ def _reader(model: str, place: Path) -> TextToImage:
     return TextToImage(model, nothing, nothing, nothing, tokenizer, nothing, nothing)
 
 
-def _require_scorers(given: dict[str, Any], judged: bool) -> None:
+def _require_scorers(given: dict[str, Any], weights: str, judged: bool) -> None:
     """Load once, on the CPU, what a later stage scores by and what the kit's own weights may lack."""
     from ibkit.evaluate.score import make_scorers
 
-    weights = given.get("scorer_weights") or preset_of(given["model"]).scorers
-    for name, options in (("reward", "reward_options"), ("subject_reward", "subject_reward_options")):
-        scorer = given.get(name, "")
+    rewards = [(given.get(name, ""), given.get(f"{name}_options", {})) for name in ("reward", "subject_reward")]
+    if given.get("best_of"):
+        rewards.append((given["best_of_reward"], {}))
+    for scorer, options in rewards:
         if scorer and (weights, scorer) != SHIPPED:
-            make_scorer(scorer, weights, "cpu", given[options])
+            make_scorer(scorer, weights, "cpu", options)
     if "scorers" in given and (given["scorers"] or weights != SHIPPED[0]):
         make_scorers(given["scorers"], weights, "cpu", judged)
