@@ -25,10 +25,9 @@ def checkout(folder: Path) -> Path:
     """A copy of the package and the notebooks, whose runs do not meet those of the real one."""
     root = project_root()
     ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
-    for name in ("ibkit", "notebooks"):
+    for name in ("ibkit", "notebooks", "outputs/reference"):
         shutil.copytree(root / name, folder / name, ignore=ignore)
     shutil.copy(root / "pyproject.toml", folder)
-    (folder / "outputs").mkdir()
     return folder
 
 
@@ -165,6 +164,18 @@ class Page:
         """Run All, to the end or the first error."""
         self.js("jupyterapp.commands.execute('notebook:run-all-cells').then(() => 0)")
 
+    def stop_run_all(self, share: float) -> None:
+        """Run All, and press the stop button when a share of the cells has run."""
+        self.js("(window.ran = jupyterapp.commands.execute('notebook:run-all-cells'), 0)")
+        self.wait(f"(done => done.filter(c => c.executionCount && c.executionState === 'idle').length "
+                  f">= {share} * done.length)(cells().filter(c => c.type === 'code'))")  # fmt: skip
+        self.js("jupyterapp.commands.execute('notebook:interrupt-kernel').then(() => window.ran).then(() => 0)")
+
+    def run_cell(self, cell: int) -> None:
+        """Run one cell."""
+        self.show(cell)
+        self.js("jupyterapp.commands.execute('notebook:run-cell').then(() => 0)")
+
     def cell(self, word: str) -> int:
         """The index of the first code cell with a word in it."""
         found = self.js(f"cells().findIndex(c => c.type === 'code' && c.sharedModel.getSource().includes({word!r}))")
@@ -188,6 +199,12 @@ class Page:
                 f"(panel.content.widgets[{cell}].editor)")  # fmt: skip
         self.call("Input.insertText", text=new)
         self.wait(f"cells()[{cell}].sharedModel.getSource() === {json.dumps(source.replace(old, new))}", 10)
+
+    def assign(self, cell: int, name: str, value) -> None:
+        """Type a value in the place of a parameter's."""
+        source = self.js(f"cells()[{cell}].sharedModel.getSource()")
+        (line,) = [line for line in source.splitlines() if line.startswith(f"{name} = ")]
+        self.type_into(cell, line, f"{name} = {value!r}")
 
     def outputs(self, cell: int) -> list[dict]:
         """The outputs of a cell, as nbformat has them."""
