@@ -6,6 +6,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+SESSION = "JPY_SESSION_NAME"  # Jupyter's server tells it to the kernels that it starts; a batch starts its own
+
 
 class Progress:
     """Print one line about every ten seconds: `train 12/40  reward -0.21  clip 0.31  3 min 10 s left`.
@@ -57,8 +59,8 @@ class Progress:
 
 
 def watched() -> bool:
-    """Whether this is a kernel of Jupyter's server, which says so to its kernels; a batch has kernels of its own."""
-    return "ipykernel" in sys.modules and "JPY_SESSION_NAME" in os.environ
+    """Whether this is the kernel of a notebook that is open in Jupyter."""
+    return "ipykernel" in sys.modules and SESSION in os.environ
 
 
 def duration(seconds: float) -> str:
