@@ -55,7 +55,7 @@ def table_html(table: "pd.DataFrame") -> str:
     right."""
     from pandas.api.types import is_numeric_dtype
 
-    head, mark, body = table._repr_html_().partition("<tbody>")  # type: ignore[operator]
+    head, mark, body = table._repr_html_().partition("<tbody>")
     sides = ["" if is_numeric_dtype(kind) else LEFT for kind in table.dtypes]
     rows = body.split("<tr>")
     for i, row in enumerate(rows):
