@@ -92,6 +92,7 @@ class Page:
 
     def __init__(self, socket: websocket.WebSocket, url: str):
         self.socket, self.url, self._n = socket, url, 0
+        self.call("Page.enable")
         self.call("Emulation.setFocusEmulationEnabled", enabled=True)  # a window that nobody sees has no focus else
 
     def call(self, method: str, **parameters):
@@ -99,7 +100,9 @@ class Page:
         self._n += 1
         self.socket.send(json.dumps({"id": self._n, "method": method, "params": parameters}))
         while (answer := json.loads(self.socket.recv())).get("id") != self._n:
-            pass
+            if answer.get("method") == "Page.javascriptDialogOpening":  # whether to leave what is not saved
+                leave = {"id": 0, "method": "Page.handleJavaScriptDialog", "params": {"accept": True}}
+                self.socket.send(json.dumps(leave))
         if "error" in answer:
             raise RuntimeError(f"{method}: {answer['error']}")
         return answer["result"]
@@ -142,7 +145,7 @@ class Page:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
     def open(self, path: str) -> None:
-        """Open a notebook with a kernel of its own; other notebooks' kernels end."""
+        """Open a notebook with a kernel of its own; what was typed into the one before is not saved."""
         self.call("Page.navigate", url=f"{self.url}lab/tree/{path}?reset")
         self.wait(
             f"(window.panel = [...jupyterapp.shell.widgets('main')].find(w => w.context?.path === {path!r}))"

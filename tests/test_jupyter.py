@@ -19,6 +19,7 @@ SMALL = {  # what to change in each notebook, so that it ends in seconds; in the
     "00_start_here": {},
     "01_personalize": {"settings": TRAINING},
     "02_rl_finetune": {"settings": {"n_epochs": 2, "images_per_epoch": 4, "sampler.n_steps": 3}},
+    "13_inside_rl": {},
     "03_evaluate": {"n_images": 2},
     "07_human_study": {},
     "12_compare_rl": {},
@@ -79,7 +80,10 @@ def test_a_training_is_started_wrongly_then_rightly_then_with_another_number(pag
     page.run_all()
     (error,) = page.errors()
     assert error["ename"] == "ParameterError" and "did you mean 'seed'?" in error["evalue"]
-    shown = page.js(f"panel.content.widgets[{page.cell('collect(')}].outputArea.node.innerText").strip()
+    page.show(page.cell("collect("))
+    output = f"panel.content.widgets[{page.cell('collect(')}].outputArea.node"
+    page.wait(f"{output}.innerText.trim()", 30)
+    shown = page.js(f"{output}.innerText").strip()
     assert shown.splitlines()[-1] == f"ParameterError: {error['evalue']}" and "Traceback" not in shown
     assert not (root / "outputs" / "notebook-01_personalize").exists()
 
