@@ -1,7 +1,7 @@
 """How long a grid's report takes to be written and to open, and how large it is, by its subjects and arms.
 
-    python -m benchmarks.report                            # 30 subjects x 10 arms x 5 prompts x 10 pictures
-    python -m benchmarks.report --subjects 8 --arms 4 --json
+    python -m benchmarks.report                  # 30 subjects x 10 arms x 5 prompts x 10 pictures of 512 px
+    python -m benchmarks.report --subjects 8 --arms 4 --side 64 --json
 
 The scores are random and the pictures are photos of the pocket world's subjects: nothing here is a result. Opening is
 what Chromium takes longer to show the page's first screen than that of an empty page, the median of a few times, in
@@ -40,15 +40,15 @@ def arms(n: int) -> list[str]:
     return [BASE, *first, *tuned][:n]
 
 
-def make_grid(folder: Path, n_subjects: int, n_arms: int) -> int:
-    """Write the folder of a grid with random scores; returns the number of pictures."""
+def make_grid(folder: Path, n_subjects: int, n_arms: int, side: int) -> int:
+    """Write the folder of a grid with random scores and pictures of `side` px; returns their number."""
     nouns, rng, rows = list(CLASSES), np.random.default_rng(0), 0
     for number in range(n_subjects):
         noun = nouns[number % len(nouns)]
         photos = world_photos(demo_subject(noun), N_IMAGES)
         run = Run.open(folder / f"subject{number}" / "03_evaluate", "03_evaluate", {"model": "pocket"})
         for i, photo in enumerate(photos):
-            photo.save(run.path(f"images/{i}.png"))
+            photo.resize((side, side)).save(run.path(f"images/{i}.png"))
         table = pd.DataFrame(
             {
                 "arm": arm,
@@ -109,11 +109,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--subjects", type=int, default=30)
     parser.add_argument("--arms", type=int, default=10)
+    parser.add_argument("--side", type=int, default=512, help="of a picture, px")
     parser.add_argument("--json", action="store_true")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "grid"
-        rows = make_grid(folder, asked.subjects, asked.arms)
+        rows = make_grid(folder, asked.subjects, asked.arms, asked.side)
         started = time.perf_counter()
         page = build_report(folder, folder / "report.html")
         found: dict[str, float] = {
