@@ -343,6 +343,13 @@ class CompareRL(Common):
     run_evaluate: list[str] = field([], "folders of finished 03 runs; empty = the newest")
 
 
+@dataclass(frozen=True, kw_only=True)
+class InsideRL(Common):
+    """13_inside_rl: a finished tuning, looked into."""
+
+    run_in: str = field("", "folder of a finished 02 run; empty = the newest")
+
+
 SCHEMAS: dict[str, type[Common]] = {
     "00_start_here": StartHere,
     "01_personalize": Personalize,
@@ -357,6 +364,7 @@ SCHEMAS: dict[str, type[Common]] = {
     "10_deterministic_pg": DeterministicPG,
     "11_rpo": Preferences,
     "12_compare_rl": CompareRL,
+    "13_inside_rl": InsideRL,
 }
 
 

@@ -1,13 +1,18 @@
-"""Progress of a long loop as plain lines, for a terminal, a notebook and a log alike."""
+"""Progress of a long loop: plain lines for a terminal and a log, one line that is written over in Jupyter."""
 
+import os
+import sys
 import time
 from collections.abc import Callable
 from typing import Any
+
+SESSION = "JPY_SESSION_NAME"  # Jupyter's server tells it to the kernels that it starts; a batch starts its own
 
 
 class Progress:
     """Print one line about every ten seconds: `train 12/40  reward -0.21  clip 0.31  3 min 10 s left`.
 
+    In a notebook that somebody looks at, each line takes the place of the one before, and they come every second.
     The time left is estimated from the speed since the first `update`, so it is right in a resumed loop too.
 
     Args:
@@ -19,11 +24,13 @@ class Progress:
     def __init__(self, label: str, total: int, every_s: float = 10.0, clock: Callable[[], float] = time.monotonic):
         self.label = label
         self.total = total
-        self.every_s = every_s
+        self._over = watched()
+        self.every_s = min(every_s, 1.0) if self._over else every_s
         self._clock = clock
         self._started = clock()
         self._first: tuple[float, int] | None = None  # time of the first update, and how many steps were done by then
         self._printed: float | None = None
+        self._length = 0
 
     def update(self, done: int, **numbers: Any) -> None:
         """Report that `done` steps are done.
@@ -45,7 +52,15 @@ class Progress:
             parts.append(f"took {duration(now - self._started)}")
         elif done > first_done:
             parts.append(f"{duration((now - first_s) / (done - first_done) * (self.total - done))} left")
-        print("  ".join(parts), flush=True)
+        line = "  ".join(parts)
+        if self._over:  # spaces over what is left of a longer line before
+            line, self._length = f"\r{line.ljust(self._length)}", len(line)
+        print(line, end="\n" if is_last or not self._over else "", flush=True)
+
+
+def watched() -> bool:
+    """Whether this is the kernel of a notebook that is open in Jupyter."""
+    return "ipykernel" in sys.modules and SESSION in os.environ
 
 
 def duration(seconds: float) -> str:

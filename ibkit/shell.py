@@ -1,5 +1,5 @@
-"""The shell under a notebook: an error that one sentence explains is shown as such, the traceback folded above it; and
-what its cells assigned."""
+"""The shell under a notebook: how it shows figures and tables; the kit's errors as a sentence, the traceback folded
+above it; and what its cells assigned."""
 
 import ast
 import html
@@ -7,17 +7,68 @@ import re
 import sys
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from ibkit.device import keep_memory
 from ibkit.errors import IbkitError
 
+if TYPE_CHECKING:
+    import pandas as pd
+
+LEFT = ' style="text-align: left"'
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+def set_up() -> None:
+    """The first call of every notebook: figures in the house style, whole texts in tables, memory that is kept.
+
+    Weights load without a bar, which a saved notebook would show as a broken widget; downloads keep theirs.
+    """
+    import pandas as pd
+    from huggingface_hub.utils import enable_progress_bars
+    from transformers.utils.logging import disable_progress_bar
+
+    from ibkit.evaluate.figures import use_house_style
+
+    use_house_style()
+    keep_memory()
+    disable_progress_bar()
+    enable_progress_bars()
+    pd.set_option("display.max_colwidth", None)
+    if shell := _ipython():
+        shell.display_formatter.formatters["text/html"].for_type(pd.DataFrame, table_html)
 
 
 def fold_tracebacks() -> None:
     """From now on show the kit's errors in this way, where the code runs in IPython; else do nothing."""
-    if (ipython := sys.modules.get("IPython")) and (shell := ipython.get_ipython()):
+    if shell := _ipython():
         shell.set_custom_exc((IbkitError,), _show)
+
+
+def _ipython() -> Any:
+    """The shell that runs this code; None outside of IPython."""
+    return (ipython := sys.modules.get("IPython")) and ipython.get_ipython()
+
+
+def table_html(table: "pd.DataFrame") -> str:
+    """A table as pandas shows it, but for texts and the names of rows, which are on the left; JupyterLab has all on the
+    right."""
+    from pandas.api.types import is_numeric_dtype
+
+    head, mark, body = table._repr_html_().partition("<tbody>")
+    sides = ["" if is_numeric_dtype(kind) else LEFT for kind in table.dtypes]
+    rows = body.split("<tr>")
+    for i, row in enumerate(rows):
+        if row.count("<td>") == len(sides):  # not all columns are shown of a very wide table
+            cells = row.split("<td>")
+            row = cells[0] + "".join(f"<td{side}>{cell}" for side, cell in zip(sides, cells[1:], strict=True))
+        rows[i] = row.replace("<th", f"<th{LEFT}")
+    names = head.split("<th>")
+    if len(names) - 1 >= len(sides) and table.columns.nlevels == 1:
+        first = table.index.nlevels + 1
+        heads = [LEFT] * table.index.nlevels + sides + [LEFT] * (len(names) - first - len(sides))
+        head = names[0] + "".join(f"<th{side}>{name}" for side, name in zip(heads, names[1:], strict=True))
+    return head + mark + "<tr>".join(rows)
 
 
 def _show(

@@ -25,10 +25,9 @@ def checkout(folder: Path) -> Path:
     """A copy of the package and the notebooks, whose runs do not meet those of the real one."""
     root = project_root()
     ignore = shutil.ignore_patterns("__pycache__", ".ipynb_checkpoints")
-    for name in ("ibkit", "notebooks"):
+    for name in ("ibkit", "notebooks", "outputs/reference"):
         shutil.copytree(root / name, folder / name, ignore=ignore)
     shutil.copy(root / "pyproject.toml", folder)
-    (folder / "outputs").mkdir()
     return folder
 
 
@@ -93,6 +92,7 @@ class Page:
 
     def __init__(self, socket: websocket.WebSocket, url: str):
         self.socket, self.url, self._n = socket, url, 0
+        self.call("Page.enable")
         self.call("Emulation.setFocusEmulationEnabled", enabled=True)  # a window that nobody sees has no focus else
 
     def call(self, method: str, **parameters):
@@ -100,7 +100,9 @@ class Page:
         self._n += 1
         self.socket.send(json.dumps({"id": self._n, "method": method, "params": parameters}))
         while (answer := json.loads(self.socket.recv())).get("id") != self._n:
-            pass
+            if answer.get("method") == "Page.javascriptDialogOpening":  # whether to leave what is not saved
+                leave = {"id": 0, "method": "Page.handleJavaScriptDialog", "params": {"accept": True}}
+                self.socket.send(json.dumps(leave))
         if "error" in answer:
             raise RuntimeError(f"{method}: {answer['error']}")
         return answer["result"]
@@ -143,7 +145,7 @@ class Page:
         path.write_bytes(base64.b64decode(self.call("Page.captureScreenshot", format="png")["data"]))
 
     def open(self, path: str) -> None:
-        """Open a notebook with a kernel of its own; other notebooks' kernels end."""
+        """Open a notebook with a kernel of its own; what was typed into the one before is not saved."""
         self.call("Page.navigate", url=f"{self.url}lab/tree/{path}?reset")
         self.wait(
             f"(window.panel = [...jupyterapp.shell.widgets('main')].find(w => w.context?.path === {path!r}))"
@@ -164,6 +166,18 @@ class Page:
     def run_all(self) -> None:
         """Run All, to the end or the first error."""
         self.js("jupyterapp.commands.execute('notebook:run-all-cells').then(() => 0)")
+
+    def stop_run_all(self, share: float) -> None:
+        """Run All, and press the stop button when a share of the cells has run."""
+        self.js("(window.ran = jupyterapp.commands.execute('notebook:run-all-cells'), 0)")
+        self.wait(f"(done => done.filter(c => c.executionCount && c.executionState === 'idle').length "
+                  f">= {share} * done.length)(cells().filter(c => c.type === 'code'))")  # fmt: skip
+        self.js("jupyterapp.commands.execute('notebook:interrupt-kernel').then(() => window.ran).then(() => 0)")
+
+    def run_cell(self, cell: int) -> None:
+        """Run one cell."""
+        self.show(cell)
+        self.js("jupyterapp.commands.execute('notebook:run-cell').then(() => 0)")
 
     def cell(self, word: str) -> int:
         """The index of the first code cell with a word in it."""
@@ -188,6 +202,12 @@ class Page:
                 f"(panel.content.widgets[{cell}].editor)")  # fmt: skip
         self.call("Input.insertText", text=new)
         self.wait(f"cells()[{cell}].sharedModel.getSource() === {json.dumps(source.replace(old, new))}", 10)
+
+    def assign(self, cell: int, name: str, value) -> None:
+        """Type a value in the place of a parameter's."""
+        source = self.js(f"cells()[{cell}].sharedModel.getSource()")
+        (line,) = [line for line in source.splitlines() if line.startswith(f"{name} = ")]
+        self.type_into(cell, line, f"{name} = {value!r}")
 
     def outputs(self, cell: int) -> list[dict]:
         """The outputs of a cell, as nbformat has them."""

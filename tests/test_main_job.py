@@ -560,6 +560,21 @@ def test_progress_of_a_resumed_loop_knows_its_speed(capsys):
     assert capsys.readouterr().out.splitlines()[1] == "train 92/100  epoch 92  note x  1 min 20 s left"
 
 
+def test_progress_in_jupyter_is_one_line_that_is_written_over(capsys, monkeypatch):
+    monkeypatch.setenv("JPY_SESSION_NAME", "/notebooks/02_rl_finetune.ipynb")
+    monkeypatch.setitem(sys.modules, "ipykernel", sys)
+    clock = Clock()
+    progress = Progress("train", 3, clock=clock)
+    for done, number in ((1, 123456), (2, 1), (3, 1)):
+        clock.now += 1.0
+        progress.update(done, n=number)
+    out = capsys.readouterr().out
+    assert out.count("\n") == 1 and out.endswith("\n")
+    first, second, third = out.split("\r")[1:]
+    assert first == "train 1/3  n 123456" and second.rstrip() == "train 2/3  n 1  1.0 s left"
+    assert third.rstrip() == "train 3/3  n 1  took 3.0 s" and len(third.rstrip("\n")) >= len(second.rstrip())
+
+
 def test_progress_takes_numbers_of_libraries(capsys):
     import torch
 

@@ -448,6 +448,9 @@ def test_report_in_a_browser(report, tmp_path):
             assert browser.evaluate(HOLLOW) == [], width
             assert browser.evaluate(CUT) == [], width
         browser.call("Emulation.setEmulatedMedia", media="print")
+        browser.call("Emulation.setDeviceMetricsOverride", width=794, height=1123, deviceScaleFactor=1, mobile=False)
+        assert browser.evaluate("document.documentElement.scrollWidth") <= 794  # A4
+        assert browser.evaluate(CUT) == []
         folded = "[...document.querySelectorAll('details > :not(summary)')].filter(e => !e.checkVisibility()).length"
         assert browser.evaluate(folded) == 0
         assert browser.evaluate("getComputedStyle(document.querySelector('nav')).display") == "none"

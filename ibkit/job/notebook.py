@@ -16,7 +16,7 @@ from typing import Any
 from ibkit import errors
 from ibkit.errors import ArtifactError, IbkitError
 from ibkit.job.stages import Stage
-from ibkit.progress import duration
+from ibkit.progress import SESSION, duration
 from ibkit.runs import MANIFEST, Run, compared, held_by, identify, project_root, read_manifest, read_run, resolve
 from ibkit.runs.manifest import INPUT_PATHS, differing, local_model
 from ibkit.runs.notebooks import set_aside
@@ -187,6 +187,7 @@ def execute_notebook(stage: Stage, folder: Path, peaks: list[float]) -> None:
     kept = folder / f"{stage.name}.ipynb"
     growing = folder / f".{stage.name}.running.ipynb"  # papermill writes it over and over while the notebook runs
     lines = _Lines()
+    os.environ.pop(SESSION, None)  # where a notebook's cell started this job: the kernel below is not the one looked at
     try:
         papermill.execute_notebook(
             stage.notebook,

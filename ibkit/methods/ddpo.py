@@ -378,7 +378,7 @@ METHOD = Method(
         "sampler.guidance": (2.0, "as well as at 3, which hides what the overfitted model lost, and burns colours"),
         "clip_range": (2e-4, "for larger steps than the paper's; 1e-3 learns faster and falls apart after 30 epochs"),
         "learning_rate": (4e-3, "minutes instead of hours"),
-        "trained_share": (0.8, "8 of 10 steps: the last but one would drown all others (notebook 02)"),
+        "trained_share": (0.8, "8 of 10 steps: the last but one would drown all others (notebook 13)"),
         "subsample": (0.6, "5 of those 8 for each picture and gradient step"),
         "ema_decay": (0.9, "evens out single gradient steps"),
         "lora_rank": (8, "not compared with other ranks"),
