@@ -143,10 +143,8 @@ def training_prompts(
 
 
 def check_identifier(model: TextToImage, identifier: str, class_noun: str) -> list[int]:
-    """Token ids of the identifier, which is checked first.
-
-    Raises:
-        ParameterError: it is empty, several words, a word of the class noun, or a common word.
+    """Token ids of the identifier; a ParameterError where it is empty, several words, a word of the class noun, or a
+    common word.
 
     Warns:
         UserWarning: it is several tokens, which DreamBooth advises against (its section 3.2: a rare, short token).
