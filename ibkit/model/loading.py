@@ -69,10 +69,8 @@ def load_model(model: str = "pocket", revision: str = "", device: torch.device |
 
 
 def find(model: str, revision: str = "") -> Path:
-    """The folder or file of a model; from the hub, it is downloaded where its cache lacks it.
-
-    Raises:
-        ModelError: see `load_model`.
+    """The folder or file of a model; one on the hub is downloaded where its cache lacks it. Raises as `load_model`
+    does.
     """
     if model in hub.HUB_NAMES:
         return hub.obtain(hub.HUB_NAMES[model], revision)
@@ -156,10 +154,8 @@ def load_weights(
 
 def _weights_of(folder: Path, where: str) -> tuple[str, bool]:
     """Which of a part's weights to read, by the names that diffusers and transformers give them: their variant, empty
-    for the plain ones, and whether they are safetensors (a .bin is read as weights only: it can run no program).
-
-    Raises:
-        ModelError: there are none, or those in several files have no index.
+    for the plain ones, and whether they are safetensors (a .bin is read as weights only: it can run no program). A
+    ModelError where there are none, or those in several files have no index.
     """
     names = [path.name for path in folder.iterdir()]
     found = [match for match in map(WEIGHTS.fullmatch, names) if match]
@@ -178,14 +174,11 @@ def _weights_of(folder: Path, where: str) -> tuple[str, bool]:
 def require_whole(
     module: torch.nn.Module, where: str, missing: list[str], left_over: list[str], reshaped: list[str]
 ) -> torch.nn.Module:
-    """The module, if every weight came from its file and is finite.
+    """The module, if every weight came from its file and is finite, else a ModelError.
 
     Args:
         where: for the message, such as "the unet in my_model".
         missing, left_over, reshaped: names of weights that the file lacks, has too much, or has in another shape.
-
-    Raises:
-        ModelError: else.
     """
     found = {"missing": missing, "not of this model": left_over, "of another shape than its config says": reshaped}
     if not (missing or reshaped):  # else some weights hold no values

@@ -6,8 +6,6 @@ with η = 1, the policy that RL trains. Diffusers' `train_dreambooth.py` draws c
 - it draws a batch's noise from the device's global generator; here each picture has a generator of its own, on the CPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -101,11 +99,7 @@ def denoise(
 
 
 def check_prompts(prompts: Sequence[str], seeds: Sequence[int]) -> None:
-    """Refuse what makes no picture.
-
-    Raises:
-        ParameterError: no prompt, a text in place of a list, or another number of seeds.
-    """
+    """Refuse (ParameterError) no prompt, a text in place of a list, and another number of seeds."""
     if isinstance(prompts, str):
         raise ParameterError(f"prompts is the text {prompts!r}: give a list of texts, such as [{prompts!r}].")
     if not len(prompts):

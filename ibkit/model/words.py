@@ -1,7 +1,5 @@
 """Words that a text encoder learns: rows of an embedding beside its table."""
 
-from __future__ import annotations
-
 import torch
 
 
