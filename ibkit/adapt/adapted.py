@@ -74,10 +74,8 @@ class Adapted:
         return Adapted(Base(model.name, revision, model_fingerprint(model)))
 
     def on_adapter(self, run: Run, model: TextToImage, path: Path) -> Adapted:
-        """The base with a LoRA of others on it, which is put on the model too; its weights are kept in the run.
-
-        Raises:
-            ModelError: see `ibkit.adapt.lora.attach_file`.
+        """The base with a LoRA of others on it, which is put on the model too (see `ibkit.adapt.lora.attach_file`); its
+        weights are kept in the run.
         """
         lora.attach_file(model, ADAPTER, path)
         below = self.then(run, f"{ADAPTER}.safetensors", model, ADAPTER, "lora", 0).deltas[-1]
@@ -121,11 +119,7 @@ class Adapted:
 
     @staticmethod
     def read(run: CompletedRun, name: str = FILE) -> Adapted:
-        """Read it from a finished run.
-
-        Raises:
-            ArtifactError: the run has none, or one that this ibkit cannot read.
-        """
+        """Read it from a finished run; an ArtifactError where it has none, or one that this ibkit cannot read."""
         path = run.path(name)
         try:
             facts = read_json(path)

@@ -4,8 +4,6 @@ Settings: rank; or, of an adapter made elsewhere, `ranks`: the rank of each modu
 The scale is 1 (peft's alpha is the rank).
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager

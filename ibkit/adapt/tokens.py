@@ -7,13 +7,10 @@ weight decay either. Of several vectors the others are called `<sks>_1`, `<sks>_
 as in diffusers (`TextToImage.spelled_out`).
 """
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -28,10 +25,8 @@ def attach(model: TextToImage, name: str, settings: Mapping[str, Any], stream: t
 
 
 def add_word(model: TextToImage, name: str, word: str, start: str, n_vectors: int = 1) -> torch.nn.Parameter:
-    """Teach the model a word and return its rows (n_vectors, D).
-
-    Raises:
-        ModelError: the tokenizer has the word, or the one to start from is not one token.
+    """Teach the model a word and return its rows (n_vectors, D); a ModelError where the tokenizer has the word, or the
+    one to start from is not one token.
     """
     ids = model.token_ids(start)
     if len(ids) != 1:
@@ -63,11 +58,9 @@ def parameters(model: TextToImage, name: str) -> dict[str, torch.nn.Parameter]:
     return {"rows": rows_of(model, name)}
 
 
-@contextmanager
-def without(model: TextToImage, name: str) -> Iterator[None]:
+def without(model: TextToImage, name: str) -> NoReturn:
     """Not possible: a prompt with the word means nothing to what lies below."""
     raise ModelError(f"without {name!r} the model cannot read the word that it brings: load the base model beside it.")
-    yield
 
 
 def fold(model: TextToImage, name: str) -> None:
