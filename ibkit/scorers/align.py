@@ -77,9 +77,6 @@ class AlignT(_OnAlign):
     name = "align_t"
     needs = frozenset({"text"})
 
-    def _score(self, images, texts, references):
-        return self._text(self.encoder.images(images), texts)
-
 
 class AlignI(_OnAlign):
     """ALIGN-I: (mean cosine with all reference photos + 1) / 2.
@@ -89,9 +86,6 @@ class AlignI(_OnAlign):
 
     name = "align_i"
     needs = frozenset({"references"})
-
-    def _score(self, images, texts, references):
-        return self._subject(self.encoder.images(images), references)
 
 
 @dataclass(frozen=True)

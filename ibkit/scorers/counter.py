@@ -39,10 +39,7 @@ class Counter(Answering):
     @classmethod
     def load(cls, device: str | torch.device = "cpu", folder: str | Path = "") -> Counter:
         """Load the shipped one, or `counter.safetensors` and `counter.json` of another folder, as the build's stage
-        `counter` writes them.
-
-        Raises:
-            ModelError: they are missing or damaged.
+        `counter` writes them; a ModelError where they are missing or damaged.
         """
         folder = Path(folder) if folder else weights_folder("counter", "pocket", "counter")
         require_files("counter", folder, "counter.safetensors", "counter.json")

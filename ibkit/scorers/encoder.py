@@ -17,7 +17,6 @@ from torch import nn
 from ibkit.scorers.base import (
     ReferenceCache,
     Scorer,
-    TruncationWarning,
     check_vocabulary,
     embed,
     from_hub,
@@ -26,6 +25,7 @@ from ibkit.scorers.base import (
     mean_cosine,
     reading,
     tokenize,
+    truncation_warning,
     weights_folder,
 )
 
@@ -95,14 +95,12 @@ class TransformersEncoder(Encoder):
         self.batch_size = batch_size
         self.context, preprocessing = self._configure(model.config)
         self.evaluator = f"{evaluator or self.label}; {preprocessing}"
-        self._warn_truncated = TruncationWarning(self.label, self.context)
+        self._warn_truncated = truncation_warning(self.label, self.context)
 
     @abstractmethod
     def _configure(self, config) -> tuple[int, str]:
-        """Take what `pixels` needs from the model's config.
-
-        Returns:
-            Tokens that are read of a text, special tokens included; and the preprocessing in words.
+        """Take what `pixels` needs from the model's config; how many tokens of a text are read, special tokens
+        included, and the preprocessing in words.
         """
 
     def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -124,14 +122,12 @@ def load_with_tokenizer(
     """A model of transformers', its tokenizer, and where both are from, in words for an evaluator.
 
     Args:
-        metric: for messages.
-        architecture: of transformers.
         repository: of the `"official"` weights.
         weights: `"official"`, or a local weights folder, whose `subfolder` holds both.
         tokenizer_from: the official tokenizer's repository where it is another one.
 
     Raises:
-        ModelError: The weights are missing, damaged, or do not fit the model, or the tokenizer does not.
+        ModelError: The weights or tokenizer are missing, damaged, or do not fit the model.
     """
     from transformers import AutoTokenizer
 
@@ -162,6 +158,10 @@ class OnEncoder(Scorer):
         self.encoder = encoder
         self.evaluator = encoder.evaluator
         self._references = ReferenceCache(encoder.images)
+
+    def _score(self, images, texts, references):
+        pictures = self.encoder.images(images)
+        return self._text(pictures, texts) if "text" in self.needs else self._subject(pictures, references)
 
     def _text(self, pictures: torch.Tensor, texts: list[str]) -> torch.Tensor:
         """Cosine of each embedded picture (N, D) with its text, (N,)."""

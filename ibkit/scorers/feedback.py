@@ -229,10 +229,7 @@ def best_threshold(scores: torch.Tensor, labels: torch.Tensor) -> float:
 
 def best_of(scores: torch.Tensor, keep: int) -> torch.Tensor:
     """Indices (P, keep) of the best of n pictures of each prompt by their scores (P, n), best first: the paper's
-    stronger baseline (4 of 16), which trains nothing.
-
-    Raises:
-        ParameterError: more are to be kept than there are.
+    stronger baseline (4 of 16), which trains nothing. A ParameterError where more are to be kept than there are.
     """
     n = scores.shape[1]
     if not 1 <= keep <= n:

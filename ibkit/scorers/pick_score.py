@@ -40,10 +40,8 @@ class PickScore(TransformersEncoder, Scorer):
 
     @classmethod
     def load(cls, weights: str | Path, device: str | torch.device = "cpu") -> PickScore:
-        """Load `"official"` or the `pick_score/` of a local weights folder; see `make_scorer`.
-
-        Raises:
-            ModelError: The pocket weights have none; or see `load_with_tokenizer`.
+        """Load `"official"` or the `pick_score/` of a local weights folder; the pocket weights have none, which is a
+        ModelError. See `load_with_tokenizer`.
         """
         from transformers import CLIPModel
 
