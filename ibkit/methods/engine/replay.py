@@ -1,7 +1,5 @@
 """A replay buffer of trajectories, as a part of a training's state."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,14 +27,10 @@ class Replay(Kept):
         """Put an iteration's trajectories (T + 1, B, ...) and rewards (B,) behind the others."""
         kept, self.fresh = max(self.n, len(rewards)), len(rewards)
         if (old := self.trajectories) is not None:
-            latents, log_probs = (
-                torch.cat([old.latents, made.latents], 1),
-                torch.cat([old.log_probs, made.log_probs], 1),
-            )
-            made, rewards = (
-                Trajectories(latents, log_probs, old.prompts + made.prompts),
-                torch.cat([self.rewards, rewards]),
-            )
+            latents = torch.cat([old.latents, made.latents], 1)
+            log_probs = torch.cat([old.log_probs, made.log_probs], 1)
+            made = Trajectories(latents, log_probs, old.prompts + made.prompts)
+            rewards = torch.cat([self.rewards, rewards])
         self.trajectories = Trajectories(made.latents[:, -kept:], made.log_probs[:, -kept:], made.prompts[-kept:])
         self.rewards = rewards[-kept:]
 
