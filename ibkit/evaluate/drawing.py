@@ -1,13 +1,12 @@
 """Making the pictures of an evaluation: the same bytes when resumed, and once where several evaluations share them."""
 
-import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
-from PIL import Image
 
 from ibkit.adapt import Adapted
+from ibkit.data.photos import png
 from ibkit.evaluate.best_of import BestOf, is_chosen
 from ibkit.evaluate.stats import SEEDS
 from ibkit.model.sample import Sampler, sample
@@ -62,7 +61,7 @@ def generate(
                 pictures = best.draw(loaded[0], prompts, list(part["text"]), noise, sampler, batch_size)
             else:
                 pictures = sample(loaded[0], prompts, noise, sampler, batch_size)
-            return [_png(picture) for picture in pictures]
+            return [png(picture) for picture in pictures]
 
         folder = None
         if cache and models and not is_chosen(arm) and not all(map(run.has, group["image"])):
@@ -84,9 +83,3 @@ def generate(
                 on_image(n_done)
         if on_image and folder is not None:
             on_image(n_done)
-
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()

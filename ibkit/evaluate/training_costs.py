@@ -21,7 +21,7 @@ PARTS = {  # of a kind of delta; a tensor called "word ..." is a word's rows in 
 
 
 def training_costs(evaluated: Sequence[CompletedRun]) -> pd.DataFrame:
-    """One row for each part that a personalization trained.
+    """One row for each part that a personalization trained. A run that was evaluated and is gone is an ArtifactError.
 
     Args:
         evaluated: finished runs of 03.
@@ -29,9 +29,6 @@ def training_costs(evaluated: Sequence[CompletedRun]) -> pd.DataFrame:
     Returns:
         Table with arm, seed, subject (its class noun), part, weights, kilobytes (of the whole delta), steps, photos
         (that the steps saw, all together), seconds, class_pictures.
-
-    Raises:
-        ArtifactError: a run that was evaluated is gone.
     """
     runs = {}
     for run in evaluated:

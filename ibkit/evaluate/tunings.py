@@ -15,13 +15,11 @@ FALLEN, PASSED = 0.2, 0.5  # below its best, as a share of pictures; share of pi
 
 
 def tuning_curves(evaluated: Sequence[CompletedRun]) -> pd.DataFrame:
-    """One row for each epoch of each tuning: `KEYS`, epoch, what it took up to there (`SUMS`), and its history.
+    """One row for each epoch of each tuning: `KEYS`, epoch, what it took up to there (`SUMS`), and its history. A run
+    that was evaluated and is gone is an ArtifactError.
 
     Args:
         evaluated: finished runs of 03.
-
-    Raises:
-        ArtifactError: a run that was evaluated is gone.
     """
     curves = {}
     for run in evaluated:

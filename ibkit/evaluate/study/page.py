@@ -12,7 +12,6 @@ dead again and again, and each time the browser waits anew before it shows it.
 """
 
 import html
-import io
 import itertools
 import threading
 import time
@@ -22,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 import ipywidgets as widgets
 from PIL import Image
 
-from ibkit.data.photos import read_rgb
+from ibkit.data.photos import png, read_rgb
 from ibkit.errors import StudyError
 from ibkit.evaluate.study.items import QUESTIONS
 from ibkit.evaluate.study.ratings import RatingSession
@@ -154,6 +153,5 @@ def _image(picture: Image.Image, width_px: int) -> widgets.Image:
     scale = width_px // picture.width
     if scale > 1:
         picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")  # written anew: no file name and no metadata that tells the arm
-    return widgets.Image(value=buffer.getvalue(), format="png", width=width_px)
+    # png: no file name and no metadata that tells the arm
+    return widgets.Image(value=png(picture), format="png", width=width_px)

@@ -62,16 +62,14 @@ def simulate(
 
     Args:
         items: from `items.make_items`.
-        subjects: name -> subject; each one of the pocket world.
+        subjects: name -> subject; one that is not of the pocket world, as a phrase that names nothing in it, is a
+            StudyError.
         raters: name -> judge, from `load_raters`.
         on_rater: called with the number of raters that are done.
 
     Returns:
         The votes (`VOTE_COLUMNS`), and what decided each vote on a preference: rater, item, decided_by ("text",
         "subject", "grade" or "coin").
-
-    Raises:
-        StudyError: a subject that is not of the pocket world, or a phrase that names nothing in it.
     """
     worlds = {}
     for name, subject in subjects.items():
