@@ -5,8 +5,6 @@ As in `ibkit.evaluate.figures`: tidy data in, `(figure, data)` out, one row of d
 Shapes: r×r places of a map, W words.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -203,11 +201,8 @@ def overlap_by_role(summary: pd.DataFrame, measure: str = "lift", title: str = "
     """Overlap of each word's attention with the subject's true mask, a colour for each model.
 
     Args:
-        summary: from `attention_overlap.overlap_by_word`.
+        summary: from `attention_overlap.overlap_by_word`; its rows that are drawn are the data.
         measure: "lift" or "auc".
-
-    Returns:
-        The figure, and the rows of `summary` that are drawn.
     """
     chance, label = {"lift": (1.0, "lift (1 = chance)"), "auc": (0.5, "AUC (0.5 = chance)")}[measure]
     data = summary[summary["measure"] == measure]

@@ -67,10 +67,8 @@ BASE = "base"
 
 
 def check(given: Any) -> None:
-    """Refuse what notebook 09 cannot do; `given` has its parameters.
-
-    Raises:
-        ParameterError: a model without a counter, no such kind, arm or setting, or a value that is not allowed.
+    """Refuse (ParameterError) what notebook 09 cannot do with its parameters: a model without a counter, no such kind,
+    arm or setting, or a value that is not allowed.
     """
     if not preset_of(given.model).world:
         raise ParameterError("The counter knows the pocket world's pictures alone: give model='pocket'.")
@@ -123,16 +121,11 @@ class Pictures:
         return [p.asked.fulfilled(a) for p, a in zip(self.prompts, self.answers, strict=True)]
 
     def take(self, rows: Sequence[int]) -> Pictures:
-        return Pictures(
-            [self.prompts[i] for i in rows], [self.seeds[i] for i in rows],
-            [self.images[i] for i in rows], [self.answers[i] for i in rows],
-        )  # fmt: skip
+        return Pictures(*([column[i] for i in rows] for column in vars(self).values()))
 
     def __add__(self, other: Pictures) -> Pictures:
-        return Pictures(
-            [*self.prompts, *other.prompts], [*self.seeds, *other.seeds],
-            [*self.images, *other.images], [*self.answers, *other.answers],
-        )  # fmt: skip
+        columns = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Pictures(*([*mine, *theirs] for mine, theirs in columns))
 
 
 def prompts_of(kinds: Sequence[Kind], n_seen: int, n_unseen: int, seed: int = 0) -> list[Prompt]:
@@ -156,12 +149,10 @@ def draw(
 
 
 def rating_items(pictures: Pictures, folder: Path) -> pd.DataFrame:
-    """What the rating page of notebook 07 asks of pictures: "does it show what the text says?".
+    """What the rating page of notebook 07 asks of pictures, "does it show what the text says?": an item a picture, in
+    the pictures' order (see `evaluate.study.items.make_items`).
 
     Writes them to `folder`, which with `write_labels` is one that the method `feedback` reads (`labelled`).
-
-    Returns:
-        An item a picture, in the pictures' order (see `evaluate.study.items.make_items`).
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -175,10 +166,8 @@ def rating_items(pictures: Pictures, folder: Path) -> pd.DataFrame:
 
 
 def labels_from(ratings: Sequence[str | Path], items: pd.DataFrame) -> list[float | None]:
-    """What most raters said of each item: 1 good, 0 bad; None where nobody did, or as many said yes as no.
-
-    Raises:
-        StudyError: see `merge_ratings`.
+    """What most raters said of each item: 1 good, 0 bad; None where nobody did, or as many said yes as no. Raises as
+    `merge_ratings`.
     """
     decided = majority(merge_ratings(ratings, items)[0]).set_index("item")["value"]
     return [None if (value := decided.get(item, 0.5)) == 0.5 else float(value) for item in items["item"]]
@@ -264,13 +253,11 @@ def tune(
     on_step: Callable[[Row], None] | None = None,
     name: str = "feedback",
 ) -> list[Row]:
-    """Fine-tune `model` in place as an arm of `ARMS` does; a stopped training goes on from its checkpoints in `folder`.
+    """Fine-tune `model` in place as an arm of `ARMS` does, of which others are a ParameterError; a stopped training
+    goes on from its checkpoints in `folder`.
 
     Args:
         rated, unrated: pictures by the model before; the learned reward weighs both.
-
-    Raises:
-        ParameterError: there is no such arm.
     """
     if arm not in ARMS:
         raise ParameterError(f"There is no arm {arm!r} of feedback: choose from {', '.join(ARMS)}.")
