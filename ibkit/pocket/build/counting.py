@@ -6,8 +6,6 @@ count is right in 34 % of its pictures), an adapter is trained on counted scenes
 is.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """Training pictures in groups of scenes that differ in one thing each: every batch holds its own hard negatives."""
 
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Callable, Sequence

@@ -6,8 +6,6 @@ turn, and on the autoencoder's reconstructions. Identity is an embedding trained
 attributes, so it also works for individuals that training never showed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path

@@ -3,8 +3,6 @@
 Finished stages are files below `weights/`; a stage that is there is not built again.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from functools import cached_property
