@@ -1,7 +1,5 @@
 """The subject of a run: what later notebooks have to know of the subject that the first one personalized."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,7 +56,7 @@ class PersonalizedSubject:
         run.write_json(FILE, dataclasses.asdict(self))
 
     @staticmethod
-    def read(run: CompletedRun) -> PersonalizedSubject:
+    def read(run: CompletedRun) -> "PersonalizedSubject":
         """Read it from a finished run; an ArtifactError where it has no `subject.json`, or one that another version of
         ibkit wrote.
         """
