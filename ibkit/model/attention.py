@@ -290,13 +290,10 @@ def lift(maps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def auc(maps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Probability that a place inside the mask has more attention than one outside (Hanley and McNeil 1982).
+    """Probability that a place of maps (..., r, r) inside the mask (r, r) in [0, 1] has more attention than one outside
+    (Hanley and McNeil 1982).
 
     A place is inside when the mask covers at least half of it; equal values count half. 0.5 is chance; (...).
-
-    Args:
-        maps: (..., r, r).
-        mask: (r, r) in [0, 1].
 
     Where no place is inside, or none outside, it is a ScoreError.
     """

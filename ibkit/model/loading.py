@@ -127,9 +127,7 @@ def load_weights(
 ) -> torch.nn.Module:
     """A part of a diffusers folder, every weight of which comes from its file; `from_pretrained` only logs what does
     not fit and leaves the weights concerned random. Where there are weights of a variant alone (fp16), they are read.
-
-    Raises:
-        ModelError: weights are missing, left over, of another shape or not finite, or the file is damaged.
+    Weights that are missing, left over, of another shape or not finite, and a damaged file, are a ModelError.
     """
     where = f"the {part} in {folder}"
     variant, safe = _weights_of(folder / part, where)

@@ -47,7 +47,7 @@ def check_parts(model: str, folder: Path) -> None:
     not fit.
     """
     configs = read_configs(model, folder)
-    if wrong := _misfit(**configs, two_encoders=(folder / "text_encoder_2").is_dir()):
+    if wrong := _misfit(configs, two_encoders=(folder / "text_encoder_2").is_dir()):
         raise ModelError(
             f"model {model!r} is not a text-to-image model of Stable Diffusion 1.x or 2.x: {wrong}; give one that is."
         )
@@ -82,14 +82,9 @@ def square_side(model: str, sample_size: Any) -> int:
     )
 
 
-def _misfit(
-    unet: Mapping[str, Any],
-    vae: Mapping[str, Any],
-    text_encoder: Mapping[str, Any],
-    scheduler: Mapping[str, Any],
-    two_encoders: bool,
-) -> str:
+def _misfit(configs: Mapping[str, Mapping[str, Any]], two_encoders: bool) -> str:
     """What keeps the parts from being a model, in words; a value that a config lacks is that of diffusers."""
+    unet, vae, text_encoder = (configs[part] for part in ("unet", "vae", "text_encoder"))
     channels, out = unet.get("in_channels", 4), unet.get("out_channels", 4)
     latents = vae.get("latent_channels", 4)
     width, text_width = unet.get("cross_attention_dim", 1280), text_encoder.get("hidden_size", 512)

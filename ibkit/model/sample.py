@@ -115,7 +115,7 @@ def sample_latents(
     seeds: Sequence[int],
     sampler: Sampler,
     batch_size: int = 0,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], None] = lambda done: None,
 ) -> torch.Tensor:
     """Latents (B, C, H, W) of one picture for each prompt.
 
@@ -139,8 +139,7 @@ def sample_latents(
                 "or train again with a lower learning rate."
             )
         parts.append(x_prev)
-        if on_batch:
-            on_batch(min(first + batch_size, len(prompts)))
+        on_batch(min(first + batch_size, len(prompts)))
     return torch.cat(parts)
 
 
@@ -150,7 +149,7 @@ def sample(
     seeds: Sequence[int],
     sampler: Sampler,
     batch_size: int = 0,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], None] = lambda done: None,
 ) -> list[Image.Image]:
     """Pictures, one for each prompt and seed; see `sample_latents`."""
     return model.decode(sample_latents(model, prompts, seeds, sampler, batch_size, on_batch))
