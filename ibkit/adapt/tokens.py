@@ -16,7 +16,30 @@ import torch
 
 from ibkit.errors import ModelError
 from ibkit.model.text_to_image import TextToImage
-from ibkit.model.words import WiderEmbedding
+
+
+class WiderEmbedding(torch.nn.Module):
+    """A token embedding with more rows behind those of the one below, which stays as it is.
+
+    The rows are a parameter of their own: neither a gradient nor weight decay can move another.
+
+    Args:
+        below: the embedding so far, ids (...) -> (..., D).
+        name: of the delta that brings the rows.
+        rows: (n, D).
+        first: id of the first of them.
+    """
+
+    def __init__(self, below: torch.nn.Module, name: str, rows: torch.Tensor, first: int):
+        super().__init__()
+        self.below, self.name, self.first = below, name, first
+        self.rows = torch.nn.Parameter(rows)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        row = ids - self.first
+        own = (row >= 0) & (row < len(self.rows))
+        others = self.below(ids.masked_fill(own, 0))
+        return torch.where(own[..., None], self.rows[row.clamp(0, len(self.rows) - 1)], others)
 
 
 def attach(model: TextToImage, name: str, settings: Mapping[str, Any], stream: torch.Generator) -> None:
@@ -37,7 +60,9 @@ def add_word(model: TextToImage, name: str, word: str, start: str, n_vectors: in
     words = [word, *(f"{word}_{i}" for i in range(1, n_vectors))]
     if taken := [w for w in words if len(model.token_ids(w)) == 1]:
         raise ModelError(f"{model.name} knows the word {taken[0]!r} already: choose another identifier.")
-    tokenizer, encoder = copy.deepcopy(model.tokenizer), _own_modules(model.text_encoder)
+    # modules of its own and the same weights: models that share an encoder keep their words apart
+    shared = {id(tensor): tensor for tensor in (*model.text_encoder.parameters(), *model.text_encoder.buffers())}
+    tokenizer, encoder = copy.deepcopy(model.tokenizer), copy.deepcopy(model.text_encoder, shared)
     below = encoder.get_input_embeddings()
     rows = below(torch.tensor(ids, device=model.device)).detach().repeat(n_vectors, 1)
     wider = WiderEmbedding(below, name, rows, first=len(tokenizer))
@@ -87,9 +112,3 @@ def export_rows(word: str, rows: torch.Tensor, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensor = rows.detach().cpu().clone()
     save_file({word: tensor[0] if len(tensor) == 1 else tensor}, folder / "learned_embeds.safetensors")
-
-
-def _own_modules(encoder: torch.nn.Module) -> torch.nn.Module:
-    """A text encoder with modules of its own and the same weights: models that share one keep their words apart."""
-    shared = {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())}
-    return copy.deepcopy(encoder, shared)
