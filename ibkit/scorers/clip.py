@@ -7,11 +7,10 @@ Hugging Face tokenizer's files.
 Shapes: N texts, H/W pixels, L text tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import torch
 from PIL import Image
@@ -54,7 +53,7 @@ class ClipEncoder(Encoder):
         self._warn_truncated = base.truncation_warning("CLIP", self.model.context_length)
 
     @classmethod
-    def load(cls, weights: str | Path = "pocket", device: str | torch.device = "cpu") -> ClipEncoder:
+    def load(cls, weights: str | Path = "pocket", device: str | torch.device = "cpu") -> Self:
         """Load `"pocket"`, `"official"` or the `clip/` of a local weights folder; a ModelError where weights or
         tokenizer are missing, damaged, or do not fit the model.
         """
@@ -65,7 +64,7 @@ class ClipEncoder(Encoder):
         return cls._load_folder(folder, device, kind)
 
     @classmethod
-    def _load_official(cls, device: str | torch.device) -> ClipEncoder:
+    def _load_official(cls, device: str | torch.device) -> Self:
         import open_clip
 
         with base.from_hub("CLIP", f"open_clip {OFFICIAL_MODEL}, {OFFICIAL_WEIGHTS}"):
@@ -84,7 +83,7 @@ class ClipEncoder(Encoder):
         )
 
     @classmethod
-    def _load_folder(cls, folder: Path, device: str | torch.device, kind: str) -> ClipEncoder:
+    def _load_folder(cls, folder: Path, device: str | torch.device, kind: str) -> Self:
         import open_clip
         from open_clip.tokenizer import get_clean_fn
         from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -138,7 +137,7 @@ class ClipEncoder(Encoder):
 
 class _OnClip(OnEncoder):
     @classmethod
-    def load(cls, weights: str | Path, device: str | torch.device = "cpu") -> _OnClip:
+    def load(cls, weights: str | Path, device: str | torch.device = "cpu") -> Self:
         return cls(ClipEncoder.load(weights, device))
 
 

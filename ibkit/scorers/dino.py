@@ -6,10 +6,9 @@ The official model is `facebook/dino-vits16`. A local folder holds any other ViT
 Shapes: N pictures, R reference photos, D embedding width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 from PIL import Image
@@ -28,20 +27,17 @@ class Dino(base.Scorer):
 
     Args:
         model: transformers' `ViTModel`; its final layer-normed class token is the embedding, a pooler is not used.
-        evaluator: Model in words.
 
     Source: DreamBooth, section 4.1; its mean over pictures is the mean over all pairs.
     """
 
     name = "dino"
     needs = frozenset({"references"})
+    batch_size = 64
 
-    def __init__(
-        self, model: nn.Module, device: str | torch.device = "cpu", evaluator: str = "DINO", batch_size: int = 64
-    ) -> None:
+    def __init__(self, model: nn.Module, device: str | torch.device = "cpu", evaluator: str = "DINO") -> None:
         self.model = model.to(device).eval().requires_grad_(False)
         self.device = torch.device(device)
-        self.batch_size = batch_size
         self.image_px = model.config.image_size
         # DINO's own evaluation resizes to 256 and crops 224 (the hub's image processor squashes to 224 instead, which
         # gives other numbers). Models of other sizes are trained on whole pictures: nothing is cropped.
@@ -51,7 +47,7 @@ class Dino(base.Scorer):
         self._references = base.ReferenceCache(self.embed)
 
     @classmethod
-    def load(cls, weights: str | Path, device: str | torch.device = "cpu") -> Dino:
+    def load(cls, weights: str | Path, device: str | torch.device = "cpu") -> Self:
         from transformers import ViTModel
 
         if str(weights) == "official":

@@ -17,13 +17,11 @@ Differs from paper: CLIP is the kit's ViT-B/32, or the pocket one, instead of Vi
 Shapes: N pictures, K prompts of a classification (the true one first), D embedding width.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -188,7 +186,7 @@ class FeedbackReward(OnEncoder):
         self.evaluator = f"reward learned from feedback, {net.first.out_features} hidden, on {encoder.evaluator}"
 
     @classmethod
-    def load(cls, weights: str | Path, device: str | torch.device = "cpu", head: str = "") -> FeedbackReward:
+    def load(cls, weights: str | Path, device: str | torch.device = "cpu", head: str = "") -> Self:
         encoder = ClipEncoder.load(weights, device)
         if not head:
             raise ModelError(

@@ -7,8 +7,6 @@ pocket-size model; only `RewardConfig` differs.
 Shapes: B batch, C/H/W channels and pixels, P patches + 1, L text tokens, V vision width, D text width.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -91,7 +89,7 @@ class RewardConfig:
                 raise ModelError(f"image_reward: {sentence}: correct the config.")
 
     @classmethod
-    def from_json(cls, path: Path) -> RewardConfig:
+    def from_json(cls, path: Path) -> Self:
         """Read `save_pretrained`'s config.json; raises ModelError if it is something else."""
         try:
             values = read_json(path)
@@ -188,7 +186,7 @@ class ImageRewardModel(nn.Module):
         save_file(state, folder / WEIGHTS_FILE)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> ImageRewardModel:
+    def from_pretrained(cls, folder: str | Path) -> Self:
         """Load what `save_pretrained` wrote, strictly, in evaluation mode; a file that is missing, unreadable, or does
         not fit the config is a ModelError.
         """
@@ -200,9 +198,7 @@ class ImageRewardModel(nn.Module):
         return model.eval()
 
     @classmethod
-    def load_official(
-        cls, checkpoint: str | Path | None = None, config: RewardConfig | None = None
-    ) -> ImageRewardModel:
+    def load_official(cls, checkpoint: str | Path | None = None, config: RewardConfig | None = None) -> Self:
         """Load an official-format checkpoint (`ImageReward.pt`), strictly, in evaluation mode; a ModelError where it
         cannot be had or read, or its tensors are not the ones expected.
 
@@ -267,6 +263,7 @@ class ImageReward(base.Scorer):
 
     name = "image_reward"
     needs = frozenset({"text"})
+    batch_size = 32
 
     def __init__(
         self,
@@ -274,7 +271,6 @@ class ImageReward(base.Scorer):
         tokenizer,
         device: str | torch.device = "cpu",
         evaluator: str = "ImageReward",
-        batch_size: int = 32,
         levels: Mapping[str, base.Level] | None = None,
     ) -> None:
         config = model.config
@@ -282,7 +278,6 @@ class ImageReward(base.Scorer):
         self.model = model.to(device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.device = torch.device(device)
-        self.batch_size = batch_size
         self.levels = dict(levels or {})
         self.evaluator = (
             f"{evaluator}; {config.image_px} px bicubic + centre crop, CLIP mean/std, "

@@ -11,12 +11,11 @@ and are called simulated.
 Shapes: N pictures, D = 64 identity dimensions.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -103,6 +102,19 @@ class Answering:
     def __post_init__(self):
         self.net = self.net.to(self.device).eval().requires_grad_(False)
 
+    @classmethod
+    def read(cls, kind: str, device, folder: str | Path, name: str, net: Callable[[dict], JudgeNet]) -> Self:
+        """From `name`.safetensors and `name`.json of the folder, or of the shipped weights; a ModelError where they are
+        missing or damaged. `net` makes the network of what the card says.
+        """
+        folder = Path(folder) if folder else weights_folder(kind, "pocket", kind)
+        require_files(kind, folder, f"{name}.safetensors", f"{name}.json")
+        with reading(kind, f"{name}.safetensors and {name}.json", folder):
+            card = read_json(folder / f"{name}.json")
+            made = net(card)
+            load_state(made, folder / f"{name}.safetensors")
+        return cls(made, card, device)
+
 
 class Judge(Answering):
     """Answers `ANSWERS`, and which individual is shown; its card also has the least likeness of a true picture
@@ -110,15 +122,9 @@ class Judge(Answering):
     """
 
     @classmethod
-    def load(cls, device: str | torch.device = "cpu", folder: str | Path = "", name: str = "judge") -> Judge:
+    def load(cls, device: str | torch.device = "cpu", folder: str | Path = "", name: str = "judge") -> Self:
         """Load the shipped judge, or another one of the folder (`name`, such as one of `RATERS`)."""
-        folder = Path(folder) if folder else weights_folder("judge", "pocket", "judge")
-        require_files("judge", folder, f"{name}.safetensors", f"{name}.json")
-        with reading("judge", f"{name}.safetensors and {name}.json", folder):
-            card = read_json(folder / f"{name}.json")
-            net = JudgeNet(tuple(card["widths"]))
-            load_state(net, folder / f"{name}.safetensors")
-        return cls(net, card, device)
+        return cls.read("judge", device, folder, name, lambda card: JudgeNet(tuple(card["widths"])))
 
     @property
     def evaluator(self) -> str:

@@ -52,11 +52,8 @@ def tokens_of(model: nn.Module, pixels: torch.Tensor, layer: int = LAST_LAYER) -
 
 
 def best_match(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Mean over the patches of a picture of the best cosine among the other picture's patches, both ways; (N,).
-
-    Args:
-        a: tokens (N, L, D).
-        b: tokens of one picture, (L, D).
+    """Mean over the patches of a picture (N, L, D) of the best cosine among those of another picture (L, D), both ways;
+    (N,).
     """
     cosines = normalize(a, dim=-1) @ normalize(b, dim=-1).T  # (N, L of a, L of b)
     return (cosines.amax(2).mean(1) + cosines.amax(1).mean(1)) / 2
