@@ -23,7 +23,7 @@ from ibkit.data.prompts import Prompt
 from ibkit.device import generator, working
 from ibkit.fields import field
 from ibkit.methods.engine.objectives import COMBINATIONS, Objectives, Reward
-from ibkit.methods.engine.policy import Measured, check_policy, collect, epoch_prompts, fit, gradient_steps
+from ibkit.methods.engine.policy import MAY_CHANGE, Measured, check_policy, collect, epoch_prompts, fit, gradient_steps
 from ibkit.methods.engine.ratio import approx_kl, gradient_cut
 from ibkit.methods.engine.rollout import Trajectories
 from ibkit.methods.records import Method, Monitor, Work
@@ -36,9 +36,6 @@ from ibkit.train.kept import Average, Facts
 from ibkit.train.loop import kept_of, settings_origin
 from ibkit.train.processes import Processes
 from ibkit.train.resources import Resources
-
-# settings that may differ on resume: length, and those that affect memory only
-MAY_CHANGE = ("n_epochs", "checkpoint_every", "micro_batch", "resources")
 
 
 @dataclass(frozen=True)
@@ -114,8 +111,8 @@ def policy_loss(
 
 
 def gaussian_kl(mean: torch.Tensor, reference: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """KL(N(mean, s²) ‖ N(reference, s²)) = (mean - reference)² / 2s², nats per latent value (M,), a mean as `log_prob`
-    is.
+    """KL(N(mean, s²) ‖ N(reference, s²)) = (mean - reference)² / 2s², (M,) nats per latent value, as `log_prob` has
+    them.
 
     Args:
         mean, reference: (M, C, H, W).

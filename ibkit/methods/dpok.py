@@ -30,7 +30,7 @@ from ibkit.device import generator, working
 from ibkit.fields import field
 from ibkit.methods.ddpo import gaussian_kl
 from ibkit.methods.engine.objectives import Reward, Rewards
-from ibkit.methods.engine.policy import Measured, check_policy, collect, epoch_prompts, fit, gradient_steps
+from ibkit.methods.engine.policy import MAY_CHANGE, Measured, check_policy, collect, epoch_prompts, fit, gradient_steps
 from ibkit.methods.engine.ratio import approx_kl
 from ibkit.methods.engine.replay import Replay
 from ibkit.methods.engine.rollout import Trajectories
@@ -45,7 +45,6 @@ from ibkit.train.loop import settings_origin
 from ibkit.train.processes import Processes
 from ibkit.train.resources import Resources
 
-MAY_CHANGE = ("n_epochs", "checkpoint_every", "micro_batch", "resources")  # on resume
 DIVERGENCES = ("gauss", "eps")
 
 

@@ -122,20 +122,11 @@ def train(
 
 def personalize(model, job, settings, *, on_row=None, monitor=None, processes=None) -> list[dict[str, float]]:
     """DreamBooth as a stage, of the U-Net or, where the settings have a rank, of an adapter; see `records.Train`."""
-    kind, kind_settings = delta_of(settings)
+    words = job.subject.instance_prompt, job.subject.class_prompt
+    on_step = (lambda row: on_row(row, model)) if on_row else None
+    kind, of_kind = delta_of(settings)
     return train(
-        model,
-        job.photos,
-        job.subject.instance_prompt,
-        job.subject.class_prompt,
-        job.class_pictures,
-        settings,
-        job.folder,
-        job.seed,
-        on_step=lambda row: on_row(row, model) if on_row else None,
-        name=job.name,
-        kind=kind,
-        kind_settings=kind_settings,
+        model, job.photos, *words, job.class_pictures, settings, job.folder, job.seed, on_step, job.name, kind, of_kind
     )
 
 

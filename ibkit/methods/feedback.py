@@ -133,11 +133,8 @@ def train(
     latents = model.encode_images(pictures)
     others = model.encode_images(pretraining) if config.pretrain_weight else None
     origin = settings_origin(config, (*MAY_CHANGE, "labelled")) | {"model": model_fingerprint(model), "seed": str(seed)}
-    origin |= {
-        "pictures": hash_pictures(pictures),
-        "prompts": hash_json(list(prompts)),
-        "rewards": hash_json(r.tolist()),
-    }
+    origin |= {"pictures": hash_pictures(pictures), "prompts": hash_json(list(prompts))}
+    origin["rewards"] = hash_json(r.tolist())
     if others is not None:
         origin["pre-training"] = hash_json([hash_pictures(pretraining), list(pretraining_prompts)])
     weights = attach(model, config.kind, name, delta_of(config)[1], generator(seed, name))

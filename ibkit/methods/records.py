@@ -4,13 +4,11 @@ A training is a function of a model, a `Job` and settings. It puts one named del
 and returns its history; nothing else about it is known outside of its file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from PIL import Image
@@ -75,7 +73,7 @@ class Work:
     graph_pictures: bool = False
 
     @classmethod
-    def of(cls, kind: str, rows: int, **others: Any) -> Work:
+    def of(cls, kind: str, rows: int, **others: Any) -> Self:
         """That of `rows` with a gradient, of all weights where the delta is the U-Net, else of a few."""
         return cls(**{"trained" if kind == "unet" else "tuned": rows, **others})
 

@@ -35,7 +35,7 @@ from ibkit.fields import field
 from ibkit.methods import dreambooth
 from ibkit.methods.engine.objectives import Rewards, scorer_reward
 from ibkit.methods.engine.photos import add_noise
-from ibkit.methods.engine.policy import epoch_prompts, fit
+from ibkit.methods.engine.policy import MAY_CHANGE, epoch_prompts, fit
 from ibkit.methods.records import METHODS, Method, Monitor, Work, check_job, delta_of
 from ibkit.model.ddim import predict_x0, step_mean
 from ibkit.model.sample import Sampler, denoise
@@ -48,7 +48,6 @@ from ibkit.train.kept import Average, memory_advice
 from ibkit.train.loop import hash_pictures, settings_origin
 from ibkit.train.resources import Resources
 
-MAY_CHANGE = ("n_epochs", "checkpoint_every", "micro_batch", "resources")  # on resume
 LAST_QUARTER = 0.25  # of the steps: ReFL draws its step from there (30 to 39 of 40)
 FROM_STEP, FROM_STEP_STD = 42 / 50, 5 / 50  # of the step from which AlignProp differentiates, as shares of T
 
@@ -109,8 +108,7 @@ def last_steps(
     """Latents of finished pictures whose last K steps have a gradient; and of `n_renoised` copies (DRaFT-LV): x0 is
     noised to the last step's level again, and that step alone is taken.
 
-    Args:
-        streams: of each picture; choice: of the step from which AlignProp differentiates, the same for all.
+    `streams` are each picture's; `choice` draws the step from which AlignProp differentiates, the same for all.
     """
     schedule = config.sampler.schedule(model)
     first = first_step(len(schedule), config, choice)
@@ -303,10 +301,6 @@ def draft_work(settings: DRaFTConfig) -> Work:
     return _work(settings, n - trained, max(1, trained) + settings.n_renoised)
 
 
-def refl_work(settings: DRaFTConfig) -> Work:
-    return _work(settings, (1 - LAST_QUARTER / 2) * settings.sampler.n_steps, 1)
-
-
 POCKET = {
     "images_per_epoch": (48, "12 for each of 2 activities x 2 kinds of prompt, as DDPO's epoch"),
     "sampler.n_steps": (10, "as DDPO's"),
@@ -345,5 +339,5 @@ REFL = Method(
     },
     class_pictures=dreambooth.class_pictures,
     refuses=refuses,
-    work=refl_work,
+    work=lambda settings: _work(settings, (1 - LAST_QUARTER / 2) * settings.sampler.n_steps, 1),
 )

@@ -255,12 +255,7 @@ class Rewards:
 
 
 class Objectives(Rewards):
-    """Rewards, how they make one advantage, and their statistics.
-
-    Args:
-        text, subject: see `Rewards`.
-        config: how they are combined, see `DDPOConfig`.
-    """
+    """Rewards (see there), how they make one advantage, which the config says (`DDPOConfig`), and their statistics."""
 
     def __init__(self, text: Reward, subject: Reward | None, config: DDPOConfig):
         if config.combine not in COMBINATIONS:
@@ -277,20 +272,17 @@ class Objectives(Rewards):
         """
         config, clipped = self.config, self.clipped(prompts, scores)
         named = torch.tensor([p.identifier for p in prompts])
-        if "subject" not in clipped or config.combine != "synergy":
-            reward = self._one_reward(clipped, named) if "subject" in clipped else clipped["text"]
-            least = self._least("text", prompts) if "subject" not in clipped else None
-            advantages = self.stats["text"].advantages(prompts, reward, least)[:, None].expand(-1, n_steps)
-        else:
-            least = self._least("text", prompts)
-            advantages = self.stats["text"].advantages(prompts, clipped["text"], least)[:, None].repeat(1, n_steps)
-            if named.any():
-                asked = [p for p in prompts if p.identifier]
-                least = self._least("subject", asked)
-                subject = self.stats["subject"].advantages(asked, clipped["subject"][named], least)
-                done = torch.arange(n_steps) / n_steps
-                weight = time_aware_weight(done) if config.time_aware else torch.full_like(done, config.text_weight)
-                advantages[named] = two_objectives(advantages[named, 0], subject, weight, config.synergy)
+        made_one = "subject" in clipped and config.combine != "synergy"
+        reward = self._one_reward(clipped, named) if made_one else clipped["text"]
+        least = None if made_one else self._least("text", prompts)
+        advantages = self.stats["text"].advantages(prompts, reward, least)[:, None].repeat(1, n_steps)
+        if "subject" in self.stats and named.any():
+            asked = [p for p in prompts if p.identifier]
+            of_subject = self.stats["subject"]
+            subject = of_subject.advantages(asked, clipped["subject"][named], self._least("subject", asked))
+            done = torch.arange(n_steps) / n_steps
+            weight = time_aware_weight(done) if config.time_aware else torch.full_like(done, config.text_weight)
+            advantages[named] = two_objectives(advantages[named, 0], subject, weight, config.synergy)
         return advantages.clamp(-config.advantage_clip, config.advantage_clip)
 
     def _least(self, name: str, prompts: Sequence[Prompt]) -> torch.Tensor | None:

@@ -5,8 +5,6 @@ A method says what it trains, which latents and captions a step has, and what it
 Shapes: B pictures of a step, C/H/W latent channels, height, width.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -74,7 +72,7 @@ class Examples:
     z_t: torch.Tensor | None = None
     t: torch.Tensor | None = None
 
-    def part(self, rows: torch.Tensor, photos: torch.Tensor) -> Examples:
+    def part(self, rows: torch.Tensor, photos: torch.Tensor) -> "Examples":
         """These rows, of which some are photos."""
         mask, labels = (None if of is None else of[photos] for of in (self.mask, self.labels))
         z_t, t = (None if of is None else of[rows] for of in (self.z_t, self.t))

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from ibkit.methods.ddpo import DDPOConfig
     from ibkit.methods.dpok import DPOKConfig
 
+# settings that may differ on resume: length, and those that affect memory only
+MAY_CHANGE = ("n_epochs", "checkpoint_every", "micro_batch", "resources")
 # loss, ratio, KL and advantage of pairs, each (M,), and whether the policy before this epoch's updates drew them
 Measured = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 

@@ -10,11 +10,8 @@ from ibkit.train.kept import Kept
 
 
 class Replay(Kept):
-    """The newest trajectories and their rewards.
-
-    Args:
-        n: trajectories that are kept, or those of one iteration where they are more.
-        nbytes: of all of them.
+    """The newest trajectories and their rewards: `n`, or those of one iteration where they are more; `nbytes` of all of
+    them.
     """
 
     def __init__(self, n: int, nbytes: int):
