@@ -107,10 +107,7 @@ def house_figure(
 def reference_strip(
     photos: Sequence[Image.Image], names: Sequence[str] | None = None, title: str = ""
 ) -> tuple[Figure, pd.DataFrame]:
-    """Show pictures side by side, such as the subject's photos; large ones at most five in a row.
-
-    Args:
-        names: a caption for each photo, such as the file names.
+    """Show pictures side by side, such as the subject's photos, their names below; large ones at most five in a row.
 
     Returns:
         The figure, and one row a photo: position, name, width_px, height_px.

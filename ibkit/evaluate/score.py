@@ -258,7 +258,7 @@ def score(
     scorers: Mapping[str, Scorer],
     judge: Judge | None = None,
     batch_size: int = 64,
-    on_image: Callable[[int], None] | None = None,
+    on_image: Callable[[int], None] = lambda scored: None,
 ) -> pd.DataFrame:
     """Add a column for each scorer and, where the truth is known, the judge's answers.
 
@@ -285,8 +285,7 @@ def score(
         if judge is not None and subject.world is not None:
             columns |= _judge(judge, images, subject.world, part["activity"])
         parts.append(part.assign(**columns))
-        if on_image:
-            on_image(sum(map(len, parts)))
+        on_image(sum(map(len, parts)))
     return pd.concat(parts)
 
 

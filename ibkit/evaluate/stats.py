@@ -90,11 +90,9 @@ def primary_metrics(scores: pd.DataFrame) -> dict[str, str]:
 
 
 def check_scores(scores: pd.DataFrame, where: str = "the score table") -> pd.DataFrame:
-    """Validate a tidy score table (one row per image) and drop rows that occur twice.
-
-    Raises:
-        ScoreError: a key column is missing, there are no rows, a value is not of its column's kind, or the same image
-            of the same arm stands there twice with different scores.
+    """Validate a tidy score table (one row per image) and drop rows that occur twice. A key column that is missing, no
+    rows, a value that is not of its column's kind, and the same image of the same arm with different scores are each a
+    ScoreError.
     """
     missing = [name for name in KEYS if name not in scores.columns]
     if missing:

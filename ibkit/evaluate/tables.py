@@ -79,7 +79,7 @@ def differences(scores: pd.DataFrame, against: str = "", metrics: Sequence[str] 
     Args:
         scores: a checked score table.
         against: the arm to subtract from all others; empty = each personalization from the base model and from its own
-            tunings. Without rows it is a ScoreError, as a metric is that the scores do not have.
+            tunings. Without rows of it, as with a metric that the scores do not have, a ScoreError.
         metrics: by default all that were measured.
 
     Returns:
@@ -149,12 +149,8 @@ def differences_in_words(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def confirmed(table: pd.DataFrame, rewards: Collection[str]) -> str:
-    """Say whether metrics that RL did not optimize rose with its rewards: did these certainly rise, did other metrics
-    of the same axes, and what follows.
-
-    Args:
-        table: from `differences`: a tuned arm against what it started from, a row a metric.
-        rewards: the metrics that RL optimized.
+    """Say whether metrics that RL did not optimize rose with its rewards, by the `differences` of a tuned arm from what
+    it started from: did the rewards certainly rise, did other metrics of the same axes, and what follows.
     """
     verdicts = table.set_index("metric")["verdict"]
     optimized, axes = ", ".join(sorted(rewards)), {METRICS[name].kind for name in rewards}

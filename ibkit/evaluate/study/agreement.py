@@ -138,10 +138,8 @@ def win_matrix(decided: pd.DataFrame) -> pd.DataFrame:
 
 
 def strengths(decided: pd.DataFrame, n_resamples: int = 2000) -> pd.DataFrame:
-    """Bradley–Terry strengths of all arms, with 95 % intervals by resampling prompts, noise and trainings.
-
-    Args:
-        decided: from `majority`; with fewer than two arms, or more than one of `separated_groups`, a StudyError.
+    """Bradley–Terry strengths of all arms (of the items of `majority`), with 95 % intervals by resampling prompts,
+    noise and trainings. Fewer than two arms, or more than one of `separated_groups`, are a StudyError.
 
     Returns:
         Table: arm, value, low, high, n (comparisons of the arm). Strengths sum to 1.

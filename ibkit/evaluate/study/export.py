@@ -23,11 +23,8 @@ MOST_BYTES = 200 * 2**20  # what a browser opens in a few seconds, and a mail se
 
 
 def export_page(items: pd.DataFrame, references: Mapping[str, Sequence[Image.Image]], path: Path) -> int:
-    """Write the page of a study and return its number of items.
-
-    Args:
-        items: from `items.make_items`.
-        references: subject -> its photos.
+    """Write the page of a study, of the items of `items.make_items` and each subject's photos, and return how many
+    items it has.
 
     Raises:
         StudyError: no items, or pictures that are too many for one page.

@@ -129,10 +129,8 @@ def preference_bars(preferences: pd.DataFrame, who: str, title: str = "") -> tup
 
 
 def agreement_bars(decided: pd.DataFrame, title: str = "") -> tuple[Figure, pd.DataFrame]:
-    """Draw how far the raters agreed: the share of each question's items by the votes for and against the majority.
-
-    Args:
-        decided: from `votes.majority`.
+    """Draw how far the raters agreed (`votes.majority`): the share of each question's items by the votes for and
+    against the majority.
 
     Returns:
         The figure, and one row a bar: question, agreeing (raters on the larger side), n (raters), items, share.

@@ -32,11 +32,8 @@ PICTURE_PX = 256  # width of a picture on the page; small ones are enlarged by w
 
 
 class RatingPage:
-    """Instruction, picture or pair with the reference photos, two answers, undo, progress.
-
-    Args:
-        session: records the answers.
-        references: subject -> its photos.
+    """Instruction, picture or pair with the reference photos (`references`, by subject), two answers, which the session
+    records, undo, progress.
 
     Attributes:
         box: the widget to display.

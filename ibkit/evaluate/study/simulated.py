@@ -52,7 +52,7 @@ def simulate(
     items: pd.DataFrame,
     subjects: Mapping[str, PersonalizedSubject],
     raters: Mapping[str, Judge],
-    on_rater: Callable[[int], None] | None = None,
+    on_rater: Callable[[int], None] = lambda done: None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Let every rater answer every item.
 
@@ -91,8 +91,7 @@ def simulate(
             else:
                 answer = "yes" if getattr(a, row["question"]) else "no"
             votes.append(row | {"rater": rater, "simulated": True, "answer": answer})
-        if on_rater:
-            on_rater(n)
+        on_rater(n)
     table = check_votes(pd.DataFrame(votes)[VOTE_COLUMNS])
     return table, pd.DataFrame(reasons, columns=["rater", "item", "decided_by"])
 

@@ -24,11 +24,9 @@ VOTE_COLUMNS = [
 
 
 def check_votes(votes: pd.DataFrame, where: str = "the table of votes") -> pd.DataFrame:
-    """Validate a table of votes (one row a vote), as it was made or as it was read from a votes.csv.
-
-    Raises:
-        StudyError: a column is missing, there are no rows, a value is not of its column's kind, an answer that the
-            question does not have, or a rater who voted twice on one item.
+    """Validate a table of votes (one row a vote), as it was made or as it was read from a votes.csv. A missing column,
+    no rows, a value that is not of its column's kind, an answer that the question does not have, and a rater who voted
+    twice on one item are each a StudyError.
     """
     if missing := [name for name in VOTE_COLUMNS if name not in votes.columns]:
         raise StudyError(
@@ -106,10 +104,8 @@ def shares(decided: pd.DataFrame) -> pd.DataFrame:
 
 
 def preferences(decided: pd.DataFrame) -> pd.DataFrame:
-    """For every pair of arms, how often the majority prefers the one or the other, or the vote is a tie (figure 4).
-
-    Returns:
-        Tidy table with three rows a pair: arm_a, arm_b, outcome ("a", "b", "tie"), value, low, high, n, seeds.
+    """For every pair of arms, how often the majority prefers the one or the other, or the vote is a tie (figure 4):
+    three rows a pair, arm_a, arm_b, outcome ("a", "b", "tie"), value, low, high, n, seeds.
     """
     rows = []
     asked = decided[decided["question"] == "preference"]
@@ -122,13 +118,11 @@ def preferences(decided: pd.DataFrame) -> pd.DataFrame:
 
 
 def preference_rate(votes: pd.DataFrame, better: str, worse: str) -> Interval:
-    """How often the majority of raters prefers `better` to `worse`: 0.5 is no difference, a tie counts half.
+    """How often the majority of raters prefers `better` to `worse` (0.5 is no difference, a tie counts half), with its
+    95 % interval over prompts, noise and trainings and the number of pairs of pictures; a StudyError where nobody
+    compared the two.
 
     The paper says that InstructBooth is preferred at least twice as often as each baseline (section 3.3): 2/3.
-
-    Returns:
-        The rate, its 95 % interval over prompts, noise and trainings, and the number of pairs of pictures; a StudyError
-        where nobody compared the two.
     """
     decided = majority(compared_votes(votes, better, worse))
     value = decided["value"].where(decided["arm_a"] == better, 1 - decided["value"])
