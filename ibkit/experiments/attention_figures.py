@@ -142,10 +142,8 @@ def over_words(
 
 
 def training_looks(histories: pd.DataFrame, title: str = "") -> tuple[Figure, pd.DataFrame]:
-    """What was measured during training, a colour for each arm: thin lines are seeds, the thick one is their mean.
-
-    Args:
-        histories: rows of the arms' history.csv with arm and train_seed; rows without measurements are left out.
+    """What was measured during training (history.csv with arm and train_seed; rows without measurements are left out),
+    a colour for each arm: thin lines are seeds, the thick one is their mean.
 
     Returns:
         The figure, and one row a point: arm, train_seed, steps, metric, value.
@@ -174,10 +172,8 @@ def training_looks(histories: pd.DataFrame, title: str = "") -> tuple[Figure, pd
 
 
 def differences(compared: pd.DataFrame, seeds: pd.DataFrame, title: str = "") -> tuple[Figure, pd.DataFrame]:
-    """With minus without description for each measurement: the mean with its interval, and each training seed.
-
-    Args:
-        compared, seeds: from `compare` and `by_seed` of `detailed_description`.
+    """With minus without description for each measurement: the mean with its interval (`detailed_description.compare`),
+    and each training seed (`by_seed`).
 
     Returns:
         The figure, and one row a mark: metric, train_seed (empty for the mean), difference, low, high.

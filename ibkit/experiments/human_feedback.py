@@ -9,8 +9,6 @@ The model is the shipped base with the adapter `counting`, which half knows coun
 simulated raters repeat it with errors, and the scores of the arms are its answers without.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -120,10 +118,10 @@ class Pictures:
         """Whether each shows all that its prompt asks for."""
         return [p.asked.fulfilled(a) for p, a in zip(self.prompts, self.answers, strict=True)]
 
-    def take(self, rows: Sequence[int]) -> Pictures:
+    def take(self, rows: Sequence[int]) -> "Pictures":
         return Pictures(*([column[i] for i in rows] for column in vars(self).values()))
 
-    def __add__(self, other: Pictures) -> Pictures:
+    def __add__(self, other: "Pictures") -> "Pictures":
         columns = zip(vars(self).values(), vars(other).values(), strict=True)
         return Pictures(*([*mine, *theirs] for mine, theirs in columns))
 
@@ -253,11 +251,9 @@ def tune(
     on_step: Callable[[Row], None] | None = None,
     name: str = "feedback",
 ) -> list[Row]:
-    """Fine-tune `model` in place as an arm of `ARMS` does, of which others are a ParameterError; a stopped training
-    goes on from its checkpoints in `folder`.
-
-    Args:
-        rated, unrated: pictures by the model before; the learned reward weighs both.
+    """Fine-tune `model` in place as an arm of `ARMS` does (another is a ParameterError), on rated and unrated pictures
+    by the model before, all of which the learned reward weighs; a stopped training goes on from its checkpoints in
+    `folder`.
     """
     if arm not in ARMS:
         raise ParameterError(f"There is no arm {arm!r} of feedback: choose from {', '.join(ARMS)}.")
@@ -288,7 +284,7 @@ class Fidelity:
     true: torch.Tensor  # (N, D) embeddings
 
     @staticmethod
-    def of(model: TextToImage, kinds: Sequence[Kind], n: int, seed: int) -> Fidelity:
+    def of(model: TextToImage, kinds: Sequence[Kind], n: int, seed: int) -> "Fidelity":
         """From `n` scenes of counts, colours and places in equal shares of the kinds."""
         rng = random.Random(f"feedback true pictures {seed}")
         counts = [None if kinds[i % len(kinds)] in ("count", "all") else 1 for i in range(n)]
@@ -300,10 +296,8 @@ class Fidelity:
 
 
 def scores(arm: str, pictures: Pictures, reward: FeedbackReward, fidelity: Fidelity, seed: int | None) -> pd.DataFrame:
-    """Rows of `feedback.csv`: what the counter sees, whether a picture is among true ones, how a prompt's differ.
-
-    Args:
-        seed: of reward and training; None for an arm that neither has a part in.
+    """Rows of `feedback.csv`: what the counter sees, whether a picture is among true ones, how a prompt's differ. The
+    seed is of reward and training; None for an arm that neither has a part in.
     """
     asked = [one.asked for one in pictures.prompts]
     rows = pd.DataFrame({

@@ -27,12 +27,10 @@ MIN_PAIRS = 6  # with fewer pairs of runs, t-quantiles make the interval too wid
 
 
 def images_to_reach(images: Sequence[float], values: Sequence[float], level: float) -> float:
-    """Images made until the mean of a curve's newest `WINDOW` rows is at `level`; infinite if it never is.
+    """Images made until the mean of a curve's newest `WINDOW` rows is at `level`; infinite if it never is. Images and
+    values are (E,), in the order of training.
 
     Between two rows the mean is interpolated linearly.
-
-    Args:
-        images, values: (E,), in the order of training.
     """
     mean = pd.Series(values, dtype=float).rolling(WINDOW, min_periods=1).mean().to_numpy()
     if not (mean >= level).any():
@@ -226,9 +224,7 @@ def learning_curves(table: pd.DataFrame, column: str, title: str = "") -> tuple[
 
 def reward_spread(drawn: pd.DataFrame, title: str = "") -> tuple[Figure, pd.DataFrame]:
     """The rewards of single pictures before RL, by prompt: where no picture shows the activity, what ranks them?
-
-    Args:
-        drawn: one row a picture: dreambooth_steps, prompt, reward, shown (1 or 0); returned with the figure.
+    `drawn` has one row a picture: dreambooth_steps, prompt, reward, shown (1 or 0).
     """
     groups = list(drawn.groupby("dreambooth_steps", sort=False))
     with house_figure(9.6, 0.45 * drawn["prompt"].nunique() * len(groups) + 1.6, title) as figure:

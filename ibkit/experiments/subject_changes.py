@@ -151,9 +151,7 @@ def training_individuals(class_nouns: Sequence[str], n: int = 0) -> list[Subject
 
     None of them is tested, is one that users personalize, or stands in the line-up of one of these.
 
-    Args:
-        class_nouns: see `check_classes`.
-        n: how many; 0 = all; a ParameterError where the classes have fewer.
+    `n` is how many; 0 = all; a ParameterError where the classes have fewer.
     """
     nouns = check_classes(class_nouns)
     tested = [who for noun in nouns for who in tested_individuals(noun)]
@@ -259,11 +257,8 @@ def score_pairs(
 
 
 def photos_to_compare(folder: Path | None, class_noun: str) -> tuple[list[Image.Image], list[str]]:
-    """A user's photos and their names; without a folder, those of the pocket world's own individual of the class.
-
-    Raises:
-        PhotoError: see `load_subject_photos`.
-        ScoreError: fewer than two photos.
+    """A user's photos (see `load_subject_photos`) and their names; without a folder, those of the pocket world's own
+    individual of the class. Fewer than two are a ScoreError.
     """
     if folder is None:
         photos = world_photos(demo_subject(class_noun))
