@@ -7,8 +7,6 @@ white and all else black in the same order, so what hides the subject hides it i
 Coordinates of a figure: feet at y = 0, up is negative, a standing character is 1 high.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -17,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ibkit.pocket.world import COLOURS, IMAGE_PX, NO_ACTIVITY, Scene, Subject
+from ibkit.pocket.world import COLOURS, IMAGE_PX, NO_ACTIVITY, PLACES, Scene, Subject
 
 SUPERSAMPLE = 4
 OUTLINE = (36, 32, 40)
@@ -40,14 +38,14 @@ class Pen:
         self.canvas, self.matrix, self.mask, self.subject = canvas, matrix, mask, subject
         self.unit_px = float(np.sqrt(abs(np.linalg.det(matrix[:, :2]))))
 
-    def at(self, x: float, y: float, scale: float = 1.0, angle: float = 0.0, flip: bool = False) -> Pen:
+    def at(self, x: float, y: float, scale: float = 1.0, angle: float = 0.0, flip: bool = False) -> "Pen":
         """A pen whose origin is (x, y), turned by `angle` degrees (clockwise on screen), scaled and mirrored."""
         c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
         sx = -scale if flip else scale
         local = np.array([[c * sx, -s * scale, x], [s * sx, c * scale, y], [0, 0, 1]])
         return Pen(self.canvas, self.matrix @ local, self.mask, self.subject)
 
-    def as_subject(self, subject: bool = True) -> Pen:
+    def as_subject(self, subject: bool = True) -> "Pen":
         return Pen(self.canvas, self.matrix, self.mask, subject)
 
     def _colour(self, colour: Colour | None) -> Colour | int | None:
@@ -750,16 +748,8 @@ def _moon(pen: Pen, shift: float):
         pen.ellipse(cx + 0.04 * shift, cy, r, r * 0.4, (120, 120, 132), None)
 
 
-_PLACES: dict[str, Callable[[Pen, float], None]] = {
-    "park": _park,
-    "beach": _beach,
-    "kitchen": _kitchen,
-    "forest": _forest,
-    "mountains": _mountains,
-    "city": _city,
-    "desert": _desert,
-    "moon": _moon,
-}
+_BACKDROPS = (_park, _beach, _kitchen, _forest, _mountains, _city, _desert, _moon)
+_PLACES: dict[str, Callable[[Pen, float], None]] = dict(zip(PLACES, _BACKDROPS, strict=True))
 # group -> how it is drawn, and its height as a fraction of the picture, which keeps all props inside the frame
 _GROUPS: dict[str, tuple[Callable[[Pen, Scene], None], float]] = {
     "character": (_draw_character, 0.64),

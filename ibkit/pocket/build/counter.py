@@ -52,10 +52,8 @@ def _labels(pictures: Pictures, device: torch.device) -> dict[str, torch.Tensor]
 
 
 def train(folder: Path, vae, start: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> JudgeNet:
-    """Half of the pictures of a batch are reconstructions, made once; half are mirrored.
-
-    Args:
-        start: a rater's weights; those of its questions that are not the counter's are left.
+    """Half of the pictures of a batch are reconstructions, made once; half are mirrored. The first weights are a
+    rater's, without those of questions that the counter does not answer.
     """
     pictures = pictures_of(folder, "counted", TRAIN_SEED, N_TRAIN)
     labels = _labels(pictures, device)
