@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import baselines, dreambooth, personalize, scoring, sd15, sd15_all
+from benchmarks import baselines, dreambooth, personalize, report, scoring, sd15, sd15_all
 from benchmarks.arms import personalized
 from benchmarks.personalize import as_scores, chosen
 from ibkit.adapt import Adapted
@@ -177,3 +177,14 @@ def test_a_step_of_a_baseline_has_the_loss_of_a_plain_loop(tiny, tmp_path, monke
     job = Job(Adapted.of(tiny), who, photos[:2], method, 0, tmp_path, photos[2:])
     theirs, ours = (train(tiny.copy(), method, job, config) for train in (baselines.plain, baselines.ours))
     assert ours == pytest.approx(theirs, rel=1e-4) and len(set(ours)) == 3
+
+
+def test_the_page_of_a_grid_is_timed(monkeypatch, capsys):
+    assert report.arms(10)[0] == "base" and len(set(report.arms(10))) == 10
+    monkeypatch.setattr(report, "opens", lambda page, scratch: (len(page.read_bytes()) / 1e6, 2.0))
+    monkeypatch.setattr(report, "CHROMIUM", "a browser")
+    monkeypatch.setattr("sys.argv", ["report.py", "--subjects=2", "--arms=2", "--side=16", "--json"])
+    report.main()
+    found = json.loads(capsys.readouterr().out)
+    assert found["pictures"] == 2 * (1 + 2) * 5 * 10  # both kinds of prompts for the arm that has an identifier
+    assert found["opens_s"] == pytest.approx(found["mb"], abs=0.1) and found["slowest_s"] == 2

@@ -26,7 +26,8 @@ def small(personalize):
     """The smallest budget, with the preset's method of personalization."""
     settings = [f"{personalize}.{text}" for text in ("n_steps=3", "batch=2", "n_class_images=2")]
     settings += [f"ddpo.{text}" for text in ("n_epochs=2", "images_per_epoch=4", "sampler.n_steps=3")]
-    return [word for value in settings for word in ("--set", value)] + ["-p", "03_evaluate.n_images=2"]
+    words = [word for value in settings for word in ("--set", value)]
+    return [*words, "--n-inference-steps", 3, "-p", "03_evaluate.n_images=2"]
 
 
 def ibkit(*words, cwd=ROOT, **variables):
@@ -52,8 +53,8 @@ def outputs(tmp_path_factory):
 
 
 def run_the_pocket(outputs):
-    """The main job with two RL seeds on the pocket model."""
-    return ibkit("run", "--name", outputs.name, "--device", "cpu", "--tune-seeds", 0, 1, *small("lora_dreambooth"))
+    """The main job on the pocket model."""
+    return ibkit("run", "--name", outputs.name, "--device", "cpu", *small("lora_dreambooth"))
 
 
 def run_photos(outputs, tokenizer, folder):
@@ -65,7 +66,7 @@ def run_photos(outputs, tokenizer, folder):
     for i, photo in enumerate(world_photos(demo_subject("dog"), 3)):
         photo.resize((300, 200)).save(folder / "my dog" / f"{i}.jpg")
     chain = ["--model", folder / "model", "--subject", folder / "my dog", "--class-noun", "dog", "--device", "cpu"]
-    chain += [*small("dreambooth"), "--n-inference-steps", 3, "--guidance", 1, "--eta", 0]
+    chain += [*small("dreambooth"), "--guidance", 1, "--eta", 0]
     chain += ["--prompts", "playing soccer", "-p", "03_evaluate.n_images=1"]  # as little as a first trial can ask for
     name = outputs.name
     offline = ibkit("run", "--name", f"{name}-offline", *chain, HF_HUB_OFFLINE=1, HF_HOME=folder / "cache")
@@ -92,9 +93,9 @@ def done(jobs):
 
 def test_the_main_job_runs_the_real_notebooks(done, outputs):
     scores = read_run(outputs / "03_evaluate").table("scores.csv")
-    # 2 activities x 2 images x (base; DreamBooth with and without the identifier; the same for each of 2 RL seeds)
+    # 2 activities x 2 images x (base; DreamBooth with and without the identifier; RL likewise)
     pictures = scores[scores["arm"] != "real"]
-    assert len(pictures) == 2 * 2 * (1 + 2 + 2 * 2) and len(scores) == len(pictures) + 5
+    assert len(pictures) == 2 * 2 * (1 + 2 + 2) and len(scores) == len(pictures) + 5
     assert (
         pictures[["clip_t", "image_reward", "clip_i", "dino", "judge_activity", "judge_identity"]].notna().all().all()
     )
@@ -112,11 +113,11 @@ def test_claims_read_the_run(done, outputs):
 
 def test_a_finished_job_has_nothing_left_to_do(done, outputs):
     result = ibkit("run", "--resume", "--name", outputs.name)
-    assert result.returncode == 0 and result.stdout.count("already done") == 4
+    assert result.returncode == 0 and result.stdout.count("already done") == 3
 
 
 def test_the_policy_starts_as_the_personalized_model(done, outputs):
-    history = read_run(outputs / "02_rl_finetune-tune0").table("history.csv")
+    history = read_run(outputs / "02_rl_finetune").table("history.csv")
     assert history["ratio_first"].iloc[0] < 1e-6
     assert {"reward_identifier", "reward_class", "monitor", "judge_activity", "judge_identity"} <= set(history)
 
@@ -124,7 +125,7 @@ def test_the_policy_starts_as_the_personalized_model(done, outputs):
 def test_the_adapter_loads_into_diffusers_own_pipeline(done, outputs):
     from diffusers import StableDiffusionPipeline
 
-    result = ibkit("export", outputs / "02_rl_finetune-tune0", outputs / "exported")
+    result = ibkit("export", outputs / "02_rl_finetune", outputs / "exported")
     assert result.returncode == 0, result.stderr[-3000:]
     pipeline = StableDiffusionPipeline.from_pretrained(outputs / "exported")
     for name in ("lora_dreambooth", "ddpo"):
@@ -133,34 +134,21 @@ def test_the_adapter_loads_into_diffusers_own_pipeline(done, outputs):
     theirs = load_model("pocket")
     theirs.unet = pipeline.unet
     use_quick_attention(theirs.unet, theirs.device)
-    ours = Adapted.read(read_run(outputs / "02_rl_finetune-tune0")).build()
+    ours = Adapted.read(read_run(outputs / "02_rl_finetune")).build()
     x, t = torch.randn(1, *ours.latent_shape, generator=generator(0)), torch.tensor([500])
     torch.testing.assert_close(*(m.predict_noise(x, t, ["a sks cat dancing"]) for m in (ours, theirs)))
-    again = ibkit("export", outputs / "02_rl_finetune-tune0", outputs / "exported")
+    again = ibkit("export", outputs / "02_rl_finetune", outputs / "exported")
     assert again.returncode == 2 and "is there already: name another folder" in again.stderr
 
 
-def test_one_notebook_alone_and_its_refusals(done, outputs):
+def test_one_notebook_alone(done, outputs):
     run_in = ["-r", "run_in", outputs / "01_personalize", "-r", "run_out", outputs / "alone"]
     small = ["-y", "settings: {n_epochs: 1, images_per_epoch: 4, sampler.n_steps: 3}"]
-    refused = {
-        ("-y", "settings: {n_epoch: 1}"): "did you mean 'n_epochs'",
-        ("-y", "prompts: [flying to the moon on a broom]"): "knows no cat 'flying to the moon on a broom'",
-    }
-
-    def refuse(words):
-        name = f"refused-{words[1].split(':')[0]}"
-        place = ["-r", "run_out", outputs / name]
-        return papermill("02_rl_finetune", outputs / f"{name}.ipynb", *run_in[:3], *place, *words)
-
-    with ThreadPoolExecutor(2) as pool:  # most of such a run is imports
-        for result, sentence in zip(pool.map(refuse, refused), refused.values(), strict=True):
-            assert result.returncode != 0 and sentence in result.stderr, result.stderr[-2000:]
     result = papermill("02_rl_finetune", outputs / "alone.ipynb", *run_in, *small, "-p", "processes", 2)
     assert result.returncode == 0, result.stderr[-3000:]
     alone = read_run(outputs / "alone").table("history.csv")
     assert len(alone) == 1
-    by_one = read_run(outputs / "02_rl_finetune-tune0").table("history.csv")
+    by_one = read_run(outputs / "02_rl_finetune").table("history.csv")
     assert alone["reward"][0] == pytest.approx(by_one["reward"][0], abs=1e-3)
     # the same folder again, without resume
     result = papermill("02_rl_finetune", outputs / "alone.ipynb", *run_in, *small)

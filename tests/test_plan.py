@@ -123,6 +123,27 @@ def test_operations_and_bytes_of_a_layer_by_hand():
     assert passes.graph_bytes("all") == 4 * (8 + 5)  # the input for the weight's gradient, the output for the square's
 
 
+def test_a_machine_is_timed_once_for_grids(tmp_path, monkeypatch):
+    timed = []
+
+    def pocket(device):
+        timed.append(device)
+        return PocketCosts(
+            0.1, 0.2, 0.3, 0.4, 5, 6, "timed", resident=7, weights=8, tuned_row_bytes=9, trained_row_bytes=10
+        )
+
+    monkeypatch.setattr(costs, "_pocket", pocket)
+    kept, cpu = tmp_path / "cache" / "costs.json", torch.device("cpu")
+    first, again = (costs.costs("pocket", cpu, kept=kept) for _ in range(2))
+    assert first == again and len(timed) == 1 and first.how.startswith("timed at 20")
+    monkeypatch.setattr(costs.platform, "node", lambda: "another machine")
+    assert costs.costs("pocket", cpu, kept=kept).seconds(costs.Work()) == 5 and len(timed) == 2
+    for broken in ("", "[]", '{"of": 1}', kept.read_text().replace('"start"', '"stop"')):
+        kept.write_text(broken)
+        assert costs.costs("pocket", cpu, kept=kept).start == 5
+    assert len(timed) == 6
+
+
 def test_the_command_says_where_its_numbers_come_from(capsys, monkeypatch):
     monkeypatch.setattr(costs, "REPEATS", 1)
     assert main(["plan", "--device", "cpu", "--json", *SMALL]) == 0

@@ -58,7 +58,14 @@ def job(ibkit):
     words = ["--personalize", "toy_shake", "--reward", "toy_redness", "--device", "cpu"]
     for value in ("toy_shake.n_steps=2", "ddpo.n_epochs=1", "ddpo.images_per_epoch=4", "ddpo.sampler.n_steps=3"):
         words += ["--set", value]
-    words += ["-p", "03_evaluate.scorers=['toy_redness', 'clip_t', 'dino']", "-p", "03_evaluate.n_images=2"]
+    words += [
+        "-p",
+        "03_evaluate.scorers=['toy_redness', 'clip_t', 'dino']",
+        "-p",
+        "03_evaluate.n_images=2",
+        "--n-inference-steps",
+        3,
+    ]
     yield folder, ibkit("run", "--name", folder.name, *words)
     shutil.rmtree(folder, ignore_errors=True)
 

@@ -1,8 +1,11 @@
 """The real notebooks run again by hand: their cells executed a second time in the same kernel's namespace."""
 
+import re
+
 import nbformat
 import pytest
 
+from ibkit.errors import ParameterError
 from ibkit.runs import notebooks, project_root, read_run, writing
 from ibkit.runs.files import hash_file
 
@@ -37,7 +40,7 @@ class Kernel:
 
 def test_a_notebook_is_run_again_by_hand(outputs, capsys):
     small = {"n_steps": 3, "batch": 2, "n_class_images": 2}
-    kernel = Kernel("01_personalize", device="cpu", settings=small)
+    kernel = Kernel("01_personalize", device="cpu", settings=small, n_inference_steps=3)
     kernel.run()
     folder = outputs / "notebook-01_personalize"
     first = read_run(folder, "01_personalize").manifest
@@ -59,6 +62,14 @@ def test_a_notebook_is_run_again_by_hand(outputs, capsys):
     later = Kernel("02_rl_finetune", device="cpu", settings={"n_epochs": 1})
     later.run(later.until("open_run("))
     assert "goes on from outputs/notebook-01_personalize, the newest run" in capsys.readouterr().out
+
+    for name, value, sentence in (
+        ("settings", {"n_epoch": 1}, "did you mean 'n_epochs'"),
+        ("prompts", ["flying to the moon on a broom"], "knows no cat 'flying to the moon on a broom'"),
+    ):
+        refused = Kernel("02_rl_finetune", device="cpu", **{name: value})
+        with pytest.raises(ParameterError, match=re.escape(sentence)):
+            refused.run(refused.until("rollout("))
 
     kernel.parameters["seed"] = 1
     kernel.run(kernel.until("open_run("))  # another number

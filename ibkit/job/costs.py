@@ -8,26 +8,31 @@ row is one latent in a pass; guidance makes two of a picture.
 
 from __future__ import annotations
 
+import json
 import math
+import platform
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
 from statistics import median
 
 import psutil
 import torch
 
 from ibkit.adapt import attach
-from ibkit.device import generator
+from ibkit.device import describe_device, generator
 from ibkit.job.memory import TEXT, WEIGHTS, autoencoder, forward, step
-from ibkit.job.stages import Stage
+from ibkit.job.stages import Stage, spell
 from ibkit.methods.records import METHODS, Work
 from ibkit.model.loading import load_model
 from ibkit.model.single_file import SD15_UNET, SD15_VAE
 from ibkit.presets import POCKET, preset_of
+from ibkit.runs.files import write_atomically
 
-REPEATS = 4
+REPEATS = 2
 PICTURES = 8  # decoded and scored to time one
 FIXED_PICTURES = 32  # samples and checks of a notebook beside its work
 # Assumed of a GPU that is not here, as operations and bytes a second that are kept up: a third of the bf16 peak that is
@@ -115,11 +120,29 @@ def count(stage: Stage, shared_sets: int = 0, shared_classes: bool = False) -> W
 # ---------------------------------------------------------------------------------------------------- costs
 
 
-def costs(model: str, device: torch.device, elsewhere: bool = False) -> Costs:
-    """What a model's passes cost here, or on a GPU that is `elsewhere`; any folder counts as Stable Diffusion v1.5."""
+def costs(model: str, device: torch.device, elsewhere: bool = False, kept: Path | None = None) -> Costs:
+    """What a model's passes cost here, or on a GPU that is `elsewhere`; any folder counts as Stable Diffusion v1.5.
+
+    Args:
+        kept: file of what this machine was timed at before, which is read in the place of timing it again; or made.
+    """
     if model == "pocket":
-        return _pocket(device)
+        return _kept(kept, device) if kept else _pocket(device)
     return _assumed() if elsewhere else _timed_large(device) if device.type == "cuda" else _scaled(_pocket(device))
+
+
+def _kept(path: Path, device: torch.device) -> PocketCosts:
+    of = {"machine": platform.node(), "device": describe_device(device), "torch": torch.__version__}
+    # One of another machine, and one that cannot be read, is made anew.
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        found = json.loads(path.read_text())
+        if found["of"] == of:
+            return PocketCosts(**found["costs"])
+    timed = _pocket(device)
+    timed = replace(timed, how=f"{timed.how} at {datetime.now():%Y-%m-%d %H:%M} ({spell(path)})")
+    data = json.dumps({"of": of, "costs": asdict(timed)}, indent=1).encode()
+    write_atomically(path, len(data), lambda temporary: temporary.write_bytes(data))
+    return timed
 
 
 def _pocket(device: torch.device) -> PocketCosts:

@@ -170,7 +170,7 @@ def print_plan(cells: Sequence[Cell], todo: Sequence[Cell], folder: Path, worker
     threads()
     given = cells[0].stage.parameters
     device = pick_device(given["device"])
-    cost = costs(given["model"], device)
+    cost = costs(given["model"], device, kept=OUTPUTS / "cache" / "costs.json")
     work = predicted(cells, todo, cost)
     give_back_memory()
     print(f"\n{'':14}{'cells':>8}{'to do':>8}{'time':>14}")
@@ -183,7 +183,7 @@ def print_plan(cells: Sequence[Cell], todo: Sequence[Cell], folder: Path, worker
     print(f"\n{work.shared}\nlongest chain: {duration(work.longest)}; disk: {work.bytes / 2**30:.2f} GiB")
     if workers > 1:
         print(f"with {workers} workers: {duration(max(total / workers, work.longest))} or more")
-    how = "one cell at a time" if isinstance(cost, PocketCosts) else cost.how
+    how = f"one cell at a time; {cost.how}" if isinstance(cost, PocketCosts) else cost.how
     print(f"predicted for {given['model']} on {describe_device(device)}, {how}")
     return work.bytes
 
