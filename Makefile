@@ -4,6 +4,7 @@
 # make weights  set up if needed, then build the pocket models                          (make weights ARGS="--help")
 # make test     set up if needed, then the tests, on two cores                          (make test ARGS="-k photos -n 0")
 # make check    set up if needed, then the linter, its formatter and the type checker
+# make notebooks  set up if needed, then execute every notebook that is not yet, for the book (hours on a CPU)
 # make book     set up if needed, then the book: site/index.html, offline
 # make help     this text            make clean-venv   remove .venv, so that the next call sets it up anew
 # PYTHON=python3.12 chooses the Python that .venv is made from (3.11 or newer).
@@ -19,10 +20,10 @@ $(shell rm -f $(STAMP))
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help run lab weights test check book clean-venv
+.PHONY: help run lab weights test check notebooks book clean-venv
 
 help:
-	@sed -n 's/^# //p' Makefile | sed -n '1,9p'
+	@sed -n 's/^# //p' Makefile | sed -n '1,10p'
 
 # An option where a variable is given on make's command line; one of the environment is somebody else's.
 option = $(if $(findstring command line,$(origin $(1))),--$(2) '$(subst ','\'',$($(1)))')
@@ -49,8 +50,12 @@ check: $(STAMP)
 	@$(VENV)/bin/ruff format --check .
 	@$(VENV)/bin/mypy
 
+notebooks: $(STAMP)
+	@for notebook in notebooks/*.ipynb; do \
+	    name=$$(basename $$notebook .ipynb); $(VENV)/bin/ibkit stage $$name --out outputs/book/$$name $(ARGS) || exit; done
+
 book: $(STAMP)
-	@$(VENV)/bin/python -c 'import mkdocs, material, mkdocstrings' 2>/dev/null || \
+	@$(VENV)/bin/python -c 'import mkdocs, material, mkdocstrings, latex2mathml' 2>/dev/null || \
 	    $(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[book]'
 	@$(VENV)/bin/python -m mkdocs build $(ARGS)
 

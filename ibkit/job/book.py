@@ -9,10 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ibkit.job import notebook_pages
+from ibkit.job.notebook_pages import NOTEBOOKS, outside_code
 from ibkit.runs import project_root
 
 ROOT = project_root()
-LINK = re.compile(r"(!?)\[([^\]]*)\]\(([^)\s#]+)(#[^)\s]*)?\)")
+LINK = r"(?P<mark>!?)\[(?P<label>[^\]]*)\]\((?P<place>[^)\s#]+)(?P<anchor>#[^)\s]*)?\)"
 KEPT = ("http://", "https://", "mailto:")
 COLUMNS = {  # of tables that no method's page explains
     "scores.csv": {
@@ -64,7 +66,7 @@ class Column:
 
 
 def pages() -> dict[str, str]:
-    """Path below the book -> Markdown, of all pages that are made from the code."""
+    """Path below the book -> Markdown, of all pages that are made from the code; notebooks are apart."""
     found = {"index.md": (ROOT / "README.md").read_text(encoding="utf-8")}
     found |= {
         f"{name}.md": (ROOT / f"{name}.md").read_text("utf-8") for name in ("CONTRIBUTING", "CHANGELOG", "SECURITY")
@@ -212,20 +214,21 @@ def relinked(text: str, source: str, known: set[str]) -> str:
     at_root = source in ("index.md", "CONTRIBUTING.md", "CHANGELOG.md", "SECURITY.md")
 
     def one(match: re.Match) -> str:
-        mark, label, place, anchor = match.group(1), match.group(2), match.group(3), match.group(4) or ""
+        mark, label, place, anchor = match.group("mark", "label", "place", "anchor")
         if place.startswith(KEPT):
             return match[0]
+        place = re.sub(r"\.ipynb$", ".md", place)
         if at_root:
             path = "index.md" if place == "README.md" else place.removeprefix("docs/")
         else:
             path = _normal(base.parent / place)
         if path in known:
             up = "../" * (len(Path(source).parts) - 1)
-            return f"{mark}[{label}]({up}{path}{anchor})"
+            return f"{mark}[{label}]({up}{path}{anchor or ''})"
         shown = place if at_root else path.removeprefix("../")
         return f"{label} (`{shown}`)" if label.strip("`") != shown else f"`{shown}`"
 
-    return LINK.sub(one, text)
+    return outside_code(LINK, one, text)
 
 
 def _normal(path: Path) -> str:
@@ -237,14 +240,20 @@ def _normal(path: Path) -> str:
 # ------------------------------------------------------------------------------------------------------ MkDocs' hooks
 
 
+def on_config(config: Any) -> Any:
+    """List the notebooks in the navigation, after the front page."""
+    config.nav.insert(1, {"Notebooks": [f"notebooks/{path.stem}.md" for path in sorted(NOTEBOOKS.glob("*.ipynb"))]})
+    return config
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Add the pages that are made, and the README's pictures, to MkDocs' files."""
     from mkdocs.structure.files import File
 
-    for path, text in pages().items():
-        files.append(File.generated(config, path, content=text))
+    for path, content in (pages() | notebook_pages.pages()).items():
+        files.append(File.generated(config, path, content=content))
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    for mark, _, place, _ in LINK.findall(readme):
+    for mark, _, place, _ in re.findall(LINK, readme):
         if mark and not place.startswith(KEPT):
             files.append(File.generated(config, place, abs_src_path=str(ROOT / place)))
     return files
