@@ -167,10 +167,8 @@ def checked(rows: Iterable[Field], values: Mapping[str, Any], whose: str, noun: 
 
 
 def fill(settings: T, values: Mapping[str, Any], whose: str) -> T:
-    """A copy of a settings dataclass with the values that are given, by name; of a nested one by dotted name.
-
-    Raises:
-        ParameterError: see `checked`.
+    """A copy of a settings dataclass with the values that are given, by name; of a nested one by dotted name. See
+    `checked`.
     """
     return _replaced(settings, checked(fields_of(settings), values, whose, "setting"))
 

@@ -70,10 +70,8 @@ def _check_settings(parameters: Any, method: str) -> None:
 
 
 def _class_of(photos: str, usual: str) -> str:
-    """What a subject is where nobody said: the usual without photos, what DreamBench says of its own.
-
-    Raises:
-        ParameterError: a folder of photos that is not DreamBench's.
+    """What a subject is where nobody said: the usual without photos, what DreamBench says of its own; a ParameterError
+    for a folder of photos that is not DreamBench's.
     """
     if not photos:
         return usual
@@ -369,13 +367,8 @@ SCHEMAS: dict[str, type[Common]] = {
 
 
 def schema(notebook: str) -> list[Field]:
-    """List the parameters of a notebook, in the order of its parameters cell.
-
-    Args:
-        notebook: its name without the suffix, such as "01_personalize".
-
-    Raises:
-        ParameterError: no such notebook.
+    """List the parameters of a notebook, such as "01_personalize", in the order of its parameters cell; a
+    ParameterError where there is no such notebook.
     """
     if notebook not in SCHEMAS:
         raise ParameterError(f"There is no notebook {notebook!r}{nearest(notebook, SCHEMAS)}")

@@ -64,13 +64,8 @@ class Preset:
         return f"of the preset {self.name}: {', '.join(said) or 'nothing'}"
 
     def drawing(self, given: Mapping[str, Any]) -> Preset:
-        """This preset, whose two samplers have what a notebook's parameters give of a sampler.
-
-        Args:
-            given: n_inference_steps, where 0 leaves the preset's; guidance and eta, where -1 does.
-
-        Raises:
-            ParameterError: a value that no sampler has.
+        """This preset, whose two samplers have what a notebook's parameters give of a sampler: n_inference_steps, where
+        0 leaves the preset's; guidance and eta, where -1 does. A value that no sampler has is a ParameterError.
         """
         chosen = {"n_steps": given["n_inference_steps"] or -1, "guidance": given["guidance"], "eta": given["eta"]}
         chosen = {name: value for name, value in chosen.items() if value != -1}

@@ -50,10 +50,8 @@ class Registry(Mapping[str, T], Generic[T]):
         return len(self._points)
 
     def find(self, name: str) -> T:
-        """The object of this name.
-
-        Raises:
-            ParameterError: there is none (the nearest is named), or its module does not import.
+        """The object of this name; a ParameterError where there is none (the nearest is named), or its module does not
+        import.
         """
         if name not in self:
             raise ParameterError(f"There is no {self.noun} {name!r}{nearest(name, self)}")

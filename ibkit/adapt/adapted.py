@@ -4,8 +4,6 @@
 hashes base and deltas alone: no folder, clock or parameter, so a run made again bit for bit has the same one.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, replace
@@ -69,15 +67,13 @@ class Adapted:
     deltas: tuple[Delta, ...] = field(default=())
 
     @staticmethod
-    def of(model: TextToImage, revision: str = "") -> Adapted:
+    def of(model: TextToImage, revision: str = "") -> "Adapted":
         """A loaded base model, nothing on it yet."""
         return Adapted(Base(model.name, revision, model_fingerprint(model)))
 
-    def on_adapter(self, run: Run, model: TextToImage, path: Path) -> Adapted:
-        """The base with a LoRA of others on it, which is put on the model too; its weights are kept in the run.
-
-        Raises:
-            ModelError: see `ibkit.adapt.lora.attach_file`.
+    def on_adapter(self, run: Run, model: TextToImage, path: Path) -> "Adapted":
+        """The base with a LoRA of others on it, which is put on the model too (see `ibkit.adapt.lora.attach_file`); its
+        weights are kept in the run.
         """
         lora.attach_file(model, ADAPTER, path)
         below = self.then(run, f"{ADAPTER}.safetensors", model, ADAPTER, "lora", 0).deltas[-1]
@@ -104,7 +100,7 @@ class Adapted:
         names = [method, *(f"{method}-{i}" for i in range(2, len(self.deltas) + 2))]
         return next(name for name in names if name not in {delta.name for delta in self.stack})
 
-    def then(self, run: Run, file: str, model: TextToImage, name: str, method: str, seed: int) -> Adapted:
+    def then(self, run: Run, file: str, model: TextToImage, name: str, method: str, seed: int) -> "Adapted":
         """One more delta: that of this name on the model, whose weights are written to `file` in the run."""
         path, attached = run.write_tensors(file, state(model, name)), model.deltas[name]
         delta = Delta(name, method, attached.kind, attached.settings, seed, path, hash_file(path))
@@ -120,12 +116,8 @@ class Adapted:
         run.write_json(name, {"schema": SCHEMA, "base": base, "deltas": rows(self.deltas)})
 
     @staticmethod
-    def read(run: CompletedRun, name: str = FILE) -> Adapted:
-        """Read it from a finished run.
-
-        Raises:
-            ArtifactError: the run has none, or one that this ibkit cannot read.
-        """
+    def read(run: CompletedRun, name: str = FILE) -> "Adapted":
+        """Read it from a finished run; an ArtifactError where it has none, or one that this ibkit cannot read."""
         path = run.path(name)
         try:
             facts = read_json(path)
@@ -142,11 +134,8 @@ class Adapted:
             ) from error
 
     def build(self, device: torch.device | str = "cpu") -> TextToImage:
-        """Load the base and put the deltas on it, frozen.
-
-        Raises:
-            ArtifactError: a delta's file is missing or altered.
-            ModelError: the base is not the one that the deltas were trained on, or a file does not fit.
+        """Load the base and put the deltas on it, frozen. A file that is missing or altered is an ArtifactError; a base
+        that is not the one that the deltas were trained on, or a file that does not fit, a ModelError.
         """
         from safetensors.torch import load_file
 

@@ -7,8 +7,6 @@ Every `attn2` layer keeps its key and value matrices W_0 and gains differences Î
 mark (position 0) keys and values pass no gradient, as in the reference code.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -44,11 +42,7 @@ class ChangedLinear(torch.nn.Linear):
 
 
 def attach(model: TextToImage, name: str, settings: Mapping[str, Any], stream: torch.Generator) -> None:
-    """Differences of zero, and new words.
-
-    Raises:
-        ModelError: another method's changes stand on the same matrices.
-    """
+    """Differences of zero, and new words; a ModelError where another method's changes stand on the same matrices."""
     if others := [n for n, attached in model.deltas.items() if attached.kind in ("cross_kv", "lora")]:
         raise ModelError(
             f"{name!r} changes the cross-attentions that {others[0]!r} has changed: put it on the base model; "

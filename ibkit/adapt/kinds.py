@@ -3,10 +3,8 @@
 The parameters that `attach` returns are the whole state of a delta: what is trained, checkpointed, averaged and saved.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -76,11 +74,9 @@ def parameters_of(model: TextToImage, name: str) -> dict[str, torch.nn.Parameter
     return KINDS[model.deltas[name].kind].parameters(model, name)
 
 
-@contextmanager
-def without(model: TextToImage, name: str) -> Iterator[None]:
+def without(model: TextToImage, name: str) -> AbstractContextManager[None]:
     """Inside, the model is what lies below the delta: the reference of a KL divergence. It is trainable again after."""
-    with KINDS[model.deltas[name].kind].without(model, name):
-        yield
+    return KINDS[model.deltas[name].kind].without(model, name)
 
 
 def state(model: TextToImage, name: str) -> dict[str, torch.Tensor]:
@@ -89,11 +85,7 @@ def state(model: TextToImage, name: str) -> dict[str, torch.Tensor]:
 
 
 def load_state(model: TextToImage, name: str, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Put a delta's weights back.
-
-    Raises:
-        ModelError: other names or shapes, or values that are not finite.
-    """
+    """Put a delta's weights back; other names or shapes, or values that are not finite, are a ModelError."""
     parameters = parameters_of(model, name)
     if parameters.keys() != tensors.keys():
         raise ModelError(

@@ -4,8 +4,6 @@ Settings: rank; or, of an adapter made elsewhere, `ranks`: the rank of each modu
 The scale is 1 (peft's alpha is the rank).
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -44,10 +42,8 @@ def attach(model: TextToImage, name: str, settings: Mapping[str, Any], stream: t
 def attach_file(model: TextToImage, name: str, path: Path) -> None:
     """Put an adapter made elsewhere on the model, frozen: a .safetensors file as diffusers or kohya's scripts write it.
 
-    diffusers reads it; its scale (alpha / rank) is then multiplied into B, so that ours is 1.
-
-    Raises:
-        ModelError: it is damaged, not a LoRA of this U-Net, or changes more than that.
+    diffusers reads it; its scale (alpha / rank) is then multiplied into B, so that ours is 1. One that is
+    damaged, not a LoRA of this U-Net, or changes more than that is a ModelError.
     """
     from diffusers import StableDiffusionPipeline
     from safetensors import SafetensorError, safe_open

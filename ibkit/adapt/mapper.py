@@ -5,10 +5,7 @@ Settings: word, the new one; start, the word of one token whose row gives the no
 norm, of what (`NORMS`); truncate, how many of the hidden units are used, 0 = all.
 """
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +20,8 @@ from ibkit.model.text_to_image import TextToImage
 
 
 def attach(model: TextToImage, name: str, settings: Mapping[str, Any], stream: torch.Generator) -> None:
-    """A fresh mapper, drawn from `stream`.
-
-    Raises:
-        ModelError: the model has one, or it cannot learn the word (see `tokens.add_word`).
+    """A fresh mapper, drawn from `stream`; a ModelError where the model has one, or cannot learn the word
+    (`tokens.add_word`).
     """
     if model.mapped is not None:
         raise ModelError(f"the model has a word with a mapper already, and {name!r} would be a second: use one.")
@@ -46,11 +41,7 @@ def parameters(model: TextToImage, name: str) -> dict[str, torch.nn.Parameter]:
     return dict(model.mapped.mapper.named_parameters())
 
 
-@contextmanager
-def without(model: TextToImage, name: str) -> Iterator[None]:
-    """Not possible: a prompt with the word means nothing to what lies below."""
-    with tokens.without(model, name):
-        yield
+without = tokens.without  # not possible either
 
 
 def export(model: TextToImage, name: str, folder: Path) -> None:

@@ -7,19 +7,39 @@ weight decay either. Of several vectors the others are called `<sks>_1`, `<sks>_
 as in diffusers (`TextToImage.spelled_out`).
 """
 
-from __future__ import annotations
-
 import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from ibkit.errors import ModelError
 from ibkit.model.text_to_image import TextToImage
-from ibkit.model.words import WiderEmbedding
+
+
+class WiderEmbedding(torch.nn.Module):
+    """A token embedding with more rows behind those of the one below, which stays as it is.
+
+    The rows are a parameter of their own: neither a gradient nor weight decay can move another.
+
+    Args:
+        below: the embedding so far, ids (...) -> (..., D).
+        name: of the delta that brings the rows.
+        rows: (n, D).
+        first: id of the first of them.
+    """
+
+    def __init__(self, below: torch.nn.Module, name: str, rows: torch.Tensor, first: int):
+        super().__init__()
+        self.below, self.name, self.first = below, name, first
+        self.rows = torch.nn.Parameter(rows)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        row = ids - self.first
+        own = (row >= 0) & (row < len(self.rows))
+        others = self.below(ids.masked_fill(own, 0))
+        return torch.where(own[..., None], self.rows[row.clamp(0, len(self.rows) - 1)], others)
 
 
 def attach(model: TextToImage, name: str, settings: Mapping[str, Any], stream: torch.Generator) -> None:
@@ -28,10 +48,8 @@ def attach(model: TextToImage, name: str, settings: Mapping[str, Any], stream: t
 
 
 def add_word(model: TextToImage, name: str, word: str, start: str, n_vectors: int = 1) -> torch.nn.Parameter:
-    """Teach the model a word and return its rows (n_vectors, D).
-
-    Raises:
-        ModelError: the tokenizer has the word, or the one to start from is not one token.
+    """Teach the model a word and return its rows (n_vectors, D); a ModelError where the tokenizer has the word, or the
+    one to start from is not one token.
     """
     ids = model.token_ids(start)
     if len(ids) != 1:
@@ -42,7 +60,9 @@ def add_word(model: TextToImage, name: str, word: str, start: str, n_vectors: in
     words = [word, *(f"{word}_{i}" for i in range(1, n_vectors))]
     if taken := [w for w in words if len(model.token_ids(w)) == 1]:
         raise ModelError(f"{model.name} knows the word {taken[0]!r} already: choose another identifier.")
-    tokenizer, encoder = copy.deepcopy(model.tokenizer), _own_modules(model.text_encoder)
+    # modules of its own and the same weights: models that share an encoder keep their words apart
+    shared = {id(tensor): tensor for tensor in (*model.text_encoder.parameters(), *model.text_encoder.buffers())}
+    tokenizer, encoder = copy.deepcopy(model.tokenizer), copy.deepcopy(model.text_encoder, shared)
     below = encoder.get_input_embeddings()
     rows = below(torch.tensor(ids, device=model.device)).detach().repeat(n_vectors, 1)
     wider = WiderEmbedding(below, name, rows, first=len(tokenizer))
@@ -63,11 +83,9 @@ def parameters(model: TextToImage, name: str) -> dict[str, torch.nn.Parameter]:
     return {"rows": rows_of(model, name)}
 
 
-@contextmanager
-def without(model: TextToImage, name: str) -> Iterator[None]:
+def without(model: TextToImage, name: str) -> NoReturn:
     """Not possible: a prompt with the word means nothing to what lies below."""
     raise ModelError(f"without {name!r} the model cannot read the word that it brings: load the base model beside it.")
-    yield
 
 
 def fold(model: TextToImage, name: str) -> None:
@@ -94,9 +112,3 @@ def export_rows(word: str, rows: torch.Tensor, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     tensor = rows.detach().cpu().clone()
     save_file({word: tensor[0] if len(tensor) == 1 else tensor}, folder / "learned_embeds.safetensors")
-
-
-def _own_modules(encoder: torch.nn.Module) -> torch.nn.Module:
-    """A text encoder with modules of its own and the same weights: models that share one keep their words apart."""
-    shared = {id(tensor): tensor for tensor in (*encoder.parameters(), *encoder.buffers())}
-    return copy.deepcopy(encoder, shared)

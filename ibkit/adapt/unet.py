@@ -1,11 +1,8 @@
 """The delta `unet`: every weight of the U-Net, as DreamBooth trains them. Below it, only adapters may lie."""
 
-from __future__ import annotations
-
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -25,11 +22,9 @@ def parameters(model: TextToImage, name: str) -> dict[str, torch.nn.Parameter]:
     return {n.replace(".base_layer", ""): p for n, p in own.items()}
 
 
-@contextmanager
-def without(model: TextToImage, name: str) -> Iterator[None]:
+def without(model: TextToImage, name: str) -> NoReturn:
     """Not possible: the base's weights were overwritten, and a second U-Net is not kept."""
     raise ModelError(f"what lies below {name!r} is not in memory: load the base model beside it.")
-    yield
 
 
 def fold(model: TextToImage, name: str) -> None:

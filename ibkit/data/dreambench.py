@@ -4,8 +4,6 @@ The photos are not part of the kit. `ibkit data dreambench` prints how to get th
 folder is read as published: `dataset/<subject>/NN.jpg` beside `prompts_and_classes.txt`.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import re
@@ -45,13 +43,11 @@ class DreamBench:
 
 
 def read(folder: str | Path) -> DreamBench:
-    """Read a DreamBench folder, or a part of one: subjects without a folder are left out.
+    """Read a DreamBench folder, or a part of one: subjects without a folder are left out. A PhotoError where there is
+    no such folder, or its prompts file is missing or does not list 30 classes and twice 25 prompts.
 
     Args:
         folder: the published repository, or its `dataset/`.
-
-    Raises:
-        PhotoError: no such folder, or its prompts file is missing or does not list 30 classes and twice 25 prompts.
     """
     root = Path(folder).expanduser()
     root = root / "dataset" if (root / "dataset").is_dir() else root

@@ -51,13 +51,9 @@ class Photo:
 
 
 def load_subject_photos(folder: str | Path, size_px: int) -> list[Photo]:
-    """Read every photo in a folder as an RGB square, in the order of the file names.
+    """Read every photo of one subject in a folder (three to six are usual) as an RGB square, in the order of the names.
 
     Subfolders, hidden files and files without an image ending (`.txt`, `.DS_Store`) are left out.
-
-    Args:
-        folder: the folder that holds the photos of one subject; three to six photos are usual.
-        size_px: side of the squares, in px.
 
     Raises:
         PhotoError: see `photo_files` and `load_photo`; the message names the file and says what to do.
@@ -82,10 +78,8 @@ def load_subject_photos(folder: str | Path, size_px: int) -> list[Photo]:
 
 
 def photo_files(folder: str | Path) -> list[Path]:
-    """List the image files of a folder in the order of their names.
-
-    Raises:
-        PhotoError: the folder is missing, is a file, or holds no image file.
+    """List the image files of a folder in the order of their names; a PhotoError where it is missing, is a file, or
+    holds none.
     """
     folder = Path(folder)
     if folder.is_file():
@@ -118,14 +112,8 @@ def photo_files(folder: str | Path) -> list[Path]:
 
 
 def load_photo(path: str | Path, size_px: int) -> Photo:
-    """Read one photo as an RGB square: EXIF turn, white behind transparency, shorter side to `size_px`, centre crop.
-
-    Args:
-        path: the image file.
-        size_px: side of the square, in px.
-
-    Raises:
-        PhotoError: the file is damaged, too large, too small, or in a format that cannot be converted correctly.
+    """Read one photo as an RGB square: EXIF turn, white behind transparency, shorter side to `size_px`, centre crop. A
+    PhotoError where it is damaged, too large, too small, or in a format that cannot be converted correctly.
 
     Warns:
         PhotoWarning: the photo had to be enlarged.
@@ -165,6 +153,13 @@ def read_rgb(path: str | Path) -> Image.Image:
     """A picture that the kit wrote, such as a run's PNG, as RGB; for a user's photo see `load_photo`."""
     with Image.open(path) as picture:
         return picture.convert("RGB")
+
+
+def png(picture: Image.Image, **options) -> bytes:
+    """A picture as a PNG file, written anew: without the file name and metadata of where it is from."""
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG", **options)
+    return buffer.getvalue()
 
 
 def _open(content: bytes, path: Path) -> Image.Image:

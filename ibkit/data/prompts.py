@@ -122,7 +122,9 @@ def make_prompt(
     def build(name: str) -> str:
         words = name if name and alone else _subject_words(class_noun, name, description)
         if slot:
-            return _fix_article(before, words) + words + after
+            # a final "a" or "an" fits the word that now follows, and keeps its case and spaces
+            fitting = re.sub(r"\b(a)n?(?=\s+$)", rf"\1{article(words)[1:]}", before, flags=re.IGNORECASE)
+            return fitting + words + after
         return f"{article(words)} {words} {activity}".strip()
 
     return Prompt(build(identifier), build(""), activity, bool(identifier))
@@ -132,11 +134,6 @@ def _alone(words: str) -> str:
     """A pattern for whole words, also in quotes or brackets, possessive or plural; "v-neck" does not match "v"."""
     joined = r"\s+".join(map(re.escape, words.split()))
     return rf"(?<!\S)[^\w\s]*{joined}(?:['’]?s)?[^\w\s]*(?!\S)"
-
-
-def _fix_article(before: str, word: str) -> str:
-    """Make a final "a" or "an" of `before` fit the word that now follows, and keep its case and spaces."""
-    return re.sub(r"\b(a)n?(?=\s+$)", rf"\1{article(word)[1:]}", before, flags=re.IGNORECASE)
 
 
 def training_prompts(
@@ -160,10 +157,8 @@ def training_prompts(
 
 
 def check_identifier(model: TextToImage, identifier: str, class_noun: str) -> list[int]:
-    """Token ids of the identifier, which is checked first.
-
-    Raises:
-        ParameterError: it is empty, several words, a word of the class noun, or a common word.
+    """Token ids of the identifier; a ParameterError where it is empty, several words, a word of the class noun, or a
+    common word.
 
     Warns:
         UserWarning: it is several tokens, which DreamBooth advises against (its section 3.2: a rare, short token).

@@ -1,7 +1,5 @@
 """The subject of a run: what later notebooks have to know of the subject that the first one personalized."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -58,11 +56,9 @@ class PersonalizedSubject:
         run.write_json(FILE, dataclasses.asdict(self))
 
     @staticmethod
-    def read(run: CompletedRun) -> PersonalizedSubject:
-        """Read it from a finished run.
-
-        Raises:
-            ArtifactError: the run has no `subject.json`, or one that another version of ibkit wrote.
+    def read(run: CompletedRun) -> "PersonalizedSubject":
+        """Read it from a finished run; an ArtifactError where it has no `subject.json`, or one that another version of
+        ibkit wrote.
         """
         path = run.path(FILE)
         try:
@@ -74,10 +70,8 @@ class PersonalizedSubject:
 
 
 def personalization_of(run: CompletedRun) -> CompletedRun:
-    """The run of notebook 01 that a run of 01 or 02 is based on: it holds the subject and the photos.
-
-    Raises:
-        ArtifactError: it is missing or not finished.
+    """The run of notebook 01 that a run of 01 or 02 is based on: it holds the subject and the photos. An ArtifactError
+    where it is missing or not finished.
     """
     return run if run.kind == "01_personalize" else input_of(run, "run_in", "01_personalize")
 
@@ -86,10 +80,8 @@ def choose_activities(subject: PersonalizedSubject, asked: Sequence[str], usual:
     """The activities to train or evaluate on: those asked for, else the usual ones, without duplicates.
 
     A subject of the pocket world gets only those of the usual ones that its class can do, or the first two of its class
-    if there are none (a pot plays no soccer).
-
-    Raises:
-        ParameterError: the pocket world does not know an activity that is asked for, or not of the subject's class.
+    if there are none (a pot plays no soccer); asked for one that it does not know, or not of this class, it is a
+    ParameterError.
     """
     if subject.world is None:
         return list(dict.fromkeys(asked or usual))
@@ -103,11 +95,7 @@ def choose_activities(subject: PersonalizedSubject, asked: Sequence[str], usual:
 
 
 def demo_subject(class_noun: str) -> Subject:
-    """The pocket world's own individual of a class.
-
-    Raises:
-        ParameterError: the pocket world has no such class.
-    """
+    """The pocket world's own individual of a class; a ParameterError where it has no such class."""
     if class_noun not in DEMO_SUBJECTS:
         raise ParameterError(
             f"the pocket world has no {class_noun!r} to personalize: choose a class_noun of "

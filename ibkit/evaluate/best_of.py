@@ -4,8 +4,6 @@ Lee et al. (2023, arXiv 2302.12192) found it stronger than their own fine-tuning
 price of every picture. It is an arm like any other, "dreambooth+best_of_4", on each personalization.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -59,10 +57,7 @@ class BestOf:
         batch_size: int = 0,
     ) -> list[Image.Image]:
         """The best picture for each prompt and seed. The first of the n has the noise of that seed, which the arm
-        without choice draws from; the others have noise of their own.
-
-        Args:
-            texts: the prompts without the identifier.
+        without choice draws from; the others have noise of their own. `texts` are the prompts without the identifier.
         """
         n = self.n
         drawn = sample(

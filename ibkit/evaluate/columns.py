@@ -21,10 +21,8 @@ LARGEST_WHOLE = 2**53  # above, neighbours have one float
 
 
 def read_table(path: Path) -> pd.DataFrame:
-    """A CSV table as it was written: only an empty field is a missing value. Its index, `LINE`, is for messages.
-
-    Raises:
-        ScoreError: the file cannot be read, is no CSV table, or a line has more or fewer fields than the heading.
+    """A CSV table as it was written: only an empty field is a missing value. Its index, `LINE`, is for messages. A
+    ScoreError where the file cannot be read, is no CSV table, or a line has more or fewer fields than the heading.
     """
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
@@ -47,14 +45,12 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def check_columns(table: pd.DataFrame, kinds: Mapping[str, str], where: str) -> pd.DataFrame:
-    """The table with each of these columns that it has as numbers or answers, or the first value that is none refused.
+    """The table with each of these columns that it has as numbers or answers; the first value that is none is a
+    ScoreError, with its line where the table was read from a file.
 
     Args:
         kinds: column -> `TEXT`, `NUMBER` (finite), `WHOLE`, `SHARE` or `ANSWER`, each also with `OR_NOTHING`.
         where: the file, for messages.
-
-    Raises:
-        ScoreError: a value of another kind, with its line where the table was read from a file.
     """
     table = table.copy()
     for name, kind in kinds.items():
@@ -94,10 +90,8 @@ def check_columns(table: pd.DataFrame, kinds: Mapping[str, str], where: str) -> 
 def check_table(
     table: pd.DataFrame, where: str, *, keys: Mapping[str, str], measured: Mapping[str, str]
 ) -> pd.DataFrame:
-    """`check_columns`, and one row for each of the keys. Columns that are missing are not looked for.
-
-    Raises:
-        ScoreError: a value of another kind, or two rows of the same keys.
+    """`check_columns`, and one row for each of the keys: two of the same are a ScoreError, too. Columns that are
+    missing are not looked for.
     """
     table = check_columns(table, {**keys, **measured}, where)
     if set(keys) <= set(table.columns):
@@ -106,11 +100,7 @@ def check_table(
 
 
 def check_unique(table: pd.DataFrame, keys: Sequence[str], where: str) -> None:
-    """Refuse a table in which two rows have the same keys.
-
-    Raises:
-        ScoreError: two rows have.
-    """
+    """Refuse (ScoreError) a table in which two rows have the same keys."""
     if (twice := table.duplicated(list(keys))).any():
         row = table[twice].iloc[0]
         said = ", ".join(f"{name} {row[name]}" for name in keys)

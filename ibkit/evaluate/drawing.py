@@ -1,13 +1,12 @@
 """Making the pictures of an evaluation: the same bytes when resumed, and once where several evaluations share them."""
 
-import io
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import pandas as pd
-from PIL import Image
 
 from ibkit.adapt import Adapted
+from ibkit.data.photos import png
 from ibkit.evaluate.best_of import BestOf, is_chosen
 from ibkit.evaluate.stats import SEEDS
 from ibkit.model.sample import Sampler, sample
@@ -24,7 +23,7 @@ def generate(
     load_arm: Callable[[Key], TextToImage],
     sampler: Sampler,
     batch_size: int,
-    on_image: Callable[[int], None] | None = None,
+    on_image: Callable[[int], None] = lambda there: None,
     best: BestOf | None = None,
     cache: Path | None = None,
     models: Mapping[Key, Adapted] | None = None,
@@ -46,8 +45,7 @@ def generate(
         models: as `Inputs.models`; needed with `cache`.
     """
     n_done = sum(run.has(path) for path in rows["image"])
-    if on_image:
-        on_image(n_done)
+    on_image(n_done)
     for values, group in rows.groupby(["arm", *SEEDS], sort=False, dropna=False):
         arm, *seeds = values
         key = (arm, *(None if pd.isna(seed) else int(seed) for seed in seeds))
@@ -62,14 +60,17 @@ def generate(
                 pictures = best.draw(loaded[0], prompts, list(part["text"]), noise, sampler, batch_size)
             else:
                 pictures = sample(loaded[0], prompts, noise, sampler, batch_size)
-            return [_png(picture) for picture in pictures]
+            return [png(picture) for picture in pictures]
 
         folder = None
         if cache and models and not is_chosen(arm) and not all(map(run.has, group["image"])):
             facts = [models[key].key, list(group["prompt"]), list(group["image_seed"]), str(sampler), batch_size]
             folder = cache / hash_json(facts)[:16]
             names = [f"{i:05d}.png" for i in range(len(group))]
-            told = (lambda made, before=n_done: on_image(before + made)) if on_image else None
+
+            def told(made: int, before=n_done) -> None:
+                on_image(before + made)
+
             cached(folder, list(batches(names, batch_size)), draw, told)
         for number, part in enumerate(parts):
             missing = {path: i for i, path in enumerate(part["image"]) if not run.has(path)}
@@ -80,13 +81,7 @@ def generate(
                 else:
                     run.write_bytes(path, made[i])
             n_done += len(missing)
-            if on_image and missing and folder is None:
+            if missing and folder is None:
                 on_image(n_done)
-        if on_image and folder is not None:
+        if folder is not None:
             on_image(n_done)
-
-
-def _png(picture: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")
-    return buffer.getvalue()

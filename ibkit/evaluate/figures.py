@@ -107,10 +107,7 @@ def house_figure(
 def reference_strip(
     photos: Sequence[Image.Image], names: Sequence[str] | None = None, title: str = ""
 ) -> tuple[Figure, pd.DataFrame]:
-    """Show pictures side by side, such as the subject's photos; large ones at most five in a row.
-
-    Args:
-        names: a caption for each photo, such as the file names.
+    """Show pictures side by side, such as the subject's photos, their names below; large ones at most five in a row.
 
     Returns:
         The figure, and one row a photo: position, name, width_px, height_px.
@@ -135,13 +132,8 @@ def reference_strip(
 
 
 def picture_wall(columns: Mapping[str, Sequence[Image.Image]], title: str = "") -> tuple[Figure, pd.DataFrame]:
-    """Show groups of pictures side by side, each as a named column.
-
-    Args:
-        columns: name -> pictures, as many in each.
-
-    Returns:
-        The figure, and one row a picture: column, row.
+    """Show groups of pictures side by side, each as a named column: name -> pictures, as many in each. The data have
+    one row a picture: column, row.
     """
     n_rows = max(map(len, columns.values()))
     size = 2.0 if is_large(next(iter(columns.values()))[0]) else 1.2
@@ -306,16 +298,13 @@ def _mark_guard(axis: Axes, history: pd.DataFrame) -> None:
 def trajectory(
     beliefs: Mapping[int, Image.Image], steps: pd.DataFrame, clip_range: float, title: str = ""
 ) -> tuple[Figure, pd.DataFrame]:
-    """Draw one episode of the RL stage along its denoising steps: the model's x̂0, and what an update reads.
+    """Draw one episode of the RL stage along its denoising steps: the model's x̂0, and what an update reads, `steps`.
 
     Args:
         beliefs: t -> decoded x̂0 of some steps, first to last.
         steps: one row for each step: t, log_prob (of the policy that drew the episode), ratio (of the current policy to
             that one), clip_high and clip_low (shares of all episodes whose gradient is clipped).
         clip_range: ε, drawn around a ratio of 1.
-
-    Returns:
-        The figure, and `steps`.
     """
     panels = {
         "Log-probability of the step": {"log_prob": GREY},
@@ -354,8 +343,7 @@ def fidelity_plane(
 
     Args:
         scores: a checked score table, usually through `stats.as_compared`.
-        text: metric of text fidelity (horizontal).
-        subject: metric of subject fidelity (vertical).
+        text, subject: metrics of the horizontal and of the vertical axis.
 
     Returns:
         The figure, and one row an arm: arm, n, and for text and subject: metric, value, low, high.
@@ -390,7 +378,6 @@ def prompt_bars(scores: pd.DataFrame, metric: str = "judge_text", title: str = "
 
     Args:
         scores: a checked score table with a column `text`, usually through `stats.as_compared`.
-        metric: the column to draw.
 
     Returns:
         The figure, and one row a bar: arm, prompt_id, text, metric, value, low, high, n, seeds.

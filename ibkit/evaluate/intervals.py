@@ -102,7 +102,6 @@ def difference_interval(
     seeds: Groups | None = None,
     n_resamples: int = 10_000,
     level: float = 0.95,
-    seed: int = 0,
 ) -> Interval:
     """Mean of a − b over paired scores; see `mean_interval` for the arguments.
 
@@ -110,7 +109,7 @@ def difference_interval(
     that pairs which all agree do not claim certainty.
     """
     data = _Data({"a": a, "b": b}, groups, seeds)
-    interval = data.interval(lambda a, b: a - b, n_resamples, level, seed)
+    interval = data.interval(lambda a, b: a - b, n_resamples, level)
     if not data.are_shares:
         return interval
     pairs = data.matrices["a"] - data.matrices["b"]
@@ -131,8 +130,6 @@ def bootstrap_statistic(
     *,
     seeds: Groups | None = None,
     n_resamples: int = 10_000,
-    level: float = 0.95,
-    seed: int = 0,
 ) -> Interval:
     """Interval of any function of the means of paired columns.
 
@@ -143,48 +140,37 @@ def bootstrap_statistic(
         columns: name -> scores of the same N units, shape (N,) or (S, N); NaN marks a cell that was not measured.
         statistic: takes the means as keyword arrays of shape (R,) by those names and returns shape (R,); not finite
             where the statistic has no value.
-        groups, seeds, n_resamples, level, seed: as in `mean_interval`.
+        groups, seeds, n_resamples: as in `mean_interval`.
 
     Raises:
         ScoreError: empty columns, columns or labels of different lengths, or a statistic that is not finite on the
             scores or in more than `MAX_NOT_FINITE` of their resamples.
     """
-    return _Data(columns, groups, seeds).interval(statistic, n_resamples, level, seed)
+    return _Data(columns, groups, seeds).interval(statistic, n_resamples)
 
 
 def bootstrap_weighted(
-    statistic: Callable[[np.ndarray], np.ndarray],
-    groups: Groups | None,
-    n_units: int,
-    *,
-    n_resamples: int = 2000,
-    level: float = 0.95,
-    seed: int = 0,
+    statistic: Callable[[np.ndarray], np.ndarray], groups: Groups | None, n_units: int, *, n_resamples: int = 2000
 ) -> Interval:
     """Interval of a statistic that is no function of means, such as an AUC or a rank correlation.
 
     Args:
         statistic: from how often each unit occurs in each resample, integers of shape (R, N), to shape (R,).
-        groups, n_resamples, level, seed: as in `mean_interval`.
+        groups, n_resamples: as in `mean_interval`.
         n_units: N.
     """
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     value = float(statistic(np.ones((1, n_units), dtype=np.int64))[0])
     factors = _crossed(_label_codes(groups, n_units), n_units)
     drawn = _resampled(factors, lambda codes, weights: statistic(weights[:, codes]), n_resamples, rng)
-    return _combined(value, drawn, n_units, level, rng)
+    return _combined(value, drawn, n_units, 0.95, rng)
 
 
 def wilson_interval(successes: float, n: float, level: float = 0.95) -> Interval:
-    """Wilson's score interval of one proportion: right also near 0 and 1, where a bootstrap has zero width.
+    """Wilson's score interval of one proportion: right also near 0 and 1, where a bootstrap has zero width. `successes`
+    of n may be fractions, where n is an effective number; outside 0…n they are a ScoreError.
 
     Source: Wilson 1927; `(p + z²/2n ± z √(p(1−p)/n + z²/4n²)) / (1 + z²/n)`.
-
-    Args:
-        successes: how many of n; fractions, where n is an effective number.
-
-    Raises:
-        ScoreError: n is 0, or successes lie outside 0…n.
     """
     share = successes / n if n > 0 else -1
     if not -1e-9 <= share <= 1 + 1e-9:
@@ -226,7 +212,9 @@ class _Data:
         self.seed_factors = _crossed(_label_codes(seeds, self.n_seeds), self.n_seeds)
         self.n_groups = min((codes.max() + 1 for codes in self.unit_factors), default=self.n_units)
 
-    def interval(self, statistic: Callable[..., np.ndarray], n_resamples: int, level: float, seed: int) -> Interval:
+    def interval(
+        self, statistic: Callable[..., np.ndarray], n_resamples: int, level: float = 0.95, seed: int = 0
+    ) -> Interval:
         """See `bootstrap_statistic`."""
         if not 0 < level < 1 or n_resamples < 1:
             raise ScoreError(f"A level between 0 and 1 and n_resamples ≥ 1 are needed, not {level} and {n_resamples}.")

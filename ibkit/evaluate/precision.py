@@ -3,8 +3,6 @@
 Shapes: N pictures, M true pictures, D embedding width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -13,13 +11,11 @@ from ibkit.errors import ScoreError
 
 
 def precision(pictures: torch.Tensor, true: torch.Tensor, k: int = 3) -> torch.Tensor:
-    """1.0 where a picture (N, D) lies among true ones (M, D), else 0.0; (N,).
+    """1.0 where a picture (N, D) lies among true ones (M, D), else 0.0; (N,). A ScoreError where there are too few true
+    ones.
 
     It does where it is as near to one of them as that one's own k-th neighbour among them. The mean is the improved
     precision of Kynkäänniemi et al. 2019 (equation 1, k = 3); embeddings there are VGG-16's, here any.
-
-    Raises:
-        ScoreError: there are too few true pictures.
     """
     if len(true) <= k:
         raise ScoreError(f"the precision needs more than {k} true pictures, and there are {len(true)}.")

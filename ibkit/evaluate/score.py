@@ -71,10 +71,8 @@ class Inputs:
         return found
 
     def activities(self, asked: Sequence[str], usual: Sequence[str]) -> list[str]:
-        """The activities asked for, else those that RL was trained on, else the usual ones (the preset's).
-
-        Raises:
-            ParameterError: an activity that the subject's class does not have in the pocket world.
+        """The activities asked for, else those that RL was trained on, else the usual ones (the preset's); a
+        ParameterError for one that the subject's class does not have in the pocket world.
         """
         return choose_activities(self.subject, asked or self.trained(usual), usual)
 
@@ -171,8 +169,7 @@ def jobs(
         RL was trained on it; missing without RL), identifier, image (path below the run folder), image_seed. Batches
         are cut in its order.
 
-    Raises:
-        ParameterError: no activity, or no image.
+    No activity, or no image, is a ParameterError.
     """
     if not activities or n_images < 1:
         raise ParameterError("An evaluation needs at least one activity and one image: give prompts and n_images.")
@@ -261,14 +258,13 @@ def score(
     scorers: Mapping[str, Scorer],
     judge: Judge | None = None,
     batch_size: int = 64,
-    on_image: Callable[[int], None] | None = None,
+    on_image: Callable[[int], None] = lambda scored: None,
 ) -> pd.DataFrame:
     """Add a column for each scorer and, where the truth is known, the judge's answers.
 
     Args:
         rows: from `jobs`, their pictures made.
         folder: what the column `image` is relative to.
-        references: the subject's photos.
         scorers: column -> scorer, from `make_scorers`.
         judge: used only for a subject of the pocket world (`subject.world`).
         batch_size: pictures in memory at once.
@@ -289,21 +285,14 @@ def score(
         if judge is not None and subject.world is not None:
             columns |= _judge(judge, images, subject.world, part["activity"])
         parts.append(part.assign(**columns))
-        if on_image:
-            on_image(sum(map(len, parts)))
+        on_image(sum(map(len, parts)))
     return pd.concat(parts)
 
 
 def drift(scores: pd.DataFrame, folder: str | Path, dino: Dino, batch_size: int = 64) -> pd.Series:
     """Language drift: 1 − cosine of DINO's embeddings of a class prompt's picture and of the base model's picture from
-    the same noise. 0 where personalization left the class noun as it was.
-
-    Args:
-        scores: rows from `jobs`.
-        folder: what the column `image` is relative to.
-
-    Returns:
-        A number for each row of a personalized model without the identifier, NaN for the others.
+    the same noise, for each row of a personalized model without the identifier, NaN for the others. 0 where
+    personalization left the class noun as it was.
     """
     key = ["prompt_id", "image_seed"]
     base = scores[(scores["arm"] == BASE) & ~scores["identifier"]].set_index(key)["image"]
@@ -322,12 +311,10 @@ def drift(scores: pd.DataFrame, folder: str | Path, dino: Dino, batch_size: int 
 def real_photos(
     photos: Sequence[Image.Image], subject: PersonalizedSubject, scorers: Mapping[str, Scorer]
 ) -> pd.DataFrame:
-    """Rows of the arm "real": each photo of the subject scored against the others, the ceiling of a subject metric.
+    """Rows of the arm "real": each photo of the subject scored against the others, the ceiling of a subject metric;
+    with the columns of the metrics that read references alone, and none for a single photo.
 
     The R cosines of a photo with all photos, itself included, have the mean m; without itself it is (R·m − 1)/(R − 1).
-
-    Returns:
-        Rows as in a score table with the columns of the metrics that read references alone; none for a single photo.
     """
     n = len(photos)
     columns = {

@@ -90,11 +90,9 @@ def primary_metrics(scores: pd.DataFrame) -> dict[str, str]:
 
 
 def check_scores(scores: pd.DataFrame, where: str = "the score table") -> pd.DataFrame:
-    """Validate a tidy score table (one row per image) and drop rows that occur twice.
-
-    Raises:
-        ScoreError: a key column is missing, there are no rows, a value is not of its column's kind, or the same image
-            of the same arm stands there twice with different scores.
+    """Validate a tidy score table (one row per image) and drop rows that occur twice. A key column that is missing, no
+    rows, a value that is not of its column's kind, and the same image of the same arm with different scores are each a
+    ScoreError.
     """
     missing = [name for name in KEYS if name not in scores.columns]
     if missing:
@@ -161,10 +159,8 @@ def unit_matrix(rows: pd.DataFrame, column: str, by: Sequence[str] = UNIT) -> pd
         by: what makes a unit, outermost first.
 
     Returns:
-        Table of shape (S, N): index `SEEDS` (`NO_SEED` for none), columns the units (a MultiIndex named as `by`).
-
-    Raises:
-        ScoreError: a training has two rows of one unit.
+        Table of shape (S, N): index `SEEDS` (`NO_SEED` for none), columns the units (a MultiIndex named as `by`); a
+        ScoreError where a training has two rows of one unit.
     """
     rows = rows.dropna(subset=[column])
     keyed = rows.assign(**_seed_numbers(rows)).set_index([*SEEDS, *by])[column].astype(float)
@@ -175,13 +171,11 @@ def unit_matrix(rows: pd.DataFrame, column: str, by: Sequence[str] = UNIT) -> pd
 
 
 def pair_up(tables: Mapping[str, pd.DataFrame], column: str, by: Sequence[str] = UNIT) -> dict[str, pd.DataFrame]:
-    """Arrange several arms on the units and the personalizations that all of them have.
+    """Arrange several arms on the units and the personalizations that all of them have: name -> table (S or 1, N), with
+    the same units in the same order; S or N may be 0.
 
     The base model, which has no seed, is paired with every personalization, and a personalization with every tuning of
     it. Tunings of one personalization are paired by seed; where an arm has a single one, it is paired with all others.
-
-    Returns:
-        name -> table (S or 1, N) with the same units in the same order; S or N may be 0.
     """
     matrices = {name: unit_matrix(rows, column, by) for name, rows in tables.items()}
     shared = reduce(pd.Index.intersection, [matrix.columns for matrix in matrices.values()]).sort_values()
@@ -218,16 +212,14 @@ def n_trainings(pairs: Mapping[str, pd.DataFrame]) -> int:
 def bootstrap_difference(
     a: pd.DataFrame, b: pd.DataFrame, column: str, by: Sequence[str] = UNIT, level: float = 0.95
 ) -> Interval:
-    """Mean of a − b over images of the same prompt and the same noise, its interval, and the number of pairs.
+    """Mean of a − b over images of the same prompt and the same noise, its interval, and the number of pairs; a
+    ScoreError where no row of a has its pair in b.
 
     Args:
         a, b: one row per image of one arm, with `column`, the columns `by`, and `SEEDS` if it was trained.
         column: the score.
         by: what pairs two rows, outermost first; the last is the image, the others are the groups to resample.
         level: nominal coverage of the interval.
-
-    Raises:
-        ScoreError: no row of a has its pair in b.
     """
     pairs = pair_up({"a": a, "b": b}, column, by)
     if pairs["a"].size == 0:

@@ -36,13 +36,10 @@ def fidelity(scores: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.D
 
     Args:
         scores: a checked score table; only rows that the paper compares are used (`stats.as_compared`).
-        metrics: columns, by default all that were measured.
+        metrics: columns, by default all that were measured; one that the scores do not have is a ScoreError.
 
     Returns:
         Text table: one row an arm, "value [low, high]" in a column for each metric, and the number of images.
-
-    Raises:
-        ScoreError: a metric that the scores do not have.
     """
     return _wide(summarise(as_compared(scores), ("arm",), asked_metrics(scores, metrics)), ["arm"])
 
@@ -65,10 +62,8 @@ def asked_metrics(scores: pd.DataFrame, metrics: Sequence[str] | None) -> list[s
 
 
 def by_prompts(scores: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.DataFrame:
-    """`fidelity` apart for prompts that RL was trained on and for unseen ones (the paper's figures 6 to 9).
-
-    Raises:
-        ScoreError: the scores do not say which prompts were seen, or lack a metric that was asked for.
+    """`fidelity` apart for prompts that RL was trained on and for unseen ones (the paper's figures 6 to 9); a
+    ScoreError where the scores do not say which were seen.
     """
     if "seen" not in scores.columns:
         raise ScoreError("The scores have no column seen: they are of an older evaluation; run 03_evaluate again.")
@@ -84,16 +79,13 @@ def differences(scores: pd.DataFrame, against: str = "", metrics: Sequence[str] 
     Args:
         scores: a checked score table.
         against: the arm to subtract from all others; empty = each personalization from the base model and from its own
-            tunings.
+            tunings. Without rows of it, as with a metric that the scores do not have, a ScoreError.
         metrics: by default all that were measured.
 
     Returns:
         Tidy table: arm, against, metric, value, low, high (of the 95 % interval), n, primary, and verdict: "higher"
         or "lower" where zero is outside the interval, else "not told apart". For metrics that are not primary, the
         wider interval of Holm's procedure decides (`holm_sides`).
-
-    Raises:
-        ScoreError: no rows of `against`, or a metric that the scores do not have.
     """
     compared, rows, asked = as_compared(scores), [], asked_metrics(scores, metrics)
     there = [name for name in arms_of(compared["arm"]) if name != REAL]
@@ -120,7 +112,8 @@ def differences(scores: pd.DataFrame, against: str = "", metrics: Sequence[str] 
 
 
 def holm_sides(intervals: Mapping[str, Interval], at_level: Callable[..., Interval]) -> dict[str, int]:
-    """On which side of zero each of several intervals lies, with 5 % false verdicts for all of them together.
+    """On which side of zero each of several intervals lies (1 above, −1 below, 0 not told apart), with 5 % false
+    verdicts for all of them together.
 
     Holm 1979, by intervals instead of p-values: with m metrics left, those whose interval at level 1 − 0.05/m lies on
     one side of zero are told apart and leave, until none leaves.
@@ -128,9 +121,6 @@ def holm_sides(intervals: Mapping[str, Interval], at_level: Callable[..., Interv
     Args:
         intervals: name -> its interval at 95 %.
         at_level: (name, level=…) -> its interval at that level.
-
-    Returns:
-        name -> 1 above, −1 below, 0 not told apart.
     """
     left, sides = [name for name in intervals if intervals[name].side()], dict.fromkeys(intervals, 0)
     n_left = len(intervals)
@@ -159,14 +149,8 @@ def differences_in_words(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def confirmed(table: pd.DataFrame, rewards: Collection[str]) -> str:
-    """Say whether metrics that RL did not optimize rose with its rewards.
-
-    Args:
-        table: from `differences`: a tuned arm against what it started from, a row a metric.
-        rewards: the metrics that RL optimized.
-
-    Returns:
-        Sentences: did the rewards certainly rise, did other metrics of the same axes, and what follows.
+    """Say whether metrics that RL did not optimize rose with its rewards, by the `differences` of a tuned arm from what
+    it started from: did the rewards certainly rise, did other metrics of the same axes, and what follows.
     """
     verdicts = table.set_index("metric")["verdict"]
     optimized, axes = ", ".join(sorted(rewards)), {METRICS[name].kind for name in rewards}
@@ -209,21 +193,14 @@ def in_all_formats(table: pd.DataFrame) -> dict[str, str]:
 
 
 def by_subjects(scores: pd.DataFrame, metrics: Sequence[str] | None = None) -> pd.DataFrame:
-    """`fidelity` apart for each subject; by default the primary metrics alone.
-
-    Raises:
-        ScoreError: a metric that the scores do not have.
-    """
+    """`fidelity` apart for each subject; by default the primary metrics alone."""
     asked = asked_metrics(scores, metrics or list(stats.primary_metrics(scores).values()))
     return _wide(summarise(as_compared(scores), ("arm", "subject"), asked), ["arm", "subject"])
 
 
 def all_tables(scores: pd.DataFrame, against: str = "") -> dict[str, pd.DataFrame]:
-    """Name -> text table: `fidelity`; `subjects`, where there are several; `differences`, where there is a personalized
-    arm and another; `seen_and_unseen`, where both kinds were drawn.
-
-    Args:
-        against: see `differences`.
+    """Name -> text table: `fidelity`; `subjects`, where there are several; `differences` (see there for `against`),
+    where there is a personalized arm and another; `seen_and_unseen`, where both kinds were drawn.
     """
     found, gaps = {"fidelity": fidelity(scores)}, differences(scores, against)
     if scores["subject"].nunique() > 1:
@@ -259,10 +236,8 @@ def _cell(row: Any, sign: bool = False) -> str:
 
 
 def combine(folders: Sequence[str | Path]) -> pd.DataFrame:
-    """The scores of several runs as one table, such as of runs on different subjects.
-
-    Raises:
-        ScoreError: a folder has no scores, or two runs evaluated the same image of the same subject and arm.
+    """The scores of several runs as one table, such as of runs on different subjects; a ScoreError where a folder has
+    none, or two runs evaluated the same image of the same subject and arm.
     """
     return check_scores(pd.concat([load_scores(folder) for folder in folders], ignore_index=True), "the runs together")
 
@@ -305,10 +280,8 @@ def main(arguments: Namespace) -> int:
 
 
 def _new_folder(out: str) -> Path:
-    """The folder to write into, from the current one as the runs are: a new one, an empty one, or one of this command.
-
-    Raises:
-        ArtifactError: a file is there, or a folder with something else in it.
+    """The folder to write into, from the current one as the runs are: a new one, an empty one, or one of this command;
+    a file, or a folder with something else in it, is an ArtifactError.
     """
     folder = Path(out).expanduser().resolve()
     try:

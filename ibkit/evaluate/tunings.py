@@ -15,13 +15,8 @@ FALLEN, PASSED = 0.2, 0.5  # below its best, as a share of pictures; share of pi
 
 
 def tuning_curves(evaluated: Sequence[CompletedRun]) -> pd.DataFrame:
-    """One row for each epoch of each tuning: `KEYS`, epoch, what it took up to there (`SUMS`), and its history.
-
-    Args:
-        evaluated: finished runs of 03.
-
-    Raises:
-        ArtifactError: a run that was evaluated is gone.
+    """One row for each epoch of each tuning that runs of 03 evaluated: `KEYS`, epoch, what it took up to there
+    (`SUMS`), and its history. A run that was evaluated and is gone is an ArtifactError.
     """
     curves = {}
     for run in evaluated:
@@ -74,10 +69,8 @@ def hacked(curves: pd.DataFrame, shown: str = "judge_activity", window: int = 3)
 
 
 def pareto_front(means: pd.DataFrame, text: str, subject: str) -> list[str]:
-    """Arms that no other one beats in both: none is better in one and at least as good in the other.
-
-    Args:
-        means: one row an arm, in its index; text, subject: columns of `METRICS` (of all, more is better).
+    """Arms that no other one beats in both columns, where more is better: none is better in one and at least as good in
+    the other. `means` has one row an arm, in its index, and `text` and `subject` are of `METRICS`.
     """
     assert text in METRICS and subject in METRICS
     front = []

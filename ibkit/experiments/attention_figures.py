@@ -5,8 +5,6 @@ As in `ibkit.evaluate.figures`: tidy data in, `(figure, data)` out, one row of d
 Shapes: r×r places of a map, W words.
 """
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -144,10 +142,8 @@ def over_words(
 
 
 def training_looks(histories: pd.DataFrame, title: str = "") -> tuple[Figure, pd.DataFrame]:
-    """What was measured during training, a colour for each arm: thin lines are seeds, the thick one is their mean.
-
-    Args:
-        histories: rows of the arms' history.csv with arm and train_seed; rows without measurements are left out.
+    """What was measured during training (history.csv with arm and train_seed; rows without measurements are left out),
+    a colour for each arm: thin lines are seeds, the thick one is their mean.
 
     Returns:
         The figure, and one row a point: arm, train_seed, steps, metric, value.
@@ -176,10 +172,8 @@ def training_looks(histories: pd.DataFrame, title: str = "") -> tuple[Figure, pd
 
 
 def differences(compared: pd.DataFrame, seeds: pd.DataFrame, title: str = "") -> tuple[Figure, pd.DataFrame]:
-    """With minus without description for each measurement: the mean with its interval, and each training seed.
-
-    Args:
-        compared, seeds: from `compare` and `by_seed` of `detailed_description`.
+    """With minus without description for each measurement: the mean with its interval (`detailed_description.compare`),
+    and each training seed (`by_seed`).
 
     Returns:
         The figure, and one row a mark: metric, train_seed (empty for the mean), difference, low, high.
@@ -203,11 +197,8 @@ def overlap_by_role(summary: pd.DataFrame, measure: str = "lift", title: str = "
     """Overlap of each word's attention with the subject's true mask, a colour for each model.
 
     Args:
-        summary: from `attention_overlap.overlap_by_word`.
+        summary: from `attention_overlap.overlap_by_word`; its rows that are drawn are the data.
         measure: "lift" or "auc".
-
-    Returns:
-        The figure, and the rows of `summary` that are drawn.
     """
     chance, label = {"lift": (1.0, "lift (1 = chance)"), "auc": (0.5, "AUC (0.5 = chance)")}[measure]
     data = summary[summary["measure"] == measure]

@@ -4,8 +4,6 @@ Only of a rendered scene is it known which pixels are the subject's, so the mode
 article and the start mark are controls: they say nothing about the picture.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Sequence
 
@@ -51,7 +49,8 @@ def words_of(who: PersonalizedSubject, activity: str) -> dict[str, str]:
 def overlap(
     model: TextToImage, who: PersonalizedSubject, scenes: Sequence[Scene], timesteps: Sequence[int], seed: int = 0
 ) -> pd.DataFrame:
-    """Measure the overlap on rendered scenes.
+    """Measure the overlap on rendered scenes: one row for each scene, timestep and word, with scene, activity, t, role,
+    word, lift, auc.
 
     Teacher-forced: the scene's latents with noise of timestep t pass through the U-Net once, with the prompt of the
     scene's activity.
@@ -60,9 +59,6 @@ def overlap(
         who: the subject, whose words make the prompt.
         timesteps: t of the noise; a scene has the same noise at all of them, and for every model.
         seed: of the noise.
-
-    Returns:
-        One row for each scene, timestep and word: scene, activity, t, role, word, lift, auc.
     """
     tables, alpha_bar = [], model.alphas_cumprod.float().to(model.device)
     t = torch.tensor(list(timesteps), device=model.device)

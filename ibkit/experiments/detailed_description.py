@@ -13,8 +13,6 @@ arms are compared within a seed, and the seeds are resampled like the prompts (`
 Shapes: N pictures.
 """
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -84,11 +82,7 @@ Look = Callable[[TextToImage, Arm], dict[str, float]]
 
 
 def make_arms(who: PersonalizedSubject, train_seeds: Sequence[int]) -> list[Arm]:
-    """Both arms for each distinct training seed.
-
-    Raises:
-        ParameterError: the subject has no description to leave out.
-    """
+    """Both arms for each distinct training seed; a ParameterError where the subject has no description to leave out."""
     if not who.description:
         raise ParameterError("there is no description to compare with: give one, such as description='triangular'.")
     return [
@@ -99,10 +93,8 @@ def make_arms(who: PersonalizedSubject, train_seeds: Sequence[int]) -> list[Arm]
 
 
 def rare_subject(class_noun: str) -> Subject:
-    """The pocket world's rare subject: in pre-training no individual of its class had its shape.
-
-    Raises:
-        ParameterError: it is of another class.
+    """The pocket world's rare subject: in pre-training no individual of its class had its shape. One of another class
+    is a ParameterError.
     """
     if class_noun != RARE_SUBJECT.class_noun:
         raise ParameterError(
@@ -144,9 +136,6 @@ def train_arm(
         look: called `n_looks` times; its numbers go into `history.csv` beside the loss. It draws from random streams
             of its own, so that it does not change what is learned.
         on_step: called with each step's row, for progress.
-
-    Raises:
-        TrainingError: see `dreambooth.train`.
     """
     if run.has(arm.weights):
         return
@@ -187,18 +176,13 @@ def histories(run: Run, arms: Sequence[Arm]) -> pd.DataFrame:
 
 
 def jobs(arms: Sequence[Arm], activities: Sequence[str], n_images: int, seed: int) -> pd.DataFrame:
-    """List the pictures to draw, one row each; for `ibkit.evaluate.score.generate`.
+    """List the pictures to draw, one row each, for `ibkit.evaluate.score.generate`: `KEYS`, activity, and the columns
+    of `as_arms`. No activity, or no image, is a ParameterError.
 
     Args:
         activities: what every arm draws, in its own words.
         n_images: noise seeds for each activity, the same for all arms.
         seed: the notebook's, from which the noise seeds are derived.
-
-    Returns:
-        Table with `KEYS`, activity, and the columns of `as_arms`.
-
-    Raises:
-        ParameterError: no activity, or no image.
     """
     if not activities or n_images < 1:
         raise ParameterError("the arms need something to draw: give prompts and n_images.")
@@ -281,10 +265,8 @@ def table_of(scores: pd.DataFrame) -> pd.DataFrame:
 
 
 def difference(table: pd.DataFrame, metric: str) -> Interval:
-    """With minus without description, on the same prompts and noise, within training seeds.
-
-    Raises:
-        ScoreError: the two arms share no measured picture.
+    """With minus without description, on the same prompts and noise, within training seeds; a ScoreError where the two
+    arms share no measured picture.
     """
     return bootstrap_difference(*_both_arms(as_arms(table)), metric, UNIT)
 
@@ -365,14 +347,12 @@ def look_alikes(subject: Subject) -> list[Subject]:
 def ask_about_renders(
     judge: Judge, subject: Subject, activities: Sequence[str], n: int, model: TextToImage | None = None, seed: int = 0
 ) -> pd.DataFrame:
-    """Ask for the shape on pictures whose answer is known: how far can `judge_shape` be trusted?
+    """Ask for the shape on pictures whose answer is known: how far can `judge_shape` be trusted? One row a picture:
+    shape (the truth), activity, picked (the judge's answer).
 
     Args:
         n: renders of each look-alike and activity.
         model: its autoencoder makes the pictures as soft as generated ones; None asks about the renders themselves.
-
-    Returns:
-        One row a picture: shape (the truth), activity, picked (the judge's answer).
     """
     parade, rows = look_alikes(subject), []
     for alike in parade:
@@ -397,10 +377,8 @@ def trust(answers: pd.DataFrame, shape: str) -> pd.DataFrame:
 
 
 def in_known_words(subject: Subject, description: str = "") -> str:
-    """The subject in the words of pre-training's captions: "a triangular red monster toy with a white belly".
-
-    Raises:
-        ParameterError: the pocket world has no noun for its pattern (a plain subject).
+    """The subject in the words of pre-training's captions: "a triangular red monster toy with a white belly". A plain
+    subject, for whose pattern there is no noun, is a ParameterError.
     """
     noun = PATTERNS[subject.pattern]
     if not noun:

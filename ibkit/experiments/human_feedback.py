@@ -9,8 +9,6 @@ The model is the shipped base with the adapter `counting`, which half knows coun
 simulated raters repeat it with errors, and the scores of the arms are its answers without.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -67,10 +65,8 @@ BASE = "base"
 
 
 def check(given: Any) -> None:
-    """Refuse what notebook 09 cannot do; `given` has its parameters.
-
-    Raises:
-        ParameterError: a model without a counter, no such kind, arm or setting, or a value that is not allowed.
+    """Refuse (ParameterError) what notebook 09 cannot do with its parameters: a model without a counter, no such kind,
+    arm or setting, or a value that is not allowed.
     """
     if not preset_of(given.model).world:
         raise ParameterError("The counter knows the pocket world's pictures alone: give model='pocket'.")
@@ -122,17 +118,12 @@ class Pictures:
         """Whether each shows all that its prompt asks for."""
         return [p.asked.fulfilled(a) for p, a in zip(self.prompts, self.answers, strict=True)]
 
-    def take(self, rows: Sequence[int]) -> Pictures:
-        return Pictures(
-            [self.prompts[i] for i in rows], [self.seeds[i] for i in rows],
-            [self.images[i] for i in rows], [self.answers[i] for i in rows],
-        )  # fmt: skip
+    def take(self, rows: Sequence[int]) -> "Pictures":
+        return Pictures(*([column[i] for i in rows] for column in vars(self).values()))
 
-    def __add__(self, other: Pictures) -> Pictures:
-        return Pictures(
-            [*self.prompts, *other.prompts], [*self.seeds, *other.seeds],
-            [*self.images, *other.images], [*self.answers, *other.answers],
-        )  # fmt: skip
+    def __add__(self, other: "Pictures") -> "Pictures":
+        columns = zip(vars(self).values(), vars(other).values(), strict=True)
+        return Pictures(*([*mine, *theirs] for mine, theirs in columns))
 
 
 def prompts_of(kinds: Sequence[Kind], n_seen: int, n_unseen: int, seed: int = 0) -> list[Prompt]:
@@ -156,12 +147,10 @@ def draw(
 
 
 def rating_items(pictures: Pictures, folder: Path) -> pd.DataFrame:
-    """What the rating page of notebook 07 asks of pictures: "does it show what the text says?".
+    """What the rating page of notebook 07 asks of pictures, "does it show what the text says?": an item a picture, in
+    the pictures' order (see `evaluate.study.items.make_items`).
 
     Writes them to `folder`, which with `write_labels` is one that the method `feedback` reads (`labelled`).
-
-    Returns:
-        An item a picture, in the pictures' order (see `evaluate.study.items.make_items`).
     """
     folder.mkdir(parents=True, exist_ok=True)
     rows = []
@@ -175,10 +164,8 @@ def rating_items(pictures: Pictures, folder: Path) -> pd.DataFrame:
 
 
 def labels_from(ratings: Sequence[str | Path], items: pd.DataFrame) -> list[float | None]:
-    """What most raters said of each item: 1 good, 0 bad; None where nobody did, or as many said yes as no.
-
-    Raises:
-        StudyError: see `merge_ratings`.
+    """What most raters said of each item: 1 good, 0 bad; None where nobody did, or as many said yes as no. Raises as
+    `merge_ratings`.
     """
     decided = majority(merge_ratings(ratings, items)[0]).set_index("item")["value"]
     return [None if (value := decided.get(item, 0.5)) == 0.5 else float(value) for item in items["item"]]
@@ -264,13 +251,9 @@ def tune(
     on_step: Callable[[Row], None] | None = None,
     name: str = "feedback",
 ) -> list[Row]:
-    """Fine-tune `model` in place as an arm of `ARMS` does; a stopped training goes on from its checkpoints in `folder`.
-
-    Args:
-        rated, unrated: pictures by the model before; the learned reward weighs both.
-
-    Raises:
-        ParameterError: there is no such arm.
+    """Fine-tune `model` in place as an arm of `ARMS` does (another is a ParameterError), on rated and unrated pictures
+    by the model before, all of which the learned reward weighs; a stopped training goes on from its checkpoints in
+    `folder`.
     """
     if arm not in ARMS:
         raise ParameterError(f"There is no arm {arm!r} of feedback: choose from {', '.join(ARMS)}.")
@@ -301,7 +284,7 @@ class Fidelity:
     true: torch.Tensor  # (N, D) embeddings
 
     @staticmethod
-    def of(model: TextToImage, kinds: Sequence[Kind], n: int, seed: int) -> Fidelity:
+    def of(model: TextToImage, kinds: Sequence[Kind], n: int, seed: int) -> "Fidelity":
         """From `n` scenes of counts, colours and places in equal shares of the kinds."""
         rng = random.Random(f"feedback true pictures {seed}")
         counts = [None if kinds[i % len(kinds)] in ("count", "all") else 1 for i in range(n)]
@@ -313,10 +296,8 @@ class Fidelity:
 
 
 def scores(arm: str, pictures: Pictures, reward: FeedbackReward, fidelity: Fidelity, seed: int | None) -> pd.DataFrame:
-    """Rows of `feedback.csv`: what the counter sees, whether a picture is among true ones, how a prompt's differ.
-
-    Args:
-        seed: of reward and training; None for an arm that neither has a part in.
+    """Rows of `feedback.csv`: what the counter sees, whether a picture is among true ones, how a prompt's differ. The
+    seed is of reward and training; None for an arm that neither has a part in.
     """
     asked = [one.asked for one in pictures.prompts]
     rows = pd.DataFrame({

@@ -14,8 +14,6 @@ gradient steps an epoch. All are measured on the same identifier prompts and the
 Shapes: E epochs of a run, N pictures.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -133,16 +131,13 @@ class Case:
 def make_cases(
     class_nouns: Sequence[str], asked: Sequence[str], usual: Sequence[str], model: str, revision: str, image_px: int
 ) -> list[Case]:
-    """The demonstration subjects of the classes, each class once.
+    """The demonstration subjects of the classes, each class once; a ParameterError where the pocket world has no such
+    class, or the class no such activity.
 
     Args:
         asked: activities for every class.
         usual: the preset's activities, where none is asked for; see `choose_activities`.
         model, revision: the base model, as `load_model` takes it.
-        image_px: size of the model's pictures.
-
-    Raises:
-        ParameterError: the pocket world has no such class, or the class no such activity.
     """
     cases = []
     for class_noun in dict.fromkeys(class_nouns):
@@ -164,7 +159,8 @@ def personalize(
     seed: int,
     on_step: Callable[[dict[str, float]], None] | None = None,
 ) -> None:
-    """Train DreamBooth to each of `steps` and write the U-Nets as outputs of the run, unless they are there already.
+    """Train DreamBooth to each of `steps` and write the U-Nets as outputs of the run, unless they are there already; an
+    ArtifactError where the training is past a step whose U-Net has been lost.
 
     A training of fewer steps is the same training ended earlier: its random streams are named by the step, and the
     learning rate is constant. So each training continues from the checkpoints of the one before it.
@@ -172,9 +168,6 @@ def personalize(
     Args:
         priors: class images.
         config: its `n_steps` is not used.
-
-    Raises:
-        ArtifactError: the training is past a step whose U-Net has been lost.
     """
     folder = run.folder / "personalize" / case.subject.class_noun.replace(" ", "-")
     words = (case.subject.instance_prompt, case.subject.class_prompt)
@@ -306,21 +299,14 @@ def train_arms(
     reward_base: float,
     on_epoch: Callable[[str, dict[str, float]], None] = lambda folder, row: None,
 ) -> pd.DataFrame:
-    """Train every arm from every personalized model with every seed.
+    """Train every arm from every personalized model with every seed: the rows of prompt_kinds.csv, see `arm_rows`.
 
     Args:
         config: the preset's, with the images of an epoch of the arm "both".
         look: makes the monitor of a model; its reward is what is trained on.
         reward_base: see `arm_rows`.
         on_epoch: called with the arm's folder and each row of its history.
-
-    Returns:
-        The rows of prompt_kinds.csv, see `arm_rows`.
     """
-
-    def reporter(folder: str) -> Callable[[dict[str, float], TextToImage], None]:
-        return lambda row, model: on_epoch(folder, row)
-
     n_activities = len(case.activities)
     per_prompt = images_per_prompt(config.images_per_epoch, 2 * n_activities)
     parts = []
@@ -328,8 +314,8 @@ def train_arms(
         folder = case.arm_folder(name, n_steps, rl_seed)
         model = load_personalized(run, base, case, n_steps)
         prompts, own = arm.prompts(case.subject, case.activities), arm.config(config, per_prompt, n_activities)
-        watch = look(model)
-        train_arm(run, folder, model, prompts, watch.reward, own, rl_seed, watch, reporter(folder))
+        watch, on_row = look(model), lambda row, _, folder=folder: on_epoch(folder, row)
+        train_arm(run, folder, model, prompts, watch.reward, own, rl_seed, watch, on_row)
         history = pd.read_csv(run.path(f"{folder}/history.csv"))
         parts.append(arm_rows(history, name, case, n_steps, rl_seed, per_prompt, reward_base))
     return pd.concat(parts, ignore_index=True)

@@ -3,8 +3,6 @@
 In every function `table` is prompt_kinds.csv (`prompt_ablation.arm_rows`).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 
@@ -29,12 +27,10 @@ MIN_PAIRS = 6  # with fewer pairs of runs, t-quantiles make the interval too wid
 
 
 def images_to_reach(images: Sequence[float], values: Sequence[float], level: float) -> float:
-    """Images made until the mean of a curve's newest `WINDOW` rows is at `level`; infinite if it never is.
+    """Images made until the mean of a curve's newest `WINDOW` rows is at `level`; infinite if it never is. Images and
+    values are (E,), in the order of training.
 
     Between two rows the mean is interpolated linearly.
-
-    Args:
-        images, values: (E,), in the order of training.
     """
     mean = pd.Series(values, dtype=float).rolling(WINDOW, min_periods=1).mean().to_numpy()
     if not (mean >= level).any():
@@ -112,9 +108,6 @@ def efficiency(table: pd.DataFrame) -> pd.DataFrame:
         ratio_high, gain_difference, gain_low, gain_high, activity_difference, activity_low, activity_high, verdict (of
         the ratio). Bounds are of a paired 95 % bootstrap over subjects, or over the RL seeds of a single one; missing
         below `MIN_PAIRS` pairs.
-
-    Raises:
-        ScoreError: see `pair_runs`.
     """
     rows = []
     for steps, part in table.groupby("dreambooth_steps"):
@@ -157,10 +150,8 @@ def kept_by_class(table: pd.DataFrame) -> pd.DataFrame:
 
     Returns:
         One row for each class_noun and dreambooth_steps: rewards `identifier` (all arms), `class` (of "both") and
-        `base`, and `kept` = (class - identifier) / (base - identifier), missing where nothing was lost.
-
-    Raises:
-        ScoreError: a column is missing.
+        `base`, and `kept` = (class - identifier) / (base - identifier), missing where nothing was lost. A
+        ScoreError where the table lacks a column.
     """
     kinds = {"identifier": "training_reward_identifier", "class": "training_reward_class", "base": "reward_base"}
     _check_columns(table, {"epoch", "class_noun", "dreambooth_steps", *kinds.values()})
@@ -233,12 +224,7 @@ def learning_curves(table: pd.DataFrame, column: str, title: str = "") -> tuple[
 
 def reward_spread(drawn: pd.DataFrame, title: str = "") -> tuple[Figure, pd.DataFrame]:
     """The rewards of single pictures before RL, by prompt: where no picture shows the activity, what ranks them?
-
-    Args:
-        drawn: one row a picture: dreambooth_steps, prompt, reward, shown (1 or 0).
-
-    Returns:
-        The figure, and `drawn`.
+    `drawn` has one row a picture: dreambooth_steps, prompt, reward, shown (1 or 0).
     """
     groups = list(drawn.groupby("dreambooth_steps", sort=False))
     with house_figure(9.6, 0.45 * drawn["prompt"].nunique() * len(groups) + 1.6, title) as figure:

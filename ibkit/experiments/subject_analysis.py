@@ -7,8 +7,6 @@ scales; what is compared between metrics here does not depend on a scale.
 Shapes: N references, R resamples.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -40,12 +38,10 @@ LARGEST_R = 1 - 1e-9  # Fisher's z of a perfect correlation is infinite
 
 
 def auc(same: Sequence[float], other: Sequence[float]) -> float:
-    """The chance that a score of the same subject is above one of another subject; a tie counts a half.
+    """The chance that a score of the same subject is above one of another subject; a tie counts a half. A ScoreError
+    where one of the two is empty.
 
     It is the area under the ROC curve (Hanley and McNeil 1982): 0.5 for guessing, 1 when a threshold parts them.
-
-    Raises:
-        ScoreError: one of the two is empty.
     """
     if not len(same) or not len(other):
         raise ScoreError("An AUC needs scores of the same subject and of other subjects; one of the two is empty.")
@@ -58,10 +54,8 @@ def _wins(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 
 
 def side_by_side(table: pd.DataFrame, column: str, changes: Sequence[str]) -> pd.DataFrame:
-    """Scores of several changes of the same references: index (class_noun, subject, pair), one column a change.
-
-    Raises:
-        ScoreError: no reference has all of the changes.
+    """Scores of several changes of the same references: index (class_noun, subject, pair), one column a change. A
+    ScoreError where no reference has all of the changes.
     """
     wide = table.pivot(index=["class_noun", "subject", "pair"], columns="change", values=column)
     wide = wide.reindex(columns=list(changes)).dropna()
@@ -75,14 +69,12 @@ def _subjects(wide: pd.DataFrame) -> list[str]:
 
 
 def subject_auc(table: pd.DataFrame, column: str, same: str, other: str, minus: str = "") -> Interval:
-    """AUC of the same subject against another, within each subject's references, as a mean over subjects.
+    """AUC of the same subject against another, within each subject's references, as a mean over subjects, with its
+    interval and the number of references.
 
     Args:
         same, other: changes that keep and that replace the subject, such as "pose" and "identity and pose".
         minus: a metric whose AUC on the same pairs is subtracted; empty = none.
-
-    Returns:
-        The AUC (or the difference), its interval, and the number of references.
     """
     tables = [side_by_side(table, name, (same, other)) for name in (column, minus) if name]
     subjects = _subjects(tables[0])
@@ -141,10 +133,8 @@ def misranked(table: pd.DataFrame, column: str, same: str = "pose", other: str =
 
 
 def spearman(x: pd.Series, y: pd.Series, subjects: pd.Series) -> Interval:
-    """Spearman's rank correlation; its interval is [−1, 1] where too few pairs have any spread.
-
-    Raises:
-        ScoreError: x or y is constant.
+    """Spearman's rank correlation; its interval is [−1, 1] where too few pairs have any spread. A constant is a
+    ScoreError.
     """
     if x.nunique() < 2 or y.nunique() < 2:
         raise ScoreError("A rank correlation needs values that differ: raise n_pairs.")

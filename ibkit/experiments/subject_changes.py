@@ -7,8 +7,6 @@ when the pose changes, although the subject is the same.
 An activity is more than a pose: it brings things (a ball, a stove) that may hide a part of the subject.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, replace
@@ -76,10 +74,8 @@ def fold_of(activity: str) -> int:
 
 
 def check_classes(class_nouns: Sequence[str]) -> list[str]:
-    """The classes, each once; all of the pocket world's where none is named.
-
-    Raises:
-        ParameterError: the pocket world has no such class.
+    """The classes, each once; all of the pocket world's where none is named. A ParameterError where it has no such
+    class.
     """
     if unknown := [noun for noun in class_nouns if noun not in world.CLASSES]:
         raise ParameterError(
@@ -155,12 +151,7 @@ def training_individuals(class_nouns: Sequence[str], n: int = 0) -> list[Subject
 
     None of them is tested, is one that users personalize, or stands in the line-up of one of these.
 
-    Args:
-        class_nouns: see `check_classes`.
-        n: how many; 0 = all.
-
-    Raises:
-        ParameterError: the classes have fewer than `n` of them.
+    `n` is how many; 0 = all; a ParameterError where the classes have fewer.
     """
     nouns = check_classes(class_nouns)
     tested = [who for noun in nouns for who in tested_individuals(noun)]
@@ -266,11 +257,8 @@ def score_pairs(
 
 
 def photos_to_compare(folder: Path | None, class_noun: str) -> tuple[list[Image.Image], list[str]]:
-    """A user's photos and their names; without a folder, those of the pocket world's own individual of the class.
-
-    Raises:
-        PhotoError: see `load_subject_photos`.
-        ScoreError: fewer than two photos.
+    """A user's photos (see `load_subject_photos`) and their names; without a folder, those of the pocket world's own
+    individual of the class. Fewer than two are a ScoreError.
     """
     if folder is None:
         photos = world_photos(demo_subject(class_noun))
@@ -294,15 +282,11 @@ def score_photos(photos: Sequence[Image.Image], names: Sequence[str], scorers: M
     Two photos differ in pose, place and light at once, and nobody recorded how: there is no column for it.
 
     Args:
-        photos: at least two photos of one subject.
-        names: one a photo.
+        photos, names: of one subject; fewer than two are a ScoreError.
         scorers: column name -> scorer that needs references.
 
     Returns:
         One row a comparison: reference, photo, change ("mirrored", "cropped", "other photo"), a column a scorer.
-
-    Raises:
-        ScoreError: fewer than two photos.
     """
     _require_two(photos)
     parts = []

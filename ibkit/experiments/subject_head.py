@@ -6,8 +6,6 @@ are of the same kind, trained for seconds to embed pictures of one individual cl
 Shapes: N pictures, L patches, D token width, B individuals a step, E embedding width.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

@@ -6,8 +6,6 @@ background too. `ibkit.scorers.subject` has two metrics of the patches that need
 Shapes: N pictures, L patches.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
@@ -38,11 +36,7 @@ class TrueMask:
         self._scenes = {picture.tobytes(): scene for scene, picture in pictures.items()}
 
     def __call__(self, images: Sequence[Image.Image]) -> torch.Tensor:
-        """Weights (N, L).
-
-        Raises:
-            ScoreError: a picture whose scene is not known.
-        """
+        """Weights (N, L); a ScoreError for a picture whose scene is not known."""
         patch = self.dino.model.config.patch_size
         shares = []
         for i, image in enumerate(images):

@@ -6,8 +6,6 @@ training (`train`). The table has the columns of 03's scores (`evaluate.stats`),
 the variant as the arm, so that the tests of claims read both.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -77,10 +75,8 @@ RPO = {
 
 
 def choose(variants: Mapping[str, Variant], names: Sequence[str]) -> dict[str, Variant]:
-    """Those of the names, in their order.
-
-    Raises:
-        ParameterError: no such variant (the nearest is named), or no name.
+    """Those of the names, in their order; a ParameterError where there is none, or no such variant (the nearest is
+    named).
     """
     if not names:
         raise ParameterError(f"There are no variants to train: choose from {', '.join(variants)}.")

@@ -2,8 +2,6 @@
 made them.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from ibkit.data.photos import png
 from ibkit.device import generator
 from ibkit.model.sample import Sampler, sample_latents
 from ibkit.model.text_to_image import TextToImage, default_batch, model_fingerprint
@@ -26,7 +25,8 @@ def class_images(
     seed: int,
     on_image: Callable[[int, int], None] | None = None,
 ) -> list[Image.Image]:
-    """`n` pictures of the class prompt by the base model (DreamBooth, section 3.3: 200).
+    """`n` pictures of the class prompt by the base model (DreamBooth, section 3.3: 200); an ArtifactError where the
+    cache cannot be written.
 
     The folder of the cache is named by the hash of all that makes them: model weights, prompt, sampler, seed, number,
     and the device type and precision of the arithmetic. A batch of which a file is missing, damaged or not the one
@@ -35,9 +35,6 @@ def class_images(
     Args:
         seed: the run's; the noise of a picture depends on it and on the picture's number.
         on_image: called after each batch drawn with (pictures there are, pictures wanted).
-
-    Raises:
-        ArtifactError: the cache cannot be written.
     """
     made_by = {
         "model": model_fingerprint(model),
@@ -63,9 +60,5 @@ def class_images(
 def _draw(model: TextToImage, prompt: str, sampler: Sampler, seed: int, indices: range) -> list[bytes]:
     """One batch as PNG files."""
     seeds = [int(torch.randint(2**31, (), generator=generator(seed, "class image", i))) for i in indices]
-    files = []
-    for picture in model.decode(sample_latents(model, [prompt] * len(seeds), seeds, sampler, len(seeds))):
-        buffer = io.BytesIO()
-        picture.save(buffer, format="PNG")
-        files.append(buffer.getvalue())
-    return files
+    latents = sample_latents(model, [prompt] * len(seeds), seeds, sampler, len(seeds))
+    return [png(picture) for picture in model.decode(latents)]

@@ -15,10 +15,9 @@ Settings follow the authors' code on one GPU. Differs from it:
 Shapes: B photos of a step and as many class pictures, C/H/W latent channels, height, width, D text width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +29,7 @@ from ibkit.data.subject import PersonalizedSubject
 from ibkit.device import generator
 from ibkit.errors import ModelError
 from ibkit.fields import field
-from ibkit.methods import dreambooth, lora_dreambooth
+from ibkit.methods import dreambooth
 from ibkit.methods.engine import photos as engine
 from ibkit.methods.engine.photos import Examples, PhotoConfig, fit, mirrored_latents
 from ibkit.methods.records import Method
@@ -81,16 +80,14 @@ def new_word(subject: PersonalizedSubject) -> PersonalizedSubject:
 
 
 def scaled(photo: Image.Image, stream: torch.Generator, cell_px: int) -> tuple[Image.Image, str, torch.Tensor]:
-    """A square photo drawn smaller or larger, what its caption says first, and where it counts.
+    """A square photo drawn smaller or larger, what its caption says first, and where it counts: (1, H, W), 1 where the
+    photo is, less a cell at each side.
 
     Two of three are from a third to all of their size, the others 1.2 to 1.4 times as large. Below 0.6 of it a photo
     lies on grey at random; from there on it keeps its size, as in the authors' code.
 
     Args:
         cell_px: pixels of a latent.
-
-    Returns:
-        Picture and prefix; mask (1, H, W): 1 where the photo is, less a cell at each side.
     """
     px = photo.width
 
@@ -129,9 +126,8 @@ def masked_loss(
     mine, n = error[: len(mask)], error.shape[1]
     instance = ((mine * mask).sum((1, 2, 3)) / (n * mask.sum((1, 2, 3)).clamp(min=1))).mean()
     prior = error[len(mask) :].mean() if prior_weight else error.new_zeros(())
-    return {
-        "loss": instance_weight * instance + prior_weight * prior, "loss_instance": instance, "loss_prior": prior
-    }  # fmt: skip
+    loss = instance_weight * instance + prior_weight * prior
+    return {"loss": loss, "loss_instance": instance, "loss_prior": prior}
 
 
 def train(
@@ -204,7 +200,8 @@ def merge(
     name: str = "custom_diffusion",
     ridge: float = 1e-4,
 ) -> TextToImage:
-    """One model of several subjects that were trained apart, in closed form (eqs. 4 and 5).
+    """One model of several subjects that were trained apart, in closed form (eqs. 4 and 5): the base with the delta
+    `name`, which has all words.
 
     Each matrix becomes that which keeps what the captions read as near as it can, W C_reg ≈ W_0 C_reg, and gives each
     subject's words exactly what its own matrix gave: W c_i = W_i c_i.
@@ -215,9 +212,6 @@ def merge(
         captions: of ordinary pictures; the reference code takes 200. With fewer independent ones than D only the
             ridge makes C_reg C_regᵀ invertible.
         ridge: added to its diagonal, as a share of its mean.
-
-    Returns:
-        A model with the delta `name`, which has all words.
     """
     merged = base.copy()
     starts: dict[str, str] = {}
@@ -276,6 +270,6 @@ METHOD = Method(
         "n_class_images": (64, "minutes"),
     },
     class_pictures=dreambooth.class_pictures,
-    work=lora_dreambooth.work,
+    work=partial(dreambooth.work, kind="cross_kv"),
     delta=lambda settings: ("cross_kv", {}),
 )

@@ -12,22 +12,19 @@ of the trajectories and their timesteps. Only a LoRA adapter is trained; weights
 Shapes: B images of an epoch, T denoising steps, M (image, step) pairs of a micro-batch.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from ibkit.adapt import attach, freeze, without
+from ibkit.adapt import attach, without
 from ibkit.data.prompts import Prompt
 from ibkit.device import generator, working
-from ibkit.errors import TrainingError
 from ibkit.fields import field
 from ibkit.methods.engine.objectives import COMBINATIONS, Objectives, Reward
-from ibkit.methods.engine.policy import check_policy, collect, epoch_prompts, keep_best, own_share
-from ibkit.methods.engine.ratio import approx_kl, check_first_ratio, gradient_cut, ratio_tolerance
+from ibkit.methods.engine.policy import MAY_CHANGE, Measured, check_policy, collect, epoch_prompts, fit, gradient_steps
+from ibkit.methods.engine.ratio import approx_kl, gradient_cut
 from ibkit.methods.engine.rollout import Trajectories
 from ibkit.methods.records import Method, Monitor, Work
 from ibkit.model.ddim import Schedule, log_prob, step_mean
@@ -35,13 +32,10 @@ from ibkit.model.sample import Sampler
 from ibkit.model.text_to_image import TextToImage, model_fingerprint
 from ibkit.runs import hash_json
 from ibkit.train.guard import Guard
-from ibkit.train.kept import Average, Copy, Facts, Kept, Optimizer, Weights
-from ibkit.train.loop import kept_of, loop, settings_origin
+from ibkit.train.kept import Average, Facts
+from ibkit.train.loop import kept_of, settings_origin
 from ibkit.train.processes import Processes
 from ibkit.train.resources import Resources
-
-# settings that may differ on resume: length, and those that affect memory only
-MAY_CHANGE = ("n_epochs", "checkpoint_every", "micro_batch", "resources")
 
 
 @dataclass(frozen=True)
@@ -117,14 +111,12 @@ def policy_loss(
 
 
 def gaussian_kl(mean: torch.Tensor, reference: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """KL(N(mean, s²) ‖ N(reference, s²)) = (mean - reference)² / 2s², averaged over C, H, W as `log_prob` is.
+    """KL(N(mean, s²) ‖ N(reference, s²)) = (mean - reference)² / 2s², (M,) nats per latent value, as `log_prob` has
+    them.
 
     Args:
         mean, reference: (M, C, H, W).
         std: (M,), positive.
-
-    Returns:
-        (M,) nats per latent value.
     """
     s = std.view(-1, 1, 1, 1)
     return ((mean - reference) ** 2 / (2 * s**2)).mean(dim=(1, 2, 3))
@@ -188,20 +180,11 @@ def train(
     schedule = config.sampler.schedule(model)
     check_policy(schedule, config, processes)
     adapter = attach(model, "lora", name, {"rank": config.lora_rank}, generator(seed, "lora"))
-    config.resources.prepare(model)
-    optimizer = config.resources.adamw(
-        adapter.values(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-    )
-    average, best = Average(adapter, config.ema_decay), Copy(adapter)
-    kept: dict[str, Kept] = {"policy": Weights(adapter), "average": average, "best": best}
-    kept |= {"optimizer": Optimizer(optimizer, config.resources.moment_bytes), "stats": Facts(objectives)}
-    judged = best.values
 
-    def step(epoch: int) -> dict[str, float]:
-        nonlocal judged
+    def step(epoch: int, optimizer: torch.optim.Optimizer, average: Average) -> dict[str, float]:
         chosen = epoch_prompts(prompts, config.images_per_epoch, seed, epoch)
         trajectories, images, scores, parts = collect(
-            model, chosen, objectives, schedule, config.sampler.guidance, config.micro_batch, seed, epoch, processes
+            model, chosen, objectives, schedule, config, seed, epoch, processes
         )
         advantages = objectives.advantages(chosen, scores, len(schedule))
         row = {"epoch": epoch} | objectives.row(chosen, scores, parts)
@@ -211,30 +194,17 @@ def train(
             f"log_prob_t{int(t):03d}": v
             for t, v in zip(schedule.timesteps, trajectories.log_probs.mean(1).tolist(), strict=True)
         }
-        judged = best.now()  # the policy that drew what the monitor saw, not the average
         stream = generator(seed, "update", epoch)
         return row | update(model, optimizer, average, trajectories, advantages, schedule, config, stream, processes)
 
-    def on_row(history: list[dict[str, float]]) -> None:
-        keep_best(guard, history, best, judged, average)
-        if on_epoch:
-            on_epoch(history[-1], model)
-
-    history = loop(
-        step, config.n_epochs, kept, folder, config.checkpoint_every, origin,
-        on_row=on_row, stop=lambda history: bool(guard and guard.gives_up(history)), processes=processes,
-    )  # fmt: skip
-    (best if guard and guard.patience else average).put_on()
-    freeze(model)
-    return history
+    stats = {"stats": Facts(objectives)}
+    return fit(model, adapter, step, config, folder, origin, guard, on_epoch, more=stats, processes=processes)
 
 
 def best_policy(folder: Path) -> dict[str, torch.Tensor]:
-    """The adapter of the best frontier, for `ibkit.adapt.load_state`, from a training's newest checkpoint; see
-    `train.guard`. It is there without `patience` too, where the training itself returns its last policy.
-
-    Raises:
-        ArtifactError: no checkpoint.
+    """The adapter of the best frontier, for `ibkit.adapt.load_state`, from a training's newest checkpoint (an
+    ArtifactError without any); see `train.guard`. It is there without `patience` too, where the training itself returns
+    its last policy.
     """
     return kept_of(folder, "best")
 
@@ -250,52 +220,30 @@ def update(
     stream: torch.Generator,
     processes: Processes,
 ) -> dict[str, float]:
-    """The gradient steps of an epoch: trajectories in random order, `batch` of them to a step.
-
-    Args:
-        advantages: of each image and denoising step (B, T); a step has its own however the steps are drawn.
+    """The gradient steps of an epoch: trajectories in random order, `batch` of them to a step. Advantages are of each
+    image and denoising step (B, T); a step has its own however the steps are drawn.
     """
-    trainable = [p for group in optimizer.param_groups for p in group["params"]]
     n_steps = config.n_trained_steps(len(schedule))
     n_drawn = max(1, round(config.subsample * n_steps))
     advantages = advantages.to(model.device)
-    order = torch.randperm(len(advantages), generator=stream)
-    tolerance = ratio_tolerance(model, schedule, config)
-    measured: list[torch.Tensor] = []
-    norms: list[float] = []
-    ratio_first = 0.0
-    for members in order.split(config.batch):
-        steps = torch.stack([torch.randperm(n_steps, generator=stream)[:n_drawn] for _ in members])
-        pairs = torch.stack([members.repeat_interleave(n_drawn), steps.flatten()], 1)
-        with own_share(processes, config.micro_batch):
-            for micro in processes.deal(pairs.split(processes.chunk(len(pairs), config.micro_batch))):
-                image, step = micro.to(model.device).unbind(1)
-                advantage = advantages[image, step]
-                loss, ratio, kl = pair_loss(model, trajectories, image, step, advantage, schedule, config)
-                if not bool(torch.isfinite(loss).all()):
-                    raise TrainingError(
-                        f"the policy loss is not finite (ratio {ratio.min().item():.3g} "
-                        f"to {ratio.max().item():.3g}): lower the learning rate."
-                    )
-                if not norms:
-                    ratio_first = max(ratio_first, check_first_ratio(ratio.detach(), step, schedule, tolerance))
-                ((loss + config.kl_weight * kl).sum() / len(pairs)).backward()
-                gradient_step = torch.full_like(advantage, len(norms))
-                measured.append(torch.stack([loss.detach(), kl.detach(), ratio.detach(), advantage, gradient_step]))
-        processes.add_gradients(trainable)
-        norm = torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
-        if not bool(torch.isfinite(norm)):
-            raise TrainingError("the gradient is not finite: lower the learning rate.")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.follow()
-        norms.append(norm.item())
-    everybodys = [of_chunk for share in processes.gather([measured]) for of_chunk in share]
-    loss, kl, ratio, advantage, gradient_step = torch.cat(everybodys, 1).cpu().double()
+
+    def draws() -> Iterator[torch.Tensor]:
+        for members in torch.randperm(len(advantages), generator=stream).split(config.batch):
+            steps = torch.stack([torch.randperm(n_steps, generator=stream)[:n_drawn] for _ in members])
+            yield torch.stack([members.repeat_interleave(n_drawn), steps.flatten()], 1)
+
+    def measure(image: torch.Tensor, step: torch.Tensor) -> Measured:
+        fresh = torch.ones_like(image, dtype=torch.bool)
+        image, step = image.to(model.device), step.to(model.device)
+        advantage = advantages[image, step]
+        return *pair_loss(model, trajectories, image, step, advantage, schedule, config), advantage, fresh
+
+    found, norms, ratio_first = gradient_steps(draws(), measure, model, optimizer, average, schedule, config, processes)
+    loss, ratio, kl, advantage, _, gradient_step = found
     moved = gradient_step > 0 if len(norms) > 1 else gradient_step == 0
     high, low = gradient_cut(ratio[moved], advantage[moved], config.clip_range)
     row = {
-        "ratio_first": processes.share(ratio_first),
+        "ratio_first": ratio_first,
         "clip_high": high.double().mean().item(),
         "clip_low": low.double().mean().item(),
         "approx_kl": approx_kl(ratio[moved]).item(),

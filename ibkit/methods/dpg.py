@@ -21,10 +21,7 @@ the paper writes is in no code, and not here.
 Shapes: B photos, C/H/W latent channels, height, width.
 """
 
-from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import nn
@@ -35,9 +32,8 @@ from ibkit.errors import ParameterError, TrainingError
 from ibkit.fields import field
 from ibkit.methods import dreambooth
 from ibkit.methods.dreambooth import MAY_CHANGE, DreamBoothConfig
-from ibkit.methods.engine.objectives import Objective
 from ibkit.methods.engine.photos import Examples, Shown, fit
-from ibkit.methods.records import Method, Work
+from ibkit.methods.records import Method, Work, delta_of
 from ibkit.model.ddim import predict_x0
 from ibkit.model.text_to_image import model_fingerprint
 from ibkit.runs import hash_json
@@ -68,10 +64,8 @@ class DPGConfig(DreamBoothConfig):
 
 
 def residual(eps_hat: torch.Tensor, noise: torch.Tensor, alpha_bar: torch.Tensor) -> torch.Tensor:
-    """(x_0 - x̂0)² = (1/ᾱ - 1)(ε - ε̂)², (B, C, H, W): it weighs noisy steps up to 214 times (t = 999).
-
-    Args:
-        alpha_bar: ᾱ_t of each photo (B,).
+    """(x_0 - x̂0)² = (1/ᾱ - 1)(ε - ε̂)², (B, C, H, W), with ᾱ_t of each photo (B,): it weighs noisy steps up to 214
+    times (t = 999).
     """
     return (1 / alpha_bar - 1).view(-1, 1, 1, 1) * (noise - eps_hat).square()
 
@@ -111,8 +105,7 @@ def personalize(model, job, settings, *, on_row=None, monitor=None, processes=No
 
     Raises:
         ParameterError: the scorer's cost without a critic, which would need the scorer's gradient.
-        TrainingError: a loss, or the critic's, that is not finite, or memory does not suffice.
-        ArtifactError: the checkpoints in the job's folder are of another training.
+        TrainingError, ArtifactError: a critic's cost that is not finite; see `engine.photos.fit`.
     """
     if settings.cost == "scorer" and settings.critic == "none":
         raise ParameterError("dpg: a scorer's cost is learned by the critic: leave critic at 'learned'.")
@@ -124,9 +117,8 @@ def personalize(model, job, settings, *, on_row=None, monitor=None, processes=No
     origin = settings_origin(settings, MAY_CHANGE) | {"model": model_fingerprint(model), "seed": str(job.seed)}
     origin |= {"prompts": hash_json(sorted(set(prompts))), "photos": hash_pictures(job.photos)}
     origin["class pictures"] = hash_pictures(job.class_pictures if with_prior else [])
-    score = job.reward.load(device, job.photos).reward if settings.cost == "scorer" else None
-    of_kind = {"rank": settings.lora_rank} if settings.kind == "lora" else {}
-    weights = attach(model, settings.kind, job.name, of_kind, generator(job.seed, job.name))
+    score = job.reward.load(device, job.photos) if settings.cost == "scorer" else None
+    weights = attach(model, settings.kind, job.name, delta_of(settings)[1], generator(job.seed, job.name))
     alphas = model.alphas_cumprod.float().to(device)
     channels, height, width = model.latent_shape
     critic = Critic(channels, height, width, generator(job.seed, "critic")).to(device)
@@ -147,7 +139,7 @@ def personalize(model, job, settings, *, on_row=None, monitor=None, processes=No
         n = len(of)
         x_0 = predict_x0(examples.z_t[:n], eps_hat[:n].detach(), alphas[examples.t[:n]])
         asked = [job.subject.prompt("")] * n
-        return 1 - torch.as_tensor(_scores(score, model.decode(x_0), asked)).to(device)
+        return 1 - score(model.decode(x_0), asked)[0].to(device)
 
     def loss(eps_hat: torch.Tensor, noise: torch.Tensor, examples: Examples) -> dict[str, torch.Tensor]:
         assert examples.t is not None
@@ -197,17 +189,10 @@ def personalize(model, job, settings, *, on_row=None, monitor=None, processes=No
     return history
 
 
-def _scores(score: Callable, pictures: list, prompts: list) -> torch.Tensor:
-    return Objective.of(score)(pictures, prompts)[0]
-
-
 def work(settings: DPGConfig) -> Work:
     """Rows as DreamBooth's; with a scorer, every x̂0 is decoded and scored."""
-    whole = dreambooth.work(settings)
     pictures = settings.n_steps * settings.batch if settings.cost == "scorer" else 0
-    if settings.kind == "lora":
-        return Work(tuned=whole.trained, graph_rows=whole.graph_rows, pictures=pictures)
-    return Work(trained=whole.trained, graph_rows=whole.graph_rows, pictures=pictures)
+    return replace(dreambooth.work(settings), pictures=pictures)
 
 
 METHOD = Method(
@@ -231,5 +216,4 @@ METHOD = Method(
     class_pictures=dreambooth.class_pictures,
     reward="dino",
     work=work,
-    delta=lambda settings: (settings.kind, {"rank": settings.lora_rank} if settings.kind == "lora" else {}),
 )

@@ -16,8 +16,6 @@ newest adapter, and a buffer of fewer transitions than a batch serves as it is. 
 Shapes: B images, T denoising steps, M transitions, D latent values (C H W).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,15 +24,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from ibkit.adapt import attach, freeze, without
+from ibkit.adapt import attach, without
 from ibkit.data.prompts import Prompt
 from ibkit.device import generator, working
-from ibkit.errors import TrainingError
 from ibkit.fields import field
 from ibkit.methods.ddpo import gaussian_kl
 from ibkit.methods.engine.objectives import Reward, Rewards
-from ibkit.methods.engine.policy import check_policy, collect, epoch_prompts, keep_best, own_share
-from ibkit.methods.engine.ratio import approx_kl, check_first_ratio, ratio_tolerance
+from ibkit.methods.engine.policy import MAY_CHANGE, Measured, check_policy, collect, epoch_prompts, fit, gradient_steps
+from ibkit.methods.engine.ratio import approx_kl
 from ibkit.methods.engine.replay import Replay
 from ibkit.methods.engine.rollout import Trajectories
 from ibkit.methods.records import Method, Monitor, Work, check_job
@@ -43,12 +40,11 @@ from ibkit.model.sample import Sampler
 from ibkit.model.text_to_image import TextToImage, model_fingerprint
 from ibkit.runs import hash_json
 from ibkit.train.guard import Guard
-from ibkit.train.kept import Average, Copy, Kept, Optimizer, Weights
-from ibkit.train.loop import loop, settings_origin
+from ibkit.train.kept import Average, Kept, Optimizer, Weights
+from ibkit.train.loop import settings_origin
 from ibkit.train.processes import Processes
 from ibkit.train.resources import Resources
 
-MAY_CHANGE = ("n_epochs", "checkpoint_every", "micro_batch", "resources")  # on resume
 DIVERGENCES = ("gauss", "eps")
 
 
@@ -193,49 +189,27 @@ def train(
     origin |= {"rewards": hash_json(rewards.facts)} | config.resources.origin
     texts = text_features(model, [p.text for p in prompts])
     adapter = attach(model, "lora", name, {"rank": config.lora_rank}, generator(seed, "lora"))
-    config.resources.prepare(model)
-    optimizer = config.resources.adamw(
-        adapter.values(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-    )
     n_values, width = math.prod(model.latent_shape), len(next(iter(texts.values())))
     value = Value(n_values, width, len(schedule), generator(seed, "value")).to(model.device)
     value_optimizer = torch.optim.AdamW(value.parameters(), lr=config.value_learning_rate)
-    average, best = Average(adapter, config.ema_decay), Copy(adapter)
     n_kept = max(config.buffer // len(schedule), config.images_per_epoch)
     replay = Replay(n_kept, 4 * n_kept * (n_values * (len(schedule) + 1) + len(schedule)))
-    kept: dict[str, Kept] = {"policy": Weights(adapter), "average": average, "best": best, "replay": replay}
-    kept |= {"optimizer": Optimizer(optimizer, config.resources.moment_bytes)}
-    kept |= {"value": Weights(dict(value.named_parameters())), "value optimizer": Optimizer(value_optimizer)}
-    judged = best.values
+    more: dict[str, Kept] = {"replay": replay, "value": Weights(dict(value.named_parameters()))}
+    more["value optimizer"] = Optimizer(value_optimizer)
 
-    def step(epoch: int) -> dict[str, float]:
-        nonlocal judged
+    def step(epoch: int, optimizer: torch.optim.Optimizer, average: Average) -> dict[str, float]:
         chosen = epoch_prompts(prompts, config.images_per_epoch, seed, epoch)
-        made, images, scores, parts = collect(
-            model, chosen, rewards, schedule, config.sampler.guidance, config.micro_batch, seed, epoch, processes
-        )
+        made, images, scores, parts = collect(model, chosen, rewards, schedule, config, seed, epoch, processes)
         row = {"epoch": epoch} | rewards.row(chosen, scores, parts)
         row |= processes.share(monitor(images, chosen) if monitor else {})
         row |= {"log_prob": made.log_probs.mean().item()}
-        judged = best.now()  # the policy that drew what the monitor saw, not the average
         replay.add(made, rewards.clipped(chosen, scores)["text"])
         stream = generator(seed, "update", epoch)
         row |= fit_value(value, value_optimizer, replay, texts, n_steps, config, stream)
         row |= update(model, optimizer, average, value, replay, texts, schedule, config, stream, processes)
         return row | {"pictures": len(chosen), "gradient_steps": config.gradient_steps}
 
-    def on_row(history: list[dict[str, float]]) -> None:
-        keep_best(guard, history, best, judged, average)
-        if on_epoch:
-            on_epoch(history[-1], model)
-
-    history = loop(
-        step, config.n_epochs, kept, folder, config.checkpoint_every, origin,
-        on_row=on_row, stop=lambda history: bool(guard and guard.gives_up(history)), processes=processes,
-    )  # fmt: skip
-    (best if guard and guard.patience else average).put_on()
-    freeze(model)
-    return history
+    return fit(model, adapter, step, config, folder, origin, guard, on_epoch, more=more, processes=processes)
 
 
 @torch.no_grad()
@@ -290,47 +264,23 @@ def update(
 ) -> dict[str, float]:
     """The policy's gradient steps of an iteration."""
     assert replay.trajectories is not None
-    made, trainable = replay.trajectories, [p for group in optimizer.param_groups for p in group["params"]]
+    made = replay.trajectories
     n_steps, first_fresh = config.n_trained_steps(len(schedule)), len(replay.rewards) - replay.fresh
-    tolerance = ratio_tolerance(model, schedule, config)
-    measured: list[torch.Tensor] = []
-    norms: list[float] = []
-    ratio_first = 0.0
-    for _ in range(config.gradient_steps):
-        drawn = torch.stack(replay.draw(config.batch, n_steps, stream), 1)
-        with own_share(processes, config.micro_batch):
-            for micro in processes.deal(drawn.split(processes.chunk(len(drawn), config.micro_batch))):
-                image, step = micro.unbind(1)
-                with torch.no_grad():
-                    advantage = replay.rewards[image].to(model.device) - _values(value, replay, texts, image, step)
-                loss, ratio, kl = transition_loss(model, made, image, step, advantage, schedule, config)
-                if not bool(torch.isfinite(loss).all()):
-                    raise TrainingError(
-                        f"the policy loss is not finite (ratio {ratio.min().item():.3g} "
-                        f"to {ratio.max().item():.3g}): lower the learning rate."
-                    )
-                own = image >= first_fresh  # drawn by the policy as it is before its first update
-                if not norms and own.any():
-                    of = ratio.detach()[own.to(model.device)]
-                    ratio_first = max(ratio_first, check_first_ratio(of, step[own].to(of.device), schedule, tolerance))
-                ((loss + config.kl_weight * kl).sum() / len(drawn)).backward()
-                reused = (~own).float().to(model.device)
-                measured.append(torch.stack([loss.detach(), kl.detach(), ratio.detach(), reused]))
-        processes.add_gradients(trainable)
-        norm = torch.nn.utils.clip_grad_norm_(trainable, config.max_grad_norm)
-        if not bool(torch.isfinite(norm)):
-            raise TrainingError("the gradient is not finite: lower the learning rate.")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        average.follow()
-        norms.append(norm.item())
-    everybodys = [of_chunk for share in processes.gather([measured]) for of_chunk in share]
-    loss, kl, ratio, reused = torch.cat(everybodys, 1).cpu().double()
+
+    def measure(image: torch.Tensor, step: torch.Tensor) -> Measured:
+        with torch.no_grad():
+            advantage = replay.rewards[image].to(model.device) - _values(value, replay, texts, image, step)
+        measured = transition_loss(model, made, image, step, advantage, schedule, config)
+        return *measured, advantage, image >= first_fresh
+
+    draws = (torch.stack(replay.draw(config.batch, n_steps, stream), 1) for _ in range(config.gradient_steps))
+    found, norms, ratio_first = gradient_steps(draws, measure, model, optimizer, average, schedule, config, processes)
+    loss, ratio, kl, _, fresh, _ = found
     return {
-        "ratio_first": processes.share(ratio_first),
+        "ratio_first": ratio_first,
         "clipped": ((ratio - 1).abs() > config.clip_range).double().mean().item(),
         "approx_kl": approx_kl(ratio).item(),
-        "reused": reused.mean().item(),
+        "reused": (1 - fresh).mean().item(),
         "grad_norm": sum(norms) / len(norms),
         "loss": loss.mean().item(),
         "kl": kl.mean().item(),
@@ -363,11 +313,7 @@ def transition_loss(
 
 
 def tune(model, job, settings, *, on_row=None, monitor=None, processes=None) -> list[dict[str, float]]:
-    """DPOK as a stage; see `records.Train`.
-
-    Raises:
-        ParameterError: a second reward.
-    """
+    """DPOK as a stage; see `records.Train`. A second reward is a ParameterError."""
     check_job(METHOD, job)
     reward = job.reward.load(model.device, job.photos, settings.resources.offload)
     with working(model.unet):

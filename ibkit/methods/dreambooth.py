@@ -17,8 +17,6 @@ InstructBooth leaves open follows diffusers' `train_dreambooth.py`, from which i
 Shapes: B pictures of each half, C/H/W latent channels, height, width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +31,7 @@ from ibkit.device import generator
 from ibkit.fields import field
 from ibkit.methods.engine import photos as engine
 from ibkit.methods.engine.photos import Examples, PhotoConfig, fit
-from ibkit.methods.records import Method, Work
+from ibkit.methods.records import Method, Work, delta_of
 from ibkit.model.text_to_image import TextToImage, model_fingerprint
 from ibkit.runs import hash_json
 from ibkit.train.loop import hash_pictures, settings_origin
@@ -58,13 +56,11 @@ class DreamBoothConfig(PhotoConfig):
 def prior_preservation_loss(
     eps_hat: torch.Tensor, noise: torch.Tensor, prior_weight: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """L_P of a batch whose first half is the subject and whose second half is the class.
+    """L_P of a batch whose first half is the subject and whose second half is the class, its instance and prior term;
+    scalars.
 
     Args:
         eps_hat, noise: (2B, C, H, W); with prior_weight 0, (B, C, H, W) of the subject alone.
-
-    Returns:
-        (loss, instance term, prior term), scalars.
     """
     error = (eps_hat - noise).square().mean(dim=(1, 2, 3))
     if prior_weight == 0:
@@ -98,8 +94,7 @@ def train(
         name, kind, kind_settings: of the delta that is trained, see `ibkit.adapt`; by default all weights of the U-Net.
 
     Raises:
-        TrainingError: a non-finite loss, or memory does not suffice.
-        ArtifactError: the checkpoints in `folder` are of another training.
+        TrainingError, ArtifactError: see `engine.photos.fit`.
     """
     with_prior = config.prior_weight > 0
     latents = model.encode_images(photos)
@@ -125,22 +120,13 @@ def train(
     return history
 
 
-def personalize(
-    model, job, settings, *, on_row=None, monitor=None, processes=None, **delta: Any
-) -> list[dict[str, float]]:
-    """DreamBooth as a stage; see `records.Train`. `delta`: kind and settings of what is trained."""
+def personalize(model, job, settings, *, on_row=None, monitor=None, processes=None) -> list[dict[str, float]]:
+    """DreamBooth as a stage, of the U-Net or, where the settings have a rank, of an adapter; see `records.Train`."""
+    words = job.subject.instance_prompt, job.subject.class_prompt
+    on_step = (lambda row: on_row(row, model)) if on_row else None
+    kind, of_kind = delta_of(settings)
     return train(
-        model,
-        job.photos,
-        job.subject.instance_prompt,
-        job.subject.class_prompt,
-        job.class_pictures,
-        settings,
-        job.folder,
-        job.seed,
-        on_step=lambda row: on_row(row, model) if on_row else None,
-        name=job.name,
-        **delta,
+        model, job.photos, *words, job.class_pictures, settings, job.folder, job.seed, on_step, job.name, kind, of_kind
     )
 
 
@@ -149,10 +135,12 @@ def class_pictures(settings: DreamBoothConfig) -> int:
     return settings.n_class_images if settings.prior_weight else 0
 
 
-def work(settings: DreamBoothConfig) -> Work:
+def work(settings: DreamBoothConfig, kind: str = "") -> Work:
+    """Rows of both halves of a step's batch; `kind` of the delta where it is not the settings'."""
     kinds = 2 if settings.prior_weight else 1
     rows = settings.n_steps * settings.batch * kinds
-    return Work(trained=rows, graph_rows=min(settings.micro_batch or settings.batch, settings.batch) * kinds)
+    graph_rows = kinds * min(settings.micro_batch or settings.batch, settings.batch)
+    return Work.of(kind or delta_of(settings)[0], rows, graph_rows=graph_rows)
 
 
 METHOD = Method(
@@ -173,5 +161,4 @@ METHOD = Method(
     },
     class_pictures=class_pictures,
     work=work,
-    delta=lambda settings: ("unet", {}),
 )

@@ -21,8 +21,6 @@ code, the paper has neither. Several rounds of feedback: run it again on its own
 Shapes: B pictures of the model in a step and as many of pre-training, C/H/W latent channels, height, width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +35,7 @@ from ibkit.errors import ArtifactError, ParameterError, TrainingError
 from ibkit.fields import field
 from ibkit.methods.class_images import class_images
 from ibkit.methods.engine.photos import MAY_CHANGE, Examples, PhotoConfig, Shown, fit
-from ibkit.methods.records import Method, Work, check_job
+from ibkit.methods.records import Method, Work, check_job, delta_of
 from ibkit.model.sample import Sampler, sample
 from ibkit.model.text_to_image import TextToImage, model_fingerprint
 from ibkit.runs import hash_json
@@ -128,22 +126,18 @@ def train(
 
     Raises:
         ParameterError: lengths that differ, no reward above 0, or no pictures of pre-training.
-        TrainingError: a reward or loss that is not finite, or memory does not suffice.
-        ArtifactError: the checkpoints in `folder` are of another training.
+        TrainingError, ArtifactError: a reward that is not finite; see `engine.photos.fit`.
     """
     r = torch.as_tensor(list(rewards), dtype=torch.float32)
     _check(pictures, prompts, r, config, pretraining, pretraining_prompts)
     latents = model.encode_images(pictures)
     others = model.encode_images(pretraining) if config.pretrain_weight else None
     origin = settings_origin(config, (*MAY_CHANGE, "labelled")) | {"model": model_fingerprint(model), "seed": str(seed)}
-    origin |= {
-        "pictures": hash_pictures(pictures),
-        "prompts": hash_json(list(prompts)),
-        "rewards": hash_json(r.tolist()),
-    }
+    origin |= {"pictures": hash_pictures(pictures), "prompts": hash_json(list(prompts))}
+    origin["rewards"] = hash_json(r.tolist())
     if others is not None:
         origin["pre-training"] = hash_json([hash_pictures(pretraining), list(pretraining_prompts)])
-    weights = attach(model, config.kind, name, _delta(config)[1], generator(seed, name))
+    weights = attach(model, config.kind, name, delta_of(config)[1], generator(seed, name))
     weight = r.clamp(min=0).mean().item()
 
     def draw(stream: torch.Generator) -> Examples:
@@ -199,10 +193,8 @@ def _check(
 
 def read_labelled(folder: Path) -> tuple[list[Image.Image], list[str], list[float | None]]:
     """Pictures, prompts and labels (None: skipped) of a folder of rated pictures, whose `labels.csv` has the columns
-    picture, prompt and label.
-
-    Raises:
-        ArtifactError: the table is missing or incomplete, a label is none, or a picture cannot be read.
+    picture, prompt and label; an ArtifactError where it is missing or incomplete, a label is none, or a picture cannot
+    be read.
     """
     path = folder / LABELS
     try:
@@ -233,11 +225,7 @@ def read_labelled(folder: Path) -> tuple[list[Image.Image], list[str], list[floa
 
 
 def tune(model, job, settings, *, on_row=None, monitor=None, processes=None) -> list[dict[str, float]]:
-    """As a stage; see `records.Train`.
-
-    Raises:
-        ParameterError: what `check_job` or `train` refuses.
-    """
+    """As a stage; see `records.Train`. What `check_job` or `train` refuses is a ParameterError."""
     check_job(METHOD, job, processes)
     scorer = job.reward.scorer(model.device)
     pictures: list[Image.Image] = []
@@ -295,18 +283,13 @@ def work(settings: FeedbackConfig) -> Work:
     rows = kinds * settings.n_steps * settings.batch
     looks = settings.n_steps // settings.validate_every if settings.validate_every else 0
     pictures = 4 * (looks + (settings.n_scored if settings.scored else 0))
-    whole = settings.kind == "unet"
-    return Work(
+    return Work.of(
+        settings.kind,
+        rows,
         forward=pictures * settings.sampler.rows,
-        tuned=0 if whole else rows,
-        trained=rows if whole else 0,
         pictures=pictures,
         graph_rows=kinds * min(settings.micro_batch or settings.batch, settings.batch),
     )
-
-
-def _delta(settings: FeedbackConfig) -> tuple[str, dict]:
-    return settings.kind, {"rank": settings.lora_rank} if settings.kind == "lora" else {}
 
 
 METHOD = Method(
@@ -334,5 +317,4 @@ METHOD = Method(
     draws=False,
     refuses=refuses,
     work=work,
-    delta=_delta,
 )

@@ -7,14 +7,12 @@ Differs from the recipe: as `dreambooth` does from its own, and the scale of the
 rank), as there.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 from ibkit.fields import field
 from ibkit.methods import dreambooth
 from ibkit.methods.dreambooth import DreamBoothConfig
-from ibkit.methods.records import Method, Work
+from ibkit.methods.records import Method
 
 
 @dataclass(frozen=True)
@@ -27,25 +25,12 @@ class LoraDreamBoothConfig(DreamBoothConfig):
     betas: tuple[float, float] = field((0.9, 0.999), "of AdamW", "diffusers' recipe", low=0.0, high=1.0)
 
 
-def personalize(model, job, settings, *, on_row=None, monitor=None, processes=None) -> list[dict[str, float]]:
-    """See `records.Train`."""
-    return dreambooth.personalize(
-        model, job, settings, on_row=on_row, kind="lora", kind_settings={"rank": settings.lora_rank}
-    )
-
-
-def work(settings: LoraDreamBoothConfig) -> Work:
-    """Rows as DreamBooth's, with the gradient of a few weights."""
-    whole = dreambooth.work(settings)
-    return Work(tuned=whole.trained, graph_rows=whole.graph_rows)
-
-
 METHOD = Method(
     name="lora_dreambooth",
     label="DreamBooth (LoRA)",
     stage="personalize",
     settings=LoraDreamBoothConfig,
-    train=personalize,
+    train=dreambooth.personalize,
     source="Hu et al. 2021, arXiv 2106.09685; diffusers' train_dreambooth_lora.py",
     pocket={
         **{name: dreambooth.METHOD.pocket[name] for name in ("batch", "prior_weight", "ema_decay", "n_class_images")},
@@ -54,5 +39,5 @@ METHOD = Method(
         "lora_rank": (16, "of a U-Net that is 80 and 144 wide; not compared with other ranks"),
     },
     class_pictures=dreambooth.class_pictures,
-    work=work,
+    work=dreambooth.work,
 )

@@ -7,8 +7,6 @@ As Textual Inversion, but what is trained is a small network (t, ℓ) -> word in
 Settings follow the authors' code. Differs from it: photos, latents and weight decay as in `textual_inversion`.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -4,13 +4,11 @@ A training is a function of a model, a `Job` and settings. It puts one named del
 and returns its history; nothing else about it is known outside of its file.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from PIL import Image
@@ -74,6 +72,11 @@ class Work:
     graph_rows: int = 0
     graph_pictures: bool = False
 
+    @classmethod
+    def of(cls, kind: str, rows: int, **others: Any) -> Self:
+        """That of `rows` with a gradient, of all weights where the delta is the U-Net, else of a few."""
+        return cls(**{"trained" if kind == "unet" else "tuned": rows, **others})
+
 
 class Train(Protocol):
     """How a training is called.
@@ -101,6 +104,12 @@ class Train(Protocol):
     ) -> list[Row]: ...
 
 
+def delta_of(settings: Any) -> tuple[str, dict[str, Any]]:
+    """The delta of a method's settings: of their `kind`; without one, an adapter where they have a rank."""
+    kind = getattr(settings, "kind", "lora" if hasattr(settings, "lora_rank") else "unet")
+    return kind, {"rank": settings.lora_rank} if kind == "lora" else {}
+
+
 @dataclass(frozen=True)
 class Method:
     """A method.
@@ -119,7 +128,7 @@ class Method:
         draws: whether a tuning draws pictures as it trains, by which a guard can stop it.
         refuses: names of reward and second reward, number of processes -> why a tuning cannot have them, or "".
         work: settings -> `Work`, without the class pictures.
-        delta: settings -> kind and settings of the delta that is trained, without its words; to count memory.
+        delta: settings -> kind and settings of the delta that is trained, without its words; see `delta_of`.
     """
 
     name: str
@@ -135,13 +144,11 @@ class Method:
     draws: bool = True
     refuses: Callable[[str, str, int], str] = lambda reward, subject_reward, processes: ""
     work: Callable[[Any], Work] = lambda settings: Work()
-    delta: Callable[[Any], tuple[str, Mapping[str, Any]]] = lambda settings: ("lora", {"rank": settings.lora_rank})
+    delta: Callable[[Any], tuple[str, Mapping[str, Any]]] = delta_of
 
     def configure(self, scale: str, given: Mapping[str, Any] = MappingProxyType({})) -> Any:
-        """Settings at a scale, "pocket" or the paper's ("sd15"), with the values that a user gives by dotted name.
-
-        Raises:
-            ParameterError: an unknown name or a value that is not allowed.
+        """Settings at a scale, "pocket" or the paper's ("sd15"), with the values that a user gives by dotted name; a
+        ParameterError for an unknown name or a value that is not allowed.
         """
         differs = {name: value for name, (value, _) in self.pocket.items()} if scale == "pocket" else {}
         return fill(fill(self.settings(), differs, f"Method {self.name}"), given, f"Method {self.name}")
@@ -168,11 +175,7 @@ METHODS: Registry[Method] = Registry(
 
 
 def find_method(name: str, stage: str) -> Method:
-    """The method of a name.
-
-    Raises:
-        ParameterError: there is none, or it belongs to another stage.
-    """
+    """The method of a name; a ParameterError where there is none, or where it belongs to another stage."""
     method = METHODS.find(name)
     if method.stage != stage:
         fitting = [other for other in METHODS if METHODS[other].stage == stage]

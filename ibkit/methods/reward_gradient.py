@@ -20,8 +20,6 @@ the reward, with the level of true pictures instead of 2. DRaFT has no official 
 Shapes: B pictures, T denoising steps, C/H/W latent channels, height, width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,15 +27,16 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from ibkit.adapt import attach, freeze
+from ibkit.adapt import attach
 from ibkit.data.prompts import Prompt
 from ibkit.device import generator, working
 from ibkit.errors import TrainingError
 from ibkit.fields import field
+from ibkit.methods import dreambooth
 from ibkit.methods.engine.objectives import Rewards, scorer_reward
 from ibkit.methods.engine.photos import add_noise
-from ibkit.methods.engine.policy import epoch_prompts, keep_best
-from ibkit.methods.records import METHODS, Method, Monitor, Work, check_job
+from ibkit.methods.engine.policy import MAY_CHANGE, epoch_prompts, fit
+from ibkit.methods.records import METHODS, Method, Monitor, Work, check_job, delta_of
 from ibkit.model.ddim import predict_x0, step_mean
 from ibkit.model.sample import Sampler, denoise
 from ibkit.model.text_to_image import TextToImage, model_fingerprint, pictures_at_once, to_pictures
@@ -45,11 +44,10 @@ from ibkit.runs import hash_json
 from ibkit.scorers.base import Scorer
 from ibkit.scorers.gradient import has_gradient, without_gradient
 from ibkit.train.guard import Guard
-from ibkit.train.kept import Average, Copy, Kept, Optimizer, Weights, memory_advice
-from ibkit.train.loop import hash_pictures, loop, settings_origin
+from ibkit.train.kept import Average, memory_advice
+from ibkit.train.loop import hash_pictures, settings_origin
 from ibkit.train.resources import Resources
 
-MAY_CHANGE = ("n_epochs", "checkpoint_every", "micro_batch", "resources")  # on resume
 LAST_QUARTER = 0.25  # of the steps: ReFL draws its step from there (30 to 39 of 40)
 FROM_STEP, FROM_STEP_STD = 42 / 50, 5 / 50  # of the step from which AlignProp differentiates, as shares of T
 
@@ -110,8 +108,7 @@ def last_steps(
     """Latents of finished pictures whose last K steps have a gradient; and of `n_renoised` copies (DRaFT-LV): x0 is
     noised to the last step's level again, and that step alone is taken.
 
-    Args:
-        streams: of each picture; choice: of the step from which AlignProp differentiates, the same for all.
+    `streams` are each picture's; `choice` draws the step from which AlignProp differentiates, the same for all.
     """
     schedule = config.sampler.schedule(model)
     first = first_step(len(schedule), config, choice)
@@ -202,19 +199,9 @@ def train(
     origin |= {"rewards": hash_json({scorer.evaluator: clip_at_level}), "class pictures": hash_pictures(class_pictures)}
     origin |= config.resources.origin
     prior_latents = model.encode_images(class_pictures) if config.prior_weight else None
-    weights = attach(model, config.kind, name, {"rank": config.lora_rank} if config.kind == "lora" else {},
-                     generator(seed, config.kind))  # fmt: skip
-    config.resources.prepare(model)
-    optimizer = config.resources.adamw(
-        weights.values(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay, fused=True
-    )
-    average, best = Average(weights, config.ema_decay), Copy(weights)
-    kept: dict[str, Kept] = {"policy": Weights(weights), "average": average, "best": best}
-    kept["optimizer"] = Optimizer(optimizer, config.resources.moment_bytes)
-    judged = best.values
+    weights = attach(model, config.kind, name, delta_of(config)[1], generator(seed, config.kind))
 
-    def step(epoch: int) -> dict[str, float]:
-        nonlocal judged
+    def step(epoch: int, optimizer: torch.optim.Optimizer, average: Average) -> dict[str, float]:
         chosen = epoch_prompts(prompts, config.images_per_epoch, seed, epoch)
         levels = objective.levels(chosen) if clip_at_level else torch.full((len(chosen),), torch.inf)
         pictures: list[Image.Image] = []
@@ -238,7 +225,6 @@ def train(
                             scores.append(found.detach().cpu())
                     latents.backward(end.grad)
             row = {"epoch": epoch} | rewards.row(chosen, torch.cat(scores)[None])
-            judged = best.now()  # the weights that drew the pictures
             prior = _prior_loss(model, class_prompt, prior_latents, config, generator(seed, "prior", epoch))
             if prior is not None:
                 (config.prior_weight * prior).backward()
@@ -255,18 +241,7 @@ def train(
         average.follow(at_most=(epoch + 1) / (epoch + 11))  # the first weights are soon forgotten
         return row | {"grad_norm": norm.item(), "pictures": len(chosen), "gradient_steps": 1}
 
-    def on_row(history: list[dict[str, float]]) -> None:
-        keep_best(guard, history, best, judged, average)
-        if on_epoch:
-            on_epoch(history[-1], model)
-
-    history = loop(
-        step, config.n_epochs, kept, folder, config.checkpoint_every, origin,
-        on_row=on_row, stop=lambda history: bool(guard and guard.gives_up(history)),
-    )  # fmt: skip
-    (best if guard and guard.patience else average).put_on()
-    freeze(model)
-    return history
+    return fit(model, weights, step, config, folder, origin, guard, on_epoch, fused=True)
 
 
 def _prior_loss(
@@ -285,11 +260,7 @@ def _prior_loss(
 
 def _tune(name: str, draw: Callable[..., list[torch.Tensor]]):
     def tune(model, job, settings, *, on_row=None, monitor=None, processes=None) -> list[dict[str, float]]:
-        """As a stage; see `records.Train`.
-
-        Raises:
-            ParameterError: a second reward, several processes, or a scorer without a gradient.
-        """
+        """As a stage; see `records.Train`. What `refuses` names is a ParameterError."""
         check_job(METHODS[name], job, processes)
         scorer = job.reward.scorer(model.device)
         with working(model.unet, model.vae):
@@ -310,21 +281,14 @@ def refuses(reward: str, subject_reward: str, processes: int) -> str:
     return "" if has_gradient(reward) else without_gradient(reward)
 
 
-def class_pictures(settings: DRaFTConfig) -> int:
-    """How many pictures of the class are needed."""
-    return settings.n_class_images if settings.prior_weight else 0
-
-
 def _work(settings: DRaFTConfig, n_forward: float, n_trained: int) -> Work:
     """Of so many steps of a picture without and with gradient."""
     rows, pictures = settings.sampler.rows_per_step, settings.n_epochs * settings.images_per_epoch
     prior = settings.n_epochs * settings.prior_batch if settings.prior_weight else 0
-    with_gradient = pictures * n_trained * rows + prior
-    whole = settings.kind == "unet"
-    return Work(
+    return Work.of(
+        settings.kind,
+        pictures * n_trained * rows + prior,
         forward=round(pictures * n_forward * rows),
-        tuned=0 if whole else with_gradient,
-        trained=with_gradient if whole else 0,
         pictures=2 * pictures,  # decoded and scored, forth and back
         graph_rows=n_trained * rows * min(settings.micro_batch, settings.images_per_epoch),
         graph_pictures=True,
@@ -335,14 +299,6 @@ def draft_work(settings: DRaFTConfig) -> Work:
     n = settings.sampler.n_steps
     trained = round((1 - FROM_STEP) * n) if settings.random_truncation else min(settings.truncate, n)
     return _work(settings, n - trained, max(1, trained) + settings.n_renoised)
-
-
-def refl_work(settings: DRaFTConfig) -> Work:
-    return _work(settings, (1 - LAST_QUARTER / 2) * settings.sampler.n_steps, 1)
-
-
-def _delta(settings: DRaFTConfig) -> tuple[str, dict]:
-    return settings.kind, {"rank": settings.lora_rank} if settings.kind == "lora" else {}
 
 
 POCKET = {
@@ -362,10 +318,9 @@ DRAFT = Method(
     train=_tune("draft", last_steps),
     source="Clark et al. 2023, arXiv 2309.17400",
     pocket=POCKET | {"n_epochs": (8, "the reward is passed and the pictures fall apart after 10: benchmarks/arms.py")},
-    class_pictures=class_pictures,
+    class_pictures=dreambooth.class_pictures,
     refuses=refuses,
     work=draft_work,
-    delta=_delta,
 )
 REFL = Method(
     name="refl",
@@ -382,8 +337,7 @@ REFL = Method(
         "ema_decay": (0.9, "20 steps"),
         "kind": ("lora", "as the other methods there"),
     },
-    class_pictures=class_pictures,
+    class_pictures=dreambooth.class_pictures,
     refuses=refuses,
-    work=refl_work,
-    delta=_delta,
+    work=lambda settings: _work(settings, (1 - LAST_QUARTER / 2) * settings.sampler.n_steps, 1),
 )

@@ -20,8 +20,6 @@ rewards of two pictures are so close that labels are almost fair coins (`pr`, th
 Shapes: B pairs, C/H/W latent channels, height, width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from dataclasses import field as plain_field
@@ -36,7 +34,7 @@ from ibkit.errors import ParameterError
 from ibkit.fields import field
 from ibkit.methods.class_images import class_images
 from ibkit.methods.engine.photos import MAY_CHANGE, Examples, PhotoConfig, Shown, fit
-from ibkit.methods.records import Method, Work
+from ibkit.methods.records import Method, Work, delta_of
 from ibkit.model.sample import Sampler, sample
 from ibkit.model.text_to_image import model_fingerprint
 from ibkit.runs import hash_json
@@ -124,11 +122,7 @@ class Validations:
 def parts_of(
     scorer: Scorer, pictures: Sequence[Image.Image], prompts: Sequence[Prompt], photos: Sequence[Image.Image]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """I and T of each picture, (n,).
-
-    Raises:
-        ParameterError: a scorer that is not made of both.
-    """
+    """I and T of each picture, (n,); a ParameterError for a scorer that is not made of both."""
     _, parts = scorer.with_parts(list(pictures), [p.clean for p in prompts], list(photos))
     if missing := [name for name in PARTS if name not in parts]:
         raise ParameterError(
@@ -166,8 +160,7 @@ def personalize(model, job, settings, *, on_row=None, monitor=None, processes=No
         r_photo = torch.stack(  # (photos, prompts)
             [harmonic(*parts_of(scorer, job.photos, [p] * len(job.photos), job.photos), lam, mean) for p in prompts], 1
         )
-    of_kind = {"rank": settings.lora_rank} if settings.kind == "lora" else {}
-    weights = attach(model, settings.kind, job.name, of_kind, generator(job.seed, job.name))
+    weights = attach(model, settings.kind, job.name, delta_of(settings)[1], generator(job.seed, job.name))
     best, validations = Copy(weights), Validations()
     probabilities: list[torch.Tensor] = []
 
@@ -239,9 +232,7 @@ def work(settings: RPOConfig) -> Work:
     pictures += settings.n_negatives * in_pairs
     forward = rows * in_pairs + pictures * settings.sampler.rows
     graph_rows = (1 + in_pairs) * min(settings.micro_batch or settings.batch, settings.batch)
-    if settings.kind == "lora":
-        return Work(forward=forward, tuned=rows, pictures=pictures, graph_rows=graph_rows)
-    return Work(forward=forward, trained=rows, pictures=pictures, graph_rows=graph_rows)
+    return Work.of(settings.kind, rows, forward=forward, pictures=pictures, graph_rows=graph_rows)
 
 
 METHOD = Method(
@@ -263,5 +254,4 @@ METHOD = Method(
     },
     reward="harmonic",
     work=work,
-    delta=lambda settings: (settings.kind, {"rank": settings.lora_rank} if settings.kind == "lora" else {}),
 )

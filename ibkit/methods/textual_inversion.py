@@ -15,8 +15,6 @@ README). Differs from it:
 Shapes: B photos of a step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +23,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from ibkit.adapt import attach, freeze, load_state
 from ibkit.data.subject import PersonalizedSubject
@@ -85,15 +84,12 @@ def train_word(
     on_draw: Callable[[torch.Generator], None] = lambda stream: None,
     first: dict[str, torch.Tensor] | None = None,
 ) -> list[dict[str, float]]:
-    """Train a delta that brings the word `job.subject.identifier` on captioned photos.
+    """Train a delta that brings the word `job.subject.identifier` on captioned photos; rows with step, loss, seconds.
 
     Args:
         kind, kind_settings: of the delta, see `ibkit.adapt`.
         on_draw: called with a step's random stream before anything is drawn from it.
         first: the delta's first weights, where they are not the kind's.
-
-    Returns:
-        Rows with step, loss, seconds.
     """
     latents = mirrored_latents(model, job.photos)
     captions = TEMPLATES[settings.templates]
@@ -134,13 +130,9 @@ def personalize(model, job, settings, *, on_row=None, monitor=None, processes=No
 
 
 def read_rows(file: Path) -> torch.Tensor:
-    """Rows (n, D) of a file of learned embeddings: diffusers' (.safetensors, .bin) or the authors' (.pt).
-
-    Raises:
-        ArtifactError: it is not there, or holds something else.
+    """Rows (n, D) of a file of learned embeddings: diffusers' (.safetensors, .bin) or the authors' (.pt); an
+    ArtifactError where it is not there, or holds something else.
     """
-    from safetensors.torch import load_file
-
     try:
         found = load_file(file) if file.suffix == ".safetensors" else torch.load(file, weights_only=True)
         found = found.get("string_to_param", found)

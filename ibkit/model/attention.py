@@ -11,8 +11,6 @@ there.
 Shapes: N pictures, W words, h heads, r×r places of a layer, L tokens.
 """
 
-from __future__ import annotations
-
 import functools
 import math
 import re
@@ -42,11 +40,8 @@ def token_positions(model: TextToImage, prompt: str, words: str) -> list[int]:
     The start mark is column 0, so the first token of a prompt is 1. A word that is several tokens, or that the prompt
     has several times, has several columns.
 
-    Args:
-        words: one word or a phrase, as it stands in the prompt; case and number of spaces do not matter.
-
-    Raises:
-        ParameterError: the prompt does not have it, or is empty, or too long to be read.
+    They are looked for as they stand in the prompt; case and number of spaces do not matter. A ParameterError where the
+    prompt does not have them, is empty, or too long to be read.
     """
     parts = model.spelled_out(words).split()  # a learned word of several rows has a column for each
     if not parts:
@@ -73,8 +68,8 @@ def cross_attention_layers(unet: nn.Module) -> list[tuple[str, nn.Module]]:
 
     A U-Net registers its middle last, so its own order of modules is another.
 
-    Raises:
-        ModelError: it has none, or some that normalize queries, keys or text, which `attention_probabilities` does not.
+    One that has none, or some that normalize queries, keys or text, which `attention_probabilities` does not, is a
+    ModelError.
     """
     stages = ("down_blocks", "mid_block", "up_blocks")
     layers = [(name, module) for name, module in unet.named_modules() if name.split(".")[-1] == "attn2"]
@@ -135,14 +130,12 @@ class AttentionRecord:
         )
 
     def pictures(self, timesteps: Sequence[int] = (), layer: str = "", resolution: int = 0) -> torch.Tensor:
-        """Maps to look at, (N, W, R, R): bicubic to the largest resolution, mean over layers, summed over steps.
+        """Maps to look at, (N, W, R, R): bicubic to the largest resolution, mean over layers, summed over steps. A
+        ModelError where nothing was recorded.
 
         Args:
             timesteps: those to sum; empty = all.
             layer, resolution: take these layers only.
-
-        Raises:
-            ModelError: nothing was recorded there.
         """
         steps = [
             torch.stack([enlarge(maps, self.resolutions[0]) for maps in self._of_layers(t, layer, resolution)]).mean(0)
@@ -153,13 +146,8 @@ class AttentionRecord:
         return functools.reduce(torch.add, steps)
 
     def statistics(self, t: int, resolution: int = 0) -> torch.Tensor:
-        """Maps to count with, (N, W, r, r): mean over the layers of one resolution, nothing enlarged.
-
-        Args:
-            resolution: r; 0 = `statistics_resolution`.
-
-        Raises:
-            ModelError: nothing was recorded there.
+        """Maps to count with, (N, W, r, r): mean over the layers of one resolution, nothing enlarged. A ModelError
+        where nothing was recorded. `resolution` is r; 0 = `statistics_resolution`.
         """
         return torch.stack(self._of_layers(t, resolution=resolution or self.statistics_resolution)).mean(0)
 
@@ -256,15 +244,13 @@ class _Recorder:
 
 
 def attention_probabilities(attn: nn.Module, places: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
-    """softmax(Q Kᵀ · scale) of a cross-attention layer of Stable Diffusion's kind, in fp32.
+    """softmax(Q Kᵀ · scale) of a cross-attention layer of Stable Diffusion's kind, (N, h, r·r, L) fp32; every row sums
+    to 1.
 
     Args:
         attn: a diffusers `Attention` layer; an adapter on its projections takes part.
         places: (N, r·r, C).
         text: (N, L, D).
-
-    Returns:
-        (N, h, r·r, L) fp32; every row sums to 1.
     """
     # under autocast the projections compute as they do in the layer's own pass; scores and softmax are fp32
     q, k = (x.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for x in (attn.to_q(places), attn.to_k(text)))
@@ -276,10 +262,8 @@ def attention_probabilities(attn: nn.Module, places: torch.Tensor, text: torch.T
 
 
 def mask_at(mask: Image.Image, resolution: int) -> torch.Tensor:
-    """Share of each place that the mask covers, (r, r) in [0, 1]: area average of an 8-bit mask.
-
-    Raises:
-        ScoreError: the mask covers nothing, or everything, so that nothing lies on one of its sides.
+    """Share of each place that the mask covers, (r, r) in [0, 1]: area average of an 8-bit mask. One that covers
+    nothing, or everything, has nothing on one of its sides and is a ScoreError.
     """
     pixels = torch.from_numpy(np.array(mask.convert("L"))).float()[None, None] / 255
     covered = F.adaptive_avg_pool2d(pixels, resolution)[0, 0]
@@ -289,7 +273,7 @@ def mask_at(mask: Image.Image, resolution: int) -> torch.Tensor:
 
 
 def lift(maps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Share of a map inside the mask, relative to an even spread: (Σ a·m / Σ a) / mean(m).
+    """Share of a map inside the mask, relative to an even spread: (Σ a·m / Σ a) / mean(m); (...).
 
     1 is chance, 1 / mean(m) is all attention inside.
 
@@ -297,11 +281,7 @@ def lift(maps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         maps: a, (..., r, r), not negative.
         mask: m, (r, r) in [0, 1], from `mask_at`.
 
-    Returns:
-        (...).
-
-    Raises:
-        ScoreError: a map without any attention, or a mask that covers nothing.
+    A map without any attention, or a mask that covers nothing, is a ScoreError.
     """
     total = maps.sum((-1, -2))
     if not bool((total > 0).all()) or not 0 < mask.mean() <= 1:
@@ -310,19 +290,12 @@ def lift(maps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 
 
 def auc(maps: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """Probability that a place inside the mask has more attention than one outside (Hanley and McNeil 1982).
+    """Probability that a place of maps (..., r, r) inside the mask (r, r) in [0, 1] has more attention than one outside
+    (Hanley and McNeil 1982).
 
-    A place is inside when the mask covers at least half of it; equal values count half. 0.5 is chance.
+    A place is inside when the mask covers at least half of it; equal values count half. 0.5 is chance; (...).
 
-    Args:
-        maps: (..., r, r).
-        mask: (r, r) in [0, 1].
-
-    Returns:
-        (...).
-
-    Raises:
-        ScoreError: no place is inside, or none outside.
+    Where no place is inside, or none outside, it is a ScoreError.
     """
     inside = mask.flatten() >= 0.5
     if inside.all() or not inside.any():

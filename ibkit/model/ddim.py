@@ -10,8 +10,6 @@
 Shapes: B batch, C/H/W latent channels, height, width.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 
@@ -76,11 +74,9 @@ def make_schedule(
 
 
 def check_spacing(n_steps: int, n_train: int = 1000) -> None:
-    """Refuse a number of steps whose spacing would begin far from pure noise: with 667 steps, of one level each, the
-    first is at t = 667, and noise is put in where the model expects a third of a picture.
-
-    Raises:
-        ParameterError: less than nine tenths of the noise levels are walked; the nearest numbers that are possible.
+    """Refuse (ParameterError) a number of steps whose spacing would begin far from pure noise, below nine tenths of the
+    noise levels: with 667 steps, of one level each, the first is at t = 667, and noise is put in where the model
+    expects a third of a picture. The nearest numbers that are possible are named.
     """
 
     def walked(n: int) -> float:
@@ -128,15 +124,12 @@ def step_weight(schedule: Schedule) -> torch.Tensor:
 
 
 def log_prob(x_prev: torch.Tensor, mean: torch.Tensor, std: torch.Tensor) -> torch.Tensor:
-    """Gaussian log-density of the step taken, averaged over C, H, W (DDPO's code; a clip range of 1e-4 needs the
-    mean, not the sum).
+    """Gaussian log-density of the step taken, averaged over C, H, W (DDPO's code; a clip range of 1e-4 needs the mean,
+    not the sum): (B,) nats per latent value.
 
     Args:
         x_prev, mean: (B, C, H, W) fp32.
         std: scalar or (B,), positive.
-
-    Returns:
-        (B,) nats per latent value.
     """
     s = std.view(-1, 1, 1, 1)
     values = -((x_prev.detach() - mean) ** 2) / (2 * s**2) - s.log() - 0.5 * math.log(2 * math.pi)

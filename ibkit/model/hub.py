@@ -4,8 +4,6 @@ The cache is the one that diffusers and transformers fill, and it is asked first
 there loads at once, and is the one that was downloaded, not what its branch holds by now.
 """
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import threading
@@ -68,11 +66,8 @@ def in_cache(repository: str, revision: str = "") -> tuple[Path, list[str]]:
 def obtain(repository: str, revision: str = "") -> Path:
     """The folder with a repository's files, downloaded where the cache lacks some.
 
-    Args:
-        revision: a branch, tag or commit; empty = the main branch.
-
-    Raises:
-        ModelError: they are not in the cache, and the hub cannot be asked, does not have them, or is cut off.
+    The revision is a branch, tag or commit; empty, the main branch. A ModelError where they are not in the cache, and
+    the hub cannot be asked, does not have them, or is cut off.
     """
     from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled

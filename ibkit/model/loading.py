@@ -71,10 +71,8 @@ def load_model(model: str = "pocket", revision: str = "", device: torch.device |
 
 
 def find(model: str, revision: str = "") -> Path:
-    """The folder or file of a model; from the hub, it is downloaded where its cache lacks it.
-
-    Raises:
-        ModelError: see `load_model`.
+    """The folder or file of a model; one on the hub is downloaded where its cache lacks it. Raises as `load_model`
+    does.
     """
     if model in hub.HUB_NAMES:
         return hub.obtain(hub.HUB_NAMES[model], revision)
@@ -131,9 +129,7 @@ def load_weights(
 ) -> torch.nn.Module:
     """A part of a diffusers folder, every weight of which comes from its file; `from_pretrained` only logs what does
     not fit and leaves the weights concerned random. Where there are weights of a variant alone (fp16), they are read.
-
-    Raises:
-        ModelError: weights are missing, left over, of another shape or not finite, or the file is damaged.
+    Weights that are missing, left over, of another shape or not finite, and a damaged file, are a ModelError.
     """
     where = f"the {part} in {folder}"
     variant, safe, files = _weights_of(folder / part, where)
@@ -207,14 +203,11 @@ def _weights_of(folder: Path, where: str) -> tuple[str, bool, list[Path]]:
 def require_whole(
     module: torch.nn.Module, where: str, missing: list[str], left_over: list[str], reshaped: list[str]
 ) -> torch.nn.Module:
-    """The module, if every weight came from its file and is finite.
+    """The module, if every weight came from its file and is finite, else a ModelError.
 
     Args:
         where: for the message, such as "the unet in my_model".
         missing, left_over, reshaped: names of weights that the file lacks, has too much, or has in another shape.
-
-    Raises:
-        ModelError: else.
     """
     found = {"missing": missing, "not of this model": left_over, "of another shape than its config says": reshaped}
     if not (missing or reshaped):  # else some weights hold no values

@@ -156,11 +156,7 @@ class MappedText:
             yield
 
     def place(self, model: TextToImage, prompt: str) -> int | None:
-        """Where a prompt has the word; None where it has not.
-
-        Raises:
-            ParameterError: it has it more than once.
-        """
+        """Where a prompt has the word; None where it has not, a ParameterError where it has it more than once."""
         ids = model.token_ids(prompt)
         if ids.count(self.word) > 1:
             raise ParameterError(f"the prompt {prompt!r} has the learned word more than once: name the subject once.")
@@ -189,10 +185,8 @@ class MappedText:
         ids = torch.cat([model.padded_ids(prompt) for prompt, _ in pairs]).repeat_interleave(n, 0)
         t = torch.tensor([t for _, t in pairs], device=ids.device).repeat_interleave(n)
         layer = torch.arange(n, device=ids.device).repeat(len(pairs))
-        rows, place = (
-            torch.arange(len(ids), device=ids.device),
-            torch.tensor(places, device=ids.device).repeat_interleave(n),
-        )
+        rows = torch.arange(len(ids), device=ids.device)
+        place = torch.tensor(places, device=ids.device).repeat_interleave(n)
         word, bypass = self.mapper(t, layer)
         encoder, before = model.text_encoder, []
 

@@ -2,8 +2,6 @@
 each other. No weight is read, so it is found before hours and gigabytes are spent.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,11 +23,7 @@ CHANNELS = {5: "a depth-to-image model", 7: "an upscaler", 8: "an image-editing 
 
 
 def read_configs(model: str, folder: Path) -> dict[str, dict[str, Any]]:
-    """The config of each part.
-
-    Raises:
-        ModelError: one is missing or damaged.
-    """
+    """The config of each part; a ModelError where one is missing or damaged."""
     configs = {}
     for part, name in PARTS.items():
         path = folder / part / name
@@ -49,13 +43,11 @@ def read_configs(model: str, folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def check_parts(model: str, folder: Path) -> None:
-    """Refuse a folder whose parts do not make a text-to-image model of SD 1.x or 2.x.
-
-    Raises:
-        ModelError: what does not fit, by name.
+    """Refuse (ModelError) a folder whose parts do not make a text-to-image model of SD 1.x or 2.x, and name what does
+    not fit.
     """
     configs = read_configs(model, folder)
-    if wrong := _misfit(**configs, two_encoders=(folder / "text_encoder_2").is_dir()):
+    if wrong := _misfit(configs, two_encoders=(folder / "text_encoder_2").is_dir()):
         raise ModelError(
             f"model {model!r} is not a text-to-image model of Stable Diffusion 1.x or 2.x: {wrong}; give one that is."
         )
@@ -86,10 +78,8 @@ def widths_of(model: str) -> tuple[int, ...]:
 
 
 def square_side(model: str, sample_size: Any) -> int:
-    """The side of a U-Net's square latents, from its config's `sample_size`: a number or a pair of equal ones.
-
-    Raises:
-        ModelError: else.
+    """The side of a U-Net's square latents, from its config's `sample_size`: a number or a pair of equal ones, else a
+    ModelError.
     """
     sides = sample_size if isinstance(sample_size, list | tuple) else [sample_size]
     if len(set(sides)) == 1 and type(sides[0]) is int and sides[0] > 0:
@@ -100,14 +90,9 @@ def square_side(model: str, sample_size: Any) -> int:
     )
 
 
-def _misfit(
-    unet: Mapping[str, Any],
-    vae: Mapping[str, Any],
-    text_encoder: Mapping[str, Any],
-    scheduler: Mapping[str, Any],
-    two_encoders: bool,
-) -> str:
+def _misfit(configs: Mapping[str, Mapping[str, Any]], two_encoders: bool) -> str:
     """What keeps the parts from being a model, in words; a value that a config lacks is that of diffusers."""
+    unet, vae, text_encoder = (configs[part] for part in ("unet", "vae", "text_encoder"))
     channels, out = unet.get("in_channels", 4), unet.get("out_channels", 4)
     latents = vae.get("latent_channels", 4)
     width, text_width = unet.get("cross_attention_dim", 1280), text_encoder.get("hidden_size", 512)

@@ -6,8 +6,6 @@ with η = 1, the policy that RL trains. Diffusers' `train_dreambooth.py` draws c
 - it draws a batch's noise from the device's global generator; here each picture has a generator of its own, on the CPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -102,11 +100,7 @@ def denoise(
 
 
 def check_prompts(prompts: Sequence[str], seeds: Sequence[int]) -> None:
-    """Refuse what makes no picture.
-
-    Raises:
-        ParameterError: no prompt, a text in place of a list, or another number of seeds.
-    """
+    """Refuse (ParameterError) no prompt, a text in place of a list, and another number of seeds."""
     if isinstance(prompts, str):
         raise ParameterError(f"prompts is the text {prompts!r}: give a list of texts, such as [{prompts!r}].")
     if not len(prompts):
@@ -122,7 +116,7 @@ def sample_latents(
     seeds: Sequence[int],
     sampler: Sampler,
     batch_size: int = 0,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], None] = lambda done: None,
 ) -> torch.Tensor:
     """Latents (B, C, H, W) of one picture for each prompt.
 
@@ -146,8 +140,7 @@ def sample_latents(
                 "or train again with a lower learning rate."
             )
         parts.append(x_prev)
-        if on_batch:
-            on_batch(min(first + batch_size, len(prompts)))
+        on_batch(min(first + batch_size, len(prompts)))
     return torch.cat(parts)
 
 
@@ -157,7 +150,7 @@ def sample(
     seeds: Sequence[int],
     sampler: Sampler,
     batch_size: int = 0,
-    on_batch: Callable[[int], None] | None = None,
+    on_batch: Callable[[int], None] = lambda done: None,
 ) -> list[Image.Image]:
     """Pictures, one for each prompt and seed; see `sample_latents`."""
     return model.decode(sample_latents(model, prompts, seeds, sampler, batch_size, on_batch))

@@ -4,8 +4,6 @@ Such a file has weights alone. diffusers' own `from_single_file` fetches configs
 are below, and the tokenizer, which is CLIP's, comes with open_clip: no network is needed.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch
@@ -36,10 +34,8 @@ SD15_SCHEDULE = {
 
 
 def read(path: Path) -> tuple:
-    """U-Net, autoencoder, text encoder, tokenizer and scheduler; weights in fp32, whatever the file has.
-
-    Raises:
-        ModelError: the file is damaged, or not a whole checkpoint of SD 1.x.
+    """U-Net, autoencoder, text encoder, tokenizer and scheduler; weights in fp32, whatever the file has. A ModelError
+    where it is damaged, or not a whole checkpoint of SD 1.x.
     """
     from accelerate import init_empty_weights
     from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel

@@ -91,11 +91,7 @@ class TextToImage:
         return self.tokenizer(self.spelled_out(prompt), add_special_tokens=False, verbose=False)["input_ids"]
 
     def check_prompt(self, prompt: str) -> str:
-        """Refuse a prompt that the text encoder would cut off silently.
-
-        Raises:
-            ParameterError: empty, or more tokens than fit.
-        """
+        """Refuse (ParameterError) an empty prompt, and one that the text encoder would cut off silently."""
         if not prompt.strip():
             raise ParameterError("a prompt is empty: write what the picture should show.")
         room, n = self.tokenizer.model_max_length - 2, len(self.token_ids(prompt))
@@ -170,9 +166,8 @@ class TextToImage:
 
     @torch.no_grad()
     def encode_images(self, images: Sequence[Image.Image], generator: torch.Generator | None = None) -> torch.Tensor:
-        """Scaled latents (B, C, H, W) of pictures, `pictures_at_once`.
-
-        With a generator a sample of the posterior, else its mean.
+        """Scaled latents (B, C, H, W) of pictures, `pictures_at_once`: with a generator a sample of the posterior, else
+        its mean.
         """
         pixels = torch.stack([torch.from_numpy(np.array(i.convert("RGB"))).permute(2, 0, 1) for i in images])
         parts = pixels.split(pictures_at_once(self.image_px))

@@ -7,8 +7,6 @@ white and all else black in the same order, so what hides the subject hides it i
 Coordinates of a figure: feet at y = 0, up is negative, a standing character is 1 high.
 """
 
-from __future__ import annotations
-
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -17,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ibkit.pocket.world import COLOURS, IMAGE_PX, NO_ACTIVITY, Scene, Subject
+from ibkit.pocket.world import COLOURS, IMAGE_PX, NO_ACTIVITY, PLACES, Scene, Subject
 
 SUPERSAMPLE = 4
 OUTLINE = (36, 32, 40)
@@ -40,22 +38,25 @@ class Pen:
         self.canvas, self.matrix, self.mask, self.subject = canvas, matrix, mask, subject
         self.unit_px = float(np.sqrt(abs(np.linalg.det(matrix[:, :2]))))
 
-    def at(self, x: float, y: float, scale: float = 1.0, angle: float = 0.0, flip: bool = False) -> Pen:
+    def at(self, x: float, y: float, scale: float = 1.0, angle: float = 0.0, flip: bool = False) -> "Pen":
         """A pen whose origin is (x, y), turned by `angle` degrees (clockwise on screen), scaled and mirrored."""
         c, s = math.cos(math.radians(angle)), math.sin(math.radians(angle))
         sx = -scale if flip else scale
         local = np.array([[c * sx, -s * scale, x], [s * sx, c * scale, y], [0, 0, 1]])
         return Pen(self.canvas, self.matrix @ local, self.mask, self.subject)
 
-    def as_subject(self) -> Pen:
-        return Pen(self.canvas, self.matrix, self.mask, subject=True)
+    def as_subject(self, subject: bool = True) -> "Pen":
+        return Pen(self.canvas, self.matrix, self.mask, subject)
 
     def _colour(self, colour: Colour | None) -> Colour | int | None:
         return (255 if self.subject else 0) if self.mask and colour else colour
 
-    def polygon(self, points, fill: Colour, outline: Colour | None = OUTLINE, width: float = 0.022):
+    def _on_canvas(self, points, width: float) -> tuple[np.ndarray, int]:
         xy = np.asarray(points, float) @ self.matrix[:, :2].T + self.matrix[:, 2]
-        px = max(1, round(width * self.unit_px))
+        return xy, max(1, round(width * self.unit_px))
+
+    def polygon(self, points, fill: Colour, outline: Colour | None = OUTLINE, width: float = 0.022):
+        xy, px = self._on_canvas(points, width)
         self.canvas.polygon(xy.ravel().tolist(), self._colour(fill), self._colour(outline), px)
 
     def ellipse(self, x, y, rx, ry, fill: Colour, outline: Colour | None = OUTLINE, width: float = 0.022):
@@ -65,8 +66,7 @@ class Pen:
         self.polygon([(x0, y0), (x1, y0), (x1, y1), (x0, y1)], fill, outline, width)
 
     def line(self, points: Sequence[Point], colour: Colour, width: float):
-        xy = np.asarray(points, float) @ self.matrix[:, :2].T + self.matrix[:, 2]
-        px = max(1, round(width * self.unit_px))
+        xy, px = self._on_canvas(points, width)
         self.canvas.line(xy.ravel().tolist(), fill=self._colour(colour), width=px, joint="curve")
         for x, y in (xy[0], xy[-1]):  # round caps
             self.canvas.ellipse((x - px / 2, y - px / 2, x + px / 2, y + px / 2), fill=self._colour(colour))
@@ -240,16 +240,12 @@ def _head(pen: Pen, subject: Subject, accessory: str, asleep: bool):
         pen.ellipse(0, -0.5, 0.048, 0.048, (255, 240, 90))
 
 
-def _nothing(pen: Pen):
-    pass
-
-
 @dataclass(frozen=True)
 class Things:
     """What lies around a character that does something, and the place of a character that does something else there."""
 
-    behind: Callable[[Pen], None] = _nothing
-    before: Callable[[Pen], None] = _nothing
+    behind: Callable[[Pen], None] = lambda pen: None
+    before: Callable[[Pen], None] = lambda pen: None
     x: float = 0.0
     y: float = 0.0
     scale: float = 1.0
@@ -486,7 +482,7 @@ def _container(pen: Pen, subject: Subject, contents: Callable[[Pen], None] | Non
         low = high + (0.42 if subject.long_ears else 0.28)
         pen.limb([(near, high), (far, high), (far, low), (near, low)], second, 0.06)
     if contents is not None:
-        contents(Pen(pen.canvas, pen.at(0, top).matrix, pen.mask, subject=False))
+        contents(pen.at(0, top).as_subject(False))
     _body(pen, hull, subject)
     pen.limb([(-rim, top), (rim, top)], second, 0.06)
 
@@ -752,16 +748,8 @@ def _moon(pen: Pen, shift: float):
         pen.ellipse(cx + 0.04 * shift, cy, r, r * 0.4, (120, 120, 132), None)
 
 
-_PLACES: dict[str, Callable[[Pen, float], None]] = {
-    "park": _park,
-    "beach": _beach,
-    "kitchen": _kitchen,
-    "forest": _forest,
-    "mountains": _mountains,
-    "city": _city,
-    "desert": _desert,
-    "moon": _moon,
-}
+_BACKDROPS = (_park, _beach, _kitchen, _forest, _mountains, _city, _desert, _moon)
+_PLACES: dict[str, Callable[[Pen, float], None]] = dict(zip(PLACES, _BACKDROPS, strict=True))
 # group -> how it is drawn, and its height as a fraction of the picture, which keeps all props inside the frame
 _GROUPS: dict[str, tuple[Callable[[Pen, Scene], None], float]] = {
     "character": (_draw_character, 0.64),

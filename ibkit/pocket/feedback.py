@@ -4,8 +4,6 @@ The kinds of prompt and their rule-made alternatives are those of Lee et al. 202
 subjects (there: six), ten colours (nine) and eight places (eight backgrounds).
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +13,7 @@ from typing import Any, Literal
 import torch
 
 from ibkit.errors import ParameterError
-from ibkit.pocket.words import NUMBERS, counted
+from ibkit.pocket.words import NUMBERS, article, counted
 from ibkit.pocket.world import CLASSES, COLOURS, COUNTS, PLACES
 
 Kind = Literal["count", "colour", "place", "all"]
@@ -25,10 +23,8 @@ HELD_OUT_CLASSES = ("dog", "cup")  # neither rated nor trained on: Lee's five he
 
 @dataclass(frozen=True)
 class Asked:
-    """What a prompt asks for; 0 and empty where it does not say.
-
-    Raises:
-        ValueError: something that the world does not have.
+    """What a prompt asks for; 0 and empty where it does not say. A ValueError for something that the world does not
+    have.
     """
 
     noun: str
@@ -49,7 +45,7 @@ class Asked:
             words = counted(self.count, self.noun, self.colour)
         else:
             words = " ".join(filter(None, [self.colour, self.noun]))
-            words = f"{'an' if words[0] in 'aeiou' else 'a'} {words}"
+            words = article(words) + words
         return f"{words} {PLACES[self.place][0]}" if self.place else words
 
     @property
@@ -72,13 +68,11 @@ def prompts(kind: Kind, classes: Sequence[str] = CLASSES) -> list[Asked]:
 
 
 def split(kind: Kind, n: int, unseen_share: float = 0.2, seed: int = 0) -> tuple[list[Asked], list[Asked], list[Asked]]:
-    """(seen, unseen combinations, unseen objects): disjoint prompts of a kind, up to `n` each.
+    """(seen, unseen combinations, unseen objects): disjoint prompts of a kind, up to `n` each; a ParameterError where
+    the share leaves nothing on one side.
 
     The first two are of the same objects; of their combinations a share is held out. The third are of
     `HELD_OUT_CLASSES`.
-
-    Raises:
-        ParameterError: the share leaves nothing on one side.
     """
     rng = random.Random(f"feedback prompts {kind} {seed}")
     rated = prompts(kind, [c for c in CLASSES if c not in HELD_OUT_CLASSES])
@@ -92,12 +86,10 @@ def split(kind: Kind, n: int, unseen_share: float = 0.2, seed: int = 0) -> tuple
 
 
 def alternatives(asked: Asked, n: int, rng: random.Random, unseen: Collection[Asked] = ()) -> list[Asked]:
-    """`n` different prompts that differ from one in exactly one respect that it names, its object among them.
+    """`n` different prompts that differ from one in exactly one respect that it names, its object among them; a
+    ParameterError where there are not so many.
 
     None is one of `unseen`; where there are any, none has another object of `HELD_OUT_CLASSES` either.
-
-    Raises:
-        ParameterError: there are not so many.
     """
     choices: dict[str, Sequence[Any]] = {
         "noun": CLASSES,
@@ -118,12 +110,10 @@ def alternatives(asked: Asked, n: int, rng: random.Random, unseen: Collection[As
 def simulated_labels(
     truth: Sequence[bool], error_rate: float, skip_rate: float, stream: torch.Generator
 ) -> list[float | None]:
-    """What a simulated rater says of pictures: 1 good, 0 bad, None skipped. An answer is wrong at `error_rate`.
+    """What a simulated rater says of pictures: 1 good, 0 bad, None skipped. An answer is wrong at `error_rate`. A rate
+    that is none, or errors that make answers worse than a coin, are a ParameterError.
 
     The paper's raters skipped 5 %, and called 46.5 % good and 48.5 % bad.
-
-    Raises:
-        ParameterError: a rate that is none, or errors that make answers worse than a coin.
     """
     if not (0 <= error_rate <= 0.5 and 0 <= skip_rate < 1):
         raise ParameterError(

@@ -1,7 +1,5 @@
 """The words of the pocket world: captions of scenes, and the meaning of a phrase."""
 
-from __future__ import annotations
-
 import random
 import re
 from itertools import chain
@@ -20,7 +18,7 @@ _WAYS: dict[str, dict[str, tuple[str, ...]]] = {
 NUMBERS = {1: "one", 2: "two", 3: "three", 4: "four"}
 
 
-def _article(words: str) -> str:
+def article(words: str) -> str:
     return "an " if words[0] in "aeiou" else "a "
 
 
@@ -37,8 +35,8 @@ def noun_phrase(subject: Subject, rng: random.Random) -> str:
     words = " ".join([*adjectives, subject.class_noun])
     if full and subject.pattern != "plain":
         detail = f"{subject.second} {world.PATTERNS[subject.pattern]}"
-        words += f" with {_article(detail) if subject.pattern == 'patched' else ''}{detail}"
-    return _article(words) + words
+        words += f" with {article(detail) if subject.pattern == 'patched' else ''}{detail}"
+    return article(words) + words
 
 
 def counted(count: int, noun: str, colour: str = "") -> str:
@@ -88,10 +86,8 @@ def said_in(phrase: str) -> dict[str, str]:
 
 
 def check_phrase(class_noun: str, phrase: str) -> None:
-    """Refuse a phrase that the world cannot check a picture for.
-
-    Raises:
-        ValueError: it names nothing, two of a kind, something the class cannot do or wear, or has other words.
+    """Refuse (ValueError) a phrase that the world cannot check a picture for: it names nothing, two of a kind,
+    something the class cannot do or wear, or has other words.
     """
     named, rest = _named(phrase)
     accessories = world.accessories_of(class_noun)[1:]

@@ -6,8 +6,6 @@ pose, things, or both; a picture shows it when every part that it has is right. 
 the same seed the same scene.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -275,11 +273,9 @@ def sample_scene(
     return Scene(subject, **doing(activity), place=place, accessory=accessory, view=sample_view(rng))
 
 
-def sample_counted(
-    rng: random.Random, subject: Subject | None = None, count: int | None = None, place: str | None = None
-) -> Scene:
-    """Draw a scene of one to four subjects at rest that look alike; what is given is kept."""
-    scene = sample_scene(rng, subject, NO_ACTIVITY, place, NO_ACCESSORY)
+def sample_counted(rng: random.Random, count: int | None = None) -> Scene:
+    """Draw a scene of one to four subjects at rest that look alike; a count that is given is kept."""
+    scene = sample_scene(rng, None, NO_ACTIVITY, None, NO_ACCESSORY)
     return replace(scene, count=count or rng.choice(COUNTS))
 
 
@@ -304,8 +300,7 @@ def mixtures_of(class_noun: str) -> dict[str, list[tuple[str, str]]]:
 def sample_mixture(rng: random.Random, subject: Subject | None = None, kind: str | None = None, **given) -> Scene:
     """Draw a scene whose pose and things do not belong together; what is given is kept (see `sample_scene`).
 
-    Args:
-        kind: of `mixtures_of`; None draws one. A kind of which the class has no mixture is a ValueError.
+    `kind` is of `mixtures_of`; None draws one. A kind of which the class has no mixture is a ValueError.
     """
     subject = subject or sample_subject(rng)
     kinds = {name: pairs for name, pairs in mixtures_of(subject.class_noun).items() if pairs}

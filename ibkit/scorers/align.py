@@ -4,11 +4,9 @@ The official model is `kakaobrain/align-base` (EfficientNet-B7 and BERT). A loca
 in transformers' format with its tokenizer; the pocket weights have none, and their CLIP takes its place.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -34,7 +32,7 @@ class AlignEncoder(TransformersEncoder):
         return TEXT_TOKENS, f"squashed to {self.resize_px} px bilinear, centre crop {self.crop_px}"
 
     @classmethod
-    def load(cls, weights: str | Path, device: str | torch.device = "cpu") -> AlignEncoder:
+    def load(cls, weights: str | Path, device: str | torch.device = "cpu") -> Self:
         """Load `"official"` or the `align/` of a local weights folder; raises ModelError as `load_with_tokenizer`."""
         from transformers import AlignModel
 
@@ -57,7 +55,7 @@ class _OnAlign(OnEncoder):
         self.evaluator += "; (cosine + 1) / 2"
 
     @classmethod
-    def load(cls, weights: str | Path, device: str | torch.device = "cpu", **options: Any) -> _OnAlign:
+    def load(cls, weights: str | Path, device: str | torch.device = "cpu", **options: Any) -> Self:
         loader = ClipEncoder if str(weights) == "pocket" else AlignEncoder
         return cls(loader.load(weights, device), **options)
 
@@ -77,9 +75,6 @@ class AlignT(_OnAlign):
     name = "align_t"
     needs = frozenset({"text"})
 
-    def _score(self, images, texts, references):
-        return self._text(self.encoder.images(images), texts)
-
 
 class AlignI(_OnAlign):
     """ALIGN-I: (mean cosine with all reference photos + 1) / 2.
@@ -89,9 +84,6 @@ class AlignI(_OnAlign):
 
     name = "align_i"
     needs = frozenset({"references"})
-
-    def _score(self, images, texts, references):
-        return self._subject(self.encoder.images(images), references)
 
 
 @dataclass(frozen=True)
@@ -103,10 +95,6 @@ class HarmonicOptions:
 
 class Harmonic(_OnAlign):
     """RPO's λ-harmonic reward 1 / (λ / I + (1 - λ) / T) of ALIGN-I and ALIGN-T, its parts: high only where both are.
-
-    Args:
-        encoder: that embeds pictures and texts.
-        weight: λ, see `HarmonicOptions`.
 
     Source: RPO (arXiv 2407.12164), equation of the λ-harmonic reward.
     """

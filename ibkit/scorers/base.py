@@ -72,15 +72,12 @@ class Scorer(ABC):
         texts: Sequence[str] | None = None,
         references: Sequence[Image.Image] | None = None,
     ) -> torch.Tensor:
-        """Score each picture.
+        """Score each picture: (N,) float32 on the CPU.
 
         Args:
             images: N pictures of any size.
             texts: N texts, one a picture, without the identifier; needed if `"text"` is in `needs`.
             references: R photos of the subject, common to all pictures; needed if `"references"` is in `needs`.
-
-        Returns:
-            (N,) float32 on the CPU.
 
         Raises:
             ScoreError: Nothing to score, a needed input missing, lengths that differ, or a score that is not finite.
@@ -113,7 +110,8 @@ class Scorer(ABC):
         return scores.clone(), {name: part.float().cpu().clone() for name, part in parts.items()}
 
     def differentiable(self, pixels: torch.Tensor, texts: Sequence[str]) -> torch.Tensor:
-        """Score pictures with the gradient of their pixels, as `reward_gradient` needs it.
+        """Score pictures with the gradient of their pixels, as `reward_gradient` needs it; a ParameterError
+        where this scorer offers none, which names those that do.
 
         Args:
             pixels: (B, 3, H, W) in [0, 1].
@@ -121,9 +119,6 @@ class Scorer(ABC):
 
         Returns:
             (B,) float32; that of a call, but for the rounding to 8 bits and the resizing of tensors.
-
-        Raises:
-            ParameterError: This scorer offers no gradient; the error names those that do.
         """
         from ibkit.scorers.gradient import without_gradient
 
@@ -131,10 +126,8 @@ class Scorer(ABC):
 
     @classmethod
     def load(cls, weights: str | Path, device: str | torch.device = "cpu") -> Scorer:
-        """Make the scorer from its weights, and its `options` as keywords where it has any; see `make_scorer`.
-
-        Raises:
-            ModelError: The weights are missing, damaged, or do not fit the model.
+        """Make the scorer from its weights, and its `options` as keywords where it has any; see `make_scorer`. A
+        ModelError where the weights are missing, damaged, or do not fit the model.
         """
         raise NotImplementedError(f"{cls.__name__} does not say how it is made: give it a class method `load`.")
 
@@ -196,15 +189,11 @@ def rgb_square(image: Image.Image, resize_px: int, crop_px: int) -> Image.Image:
 def to_pixel_values(
     images: Iterable[Image.Image], resize_px: int, crop_px: int, mean: Sequence[float], std: Sequence[float]
 ) -> torch.Tensor:
-    """Turn pictures into normalised network input.
+    """Turn B pictures of any size and mode into normalised network input, (B, 3, crop_px, crop_px) float32.
 
     Args:
-        images: B pictures of any size and mode.
         resize_px, crop_px: see `rgb_square`.
         mean, std: of each channel, on the 0..1 scale.
-
-    Returns:
-        (B, 3, crop_px, crop_px) float32.
     """
     squares = np.stack([np.asarray(rgb_square(image, resize_px, crop_px)) for image in images])
     pixels = torch.from_numpy(squares).permute(0, 3, 1, 2).float() / 255.0
@@ -244,10 +233,8 @@ def embed(items: Sequence, features: Callable[[Sequence], torch.Tensor], batch_s
 def load_transformer(
     metric: str, architecture: type[PreTrainedModel], source: str | Path, **options
 ) -> torch.nn.Module:
-    """transformers' `architecture.from_pretrained` in fp32, where every weight must come from the files.
-
-    Raises:
-        ModelError: A weight is missing or has another shape; from_pretrained only logs that, and leaves it random.
+    """transformers' `architecture.from_pretrained` in fp32. A weight that is missing from the files or has another
+    shape, which from_pretrained only logs and leaves random, is a ModelError.
     """
     model, report = architecture.from_pretrained(source, dtype=torch.float32, output_loading_info=True, **options)
     if lacking := sorted(report["missing_keys"]) + sorted(map(str, report["mismatched_keys"])):
@@ -259,14 +246,8 @@ def load_transformer(
 
 
 def mean_cosine(embeddings: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-    """Mean cosine similarity of each embedding with all references.
-
-    Args:
-        embeddings: (N, D) of unit length.
-        references: (R, D) of unit length.
-
-    Returns:
-        (N,); its mean over N is the mean over all generated x reference pairs (DreamBooth, section 4.1).
+    """Mean cosine of each embedding (N, D) with all references (R, D), all of unit length; (N,). Its mean over N is the
+    mean over all generated x reference pairs (DreamBooth, section 4.1).
     """
     return (embeddings @ references.T).mean(dim=1)
 
@@ -280,7 +261,7 @@ class ReferenceCache:
         self._embeddings: torch.Tensor | None = None
 
     def __call__(self, references: Sequence[Image.Image]) -> torch.Tensor:
-        """Return the (R, D) embeddings of the photos; recognised by their pixels, not by the objects."""
+        """The embeddings (R, D) of the photos; recognised by their pixels, not by the objects."""
         digest = hashlib.sha256()
         for image in references:
             digest.update(f"{image.mode}{image.size}".encode())
@@ -291,22 +272,17 @@ class ReferenceCache:
         return self._embeddings
 
 
-class TruncationWarning:
-    """Says once per text that a text encoder will not read all of it."""
+def truncation_warning(name: str, limit: int) -> Callable[[str, int], None]:
+    """Says once per text that a text encoder will not read all of it, when told its tokens, special ones included."""
+    told: set[str] = set()
 
-    def __init__(self, name: str, limit: int) -> None:
-        self._name = name
-        self._limit = limit
-        self._told: set[str] = set()
+    def warn(text: str, n_tokens: int) -> None:
+        if n_tokens > limit and text not in told:
+            told.add(text)
+            said = f"{name} reads {limit} tokens and this prompt has {n_tokens}; its end is cut off: {text!r}"
+            warnings.warn(said, stacklevel=2)
 
-    def __call__(self, text: str, n_tokens: int) -> None:
-        """Warn if `n_tokens` (special tokens included) is over the limit."""
-        if n_tokens > self._limit and text not in self._told:
-            self._told.add(text)
-            warnings.warn(
-                f"{self._name} reads {self._limit} tokens and this prompt has {n_tokens}; its end is cut off: {text!r}",
-                stacklevel=2,
-            )
+    return warn
 
 
 def check_vocabulary(metric: str, where: str | Path, found: int, expected: int) -> None:
@@ -339,10 +315,8 @@ def load_state(model: torch.nn.Module, file: Path) -> None:
 
 @contextmanager
 def as_model_error(wrong: str, remedy: str, longest: int = 300) -> Iterator[None]:
-    """Turn any failure inside, of which libraries raise many kinds, into one sentence: what is wrong, why, what to do.
-
-    Args:
-        longest: characters of the library's own words.
+    """Turn any failure inside, of which libraries raise many kinds, into one sentence: what is wrong, why (the
+    library's own words, `longest` characters at most), what to do.
     """
     try:
         yield
@@ -430,11 +404,7 @@ def make_scorer(
 
 
 def check_options(name: str, options: Mapping[str, Any]) -> Any:
-    """A scorer's options with the values that are given.
-
-    Raises:
-        ParameterError: see `make_scorer`.
-    """
+    """A scorer's options with the values that are given; raises as `make_scorer` does."""
     return fill(SCORERS.find(name).options(), options, f"Scorer {name}")
 
 

@@ -7,11 +7,10 @@ Hugging Face tokenizer's files.
 Shapes: N texts, H/W pixels, L text tokens.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Self
 
 import torch
 from PIL import Image
@@ -19,17 +18,7 @@ from torch import nn
 
 from ibkit.errors import ModelError
 from ibkit.runs import read_json
-from ibkit.scorers.base import (
-    CLIP_MEAN,
-    CLIP_STD,
-    TruncationWarning,
-    check_vocabulary,
-    from_hub,
-    hub_name,
-    load_state,
-    reading,
-    weights_folder,
-)
+from ibkit.scorers import base
 from ibkit.scorers.encoder import Encoder, OnEncoder
 from ibkit.scorers.gradient import differentiable_pixel_values
 
@@ -57,35 +46,33 @@ class ClipEncoder(Encoder):
     evaluator: str
     device: str | torch.device = "cpu"
     batch_size: int = 64
-    _warn_truncated: TruncationWarning = field(init=False, repr=False)
+    _warn_truncated: Callable[[str, int], None] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.model = self.model.to(self.device).eval().requires_grad_(False)
-        self._warn_truncated = TruncationWarning("CLIP", self.model.context_length)
+        self._warn_truncated = base.truncation_warning("CLIP", self.model.context_length)
 
     @classmethod
-    def load(cls, weights: str | Path = "pocket", device: str | torch.device = "cpu") -> ClipEncoder:
-        """Load `"pocket"`, `"official"` or the `clip/` of a local weights folder.
-
-        Raises:
-            ModelError: The weights are missing, damaged, or do not fit the model, or the tokenizer does not.
+    def load(cls, weights: str | Path = "pocket", device: str | torch.device = "cpu") -> Self:
+        """Load `"pocket"`, `"official"` or the `clip/` of a local weights folder; a ModelError where weights or
+        tokenizer are missing, damaged, or do not fit the model.
         """
         if str(weights) == "official":
             return cls._load_official(device)
-        folder = weights_folder("CLIP", weights, "clip", CONFIG_FILE, WEIGHTS_FILE, "tokenizer_config.json")
+        folder = base.weights_folder("CLIP", weights, "clip", CONFIG_FILE, WEIGHTS_FILE, "tokenizer_config.json")
         kind = "pocket CLIP" if str(weights) == "pocket" else f"CLIP in {folder.parent.name}"
         return cls._load_folder(folder, device, kind)
 
     @classmethod
-    def _load_official(cls, device: str | torch.device) -> ClipEncoder:
+    def _load_official(cls, device: str | torch.device) -> Self:
         import open_clip
 
-        with from_hub("CLIP", f"open_clip {OFFICIAL_MODEL}, {OFFICIAL_WEIGHTS}"):
+        with base.from_hub("CLIP", f"open_clip {OFFICIAL_MODEL}, {OFFICIAL_WEIGHTS}"):
             model, _, preprocess = open_clip.create_model_and_transforms(OFFICIAL_MODEL, pretrained=OFFICIAL_WEIGHTS)
         tokenizer = open_clip.get_tokenizer(OFFICIAL_MODEL)  # a part of open_clip, with no revision of its own
         repository = open_clip.get_pretrained_cfg(OFFICIAL_MODEL, OFFICIAL_WEIGHTS)["hf_hub"].rstrip("/")
-        name = hub_name(repository, *WEIGHTS_FILES)
-        check_vocabulary("CLIP", "open_clip", tokenizer.vocab_size, model.vocab_size)
+        name = base.hub_name(repository, *WEIGHTS_FILES)
+        base.check_vocabulary("CLIP", "open_clip", tokenizer.vocab_size, model.vocab_size)
         return cls(
             model,
             preprocess,
@@ -96,7 +83,7 @@ class ClipEncoder(Encoder):
         )
 
     @classmethod
-    def _load_folder(cls, folder: Path, device: str | torch.device, kind: str) -> ClipEncoder:
+    def _load_folder(cls, folder: Path, device: str | torch.device, kind: str) -> Self:
         import open_clip
         from open_clip.tokenizer import get_clean_fn
         from open_clip.transform import PreprocessCfg, image_transform_v2
@@ -111,11 +98,11 @@ class ClipEncoder(Encoder):
             raise ModelError(
                 f"CLIP: {folder / CONFIG_FILE} does not describe an open_clip model ({error}): restore it."
             ) from error
-        with reading("CLIP", WEIGHTS_FILE, folder):
-            load_state(model, folder / WEIGHTS_FILE)
-        with reading("CLIP", "tokenizer", folder):
+        with base.reading("CLIP", WEIGHTS_FILE, folder):
+            base.load_state(model, folder / WEIGHTS_FILE)
+        with base.reading("CLIP", "tokenizer", folder):
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        check_vocabulary("CLIP", folder, len(tokenizer), model.vocab_size)
+        base.check_vocabulary("CLIP", folder, len(tokenizer), model.vocab_size)
         if model.text_pool_type == "argmax" and tokenizer.eos_token_id != model.vocab_size - 1:
             raise ModelError(
                 f"CLIP: the model in {folder} reads its text at the highest token id, but the end-of-text token has "
@@ -150,7 +137,7 @@ class ClipEncoder(Encoder):
 
 class _OnClip(OnEncoder):
     @classmethod
-    def load(cls, weights: str | Path, device: str | torch.device = "cpu") -> _OnClip:
+    def load(cls, weights: str | Path, device: str | torch.device = "cpu") -> Self:
         return cls(ClipEncoder.load(weights, device))
 
 
@@ -163,12 +150,9 @@ class ClipT(_OnClip):
     name = "clip_t"
     needs = frozenset({"text"})
 
-    def _score(self, images, texts, references):
-        return self._text(self.encoder.images(images), texts)
-
     def differentiable(self, pixels, texts):
         px = self.encoder.model.visual.image_size[0]
-        values = differentiable_pixel_values(pixels.to(self.encoder.device), px, px, CLIP_MEAN, CLIP_STD)
+        values = differentiable_pixel_values(pixels.to(self.encoder.device), px, px, base.CLIP_MEAN, base.CLIP_STD)
         features = (self.encoder.image_features(values), self.encoder.text_features(list(texts)))
         return torch.nn.functional.cosine_similarity(*(one.float() for one in features))
 
@@ -183,6 +167,3 @@ class ClipI(_OnClip):
 
     name = "clip_i"
     needs = frozenset({"references"})
-
-    def _score(self, images, texts, references):
-        return self._subject(self.encoder.images(images), references)

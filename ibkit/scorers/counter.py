@@ -5,10 +5,9 @@ of one subject, does not. It is a small network of the judge's kind, trained apa
 (`ibkit.pocket.build.counter`), and never a reward.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Self
 
 import torch
 from PIL import Image
@@ -17,8 +16,6 @@ from ibkit.errors import ScoreError
 from ibkit.pocket.feedback import Asked
 from ibkit.pocket.words import NUMBERS
 from ibkit.pocket.world import CLASSES, COLOURS, PLACES
-from ibkit.runs import read_json
-from ibkit.scorers.base import load_state, reading, require_files, weights_folder
 from ibkit.scorers.judge import RATER_WIDTHS, Answering, JudgeNet, to_tensor
 
 COUNTED: dict[str, tuple[str, ...]] = {
@@ -37,20 +34,9 @@ class Counter(Answering):
     """Answers `COUNTED` about pictures."""
 
     @classmethod
-    def load(cls, device: str | torch.device = "cpu", folder: str | Path = "") -> Counter:
-        """Load the shipped one, or `counter.safetensors` and `counter.json` of another folder, as the build's stage
-        `counter` writes them.
-
-        Raises:
-            ModelError: they are missing or damaged.
-        """
-        folder = Path(folder) if folder else weights_folder("counter", "pocket", "counter")
-        require_files("counter", folder, "counter.safetensors", "counter.json")
-        with reading("counter", "counter.safetensors and counter.json", folder):
-            net = counter_net()
-            load_state(net, folder / "counter.safetensors")
-            card = read_json(folder / "counter.json")
-        return cls(net, card, device)
+    def load(cls, device: str | torch.device = "cpu", folder: str | Path = "") -> Self:
+        """Load the shipped one, or that of another folder, as the build's stage `counter` writes it."""
+        return cls.read("counter", device, folder, "counter", lambda card: counter_net())
 
     @torch.inference_mode()
     def answers(self, images: Sequence[Image.Image]) -> list[dict[str, str]]:

@@ -14,20 +14,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from ibkit.scorers.base import (
-    ReferenceCache,
-    Scorer,
-    TruncationWarning,
-    check_vocabulary,
-    embed,
-    from_hub,
-    hub_name,
-    load_transformer,
-    mean_cosine,
-    reading,
-    tokenize,
-    weights_folder,
-)
+from ibkit.scorers import base
+from ibkit.scorers.base import Scorer, load_transformer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,8 +25,6 @@ class Encoder(ABC):
     """A network that embeds pictures and texts, with its own preprocessing.
 
     Attributes:
-        model: The network.
-        device: Where it runs.
         batch_size: Pictures or texts a forward pass.
         evaluator: Model and preprocessing in words.
     """
@@ -66,12 +52,12 @@ class Encoder(ABC):
         def features(batch: Sequence[Image.Image]) -> torch.Tensor:
             return self.image_features(torch.stack([self.pixels(image) for image in batch]).to(self.device))
 
-        return embed(images, features, self.batch_size)
+        return base.embed(images, features, self.batch_size)
 
     def texts(self, texts: Sequence[str]) -> torch.Tensor:
         """Embed texts: (N, D) of unit length, on `device`; each distinct text is encoded once."""
         rows = {text: row for row, text in enumerate(dict.fromkeys(texts))}
-        embedded = embed(list(rows), lambda batch: self.text_features(list(batch)), self.batch_size)
+        embedded = base.embed(list(rows), lambda batch: self.text_features(list(batch)), self.batch_size)
         return embedded[[rows[text] for text in texts]]
 
 
@@ -85,31 +71,27 @@ class TransformersEncoder(Encoder):
     """
 
     label: str  # in messages
+    batch_size = 32
 
-    def __init__(
-        self, model: nn.Module, tokenizer, device: str | torch.device = "cpu", evaluator: str = "", batch_size: int = 32
-    ) -> None:
+    def __init__(self, model: nn.Module, tokenizer, device: str | torch.device = "cpu", evaluator: str = "") -> None:
         self.model = model.to(device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.device = torch.device(device)
-        self.batch_size = batch_size
         self.context, preprocessing = self._configure(model.config)
         self.evaluator = f"{evaluator or self.label}; {preprocessing}"
-        self._warn_truncated = TruncationWarning(self.label, self.context)
+        self._warn_truncated = base.truncation_warning(self.label, self.context)
 
     @abstractmethod
     def _configure(self, config) -> tuple[int, str]:
-        """Take what `pixels` needs from the model's config.
-
-        Returns:
-            Tokens that are read of a text, special tokens included; and the preprocessing in words.
+        """Take what `pixels` needs from the model's config; how many tokens of a text are read, special tokens
+        included, and the preprocessing in words.
         """
 
     def image_features(self, pixels: torch.Tensor) -> torch.Tensor:
         return self.model.get_image_features(pixels).pooler_output
 
     def text_features(self, texts: list[str]) -> torch.Tensor:
-        tokens = tokenize(self.tokenizer, texts, self.context, self._warn_truncated).to(self.device)
+        tokens = base.tokenize(self.tokenizer, texts, self.context, self._warn_truncated).to(self.device)
         return self.model.get_text_features(tokens["input_ids"], tokens["attention_mask"]).pooler_output
 
 
@@ -124,34 +106,32 @@ def load_with_tokenizer(
     """A model of transformers', its tokenizer, and where both are from, in words for an evaluator.
 
     Args:
-        metric: for messages.
-        architecture: of transformers.
         repository: of the `"official"` weights.
         weights: `"official"`, or a local weights folder, whose `subfolder` holds both.
         tokenizer_from: the official tokenizer's repository where it is another one.
 
     Raises:
-        ModelError: The weights are missing, damaged, or do not fit the model, or the tokenizer does not.
+        ModelError: The weights or tokenizer are missing, damaged, or do not fit the model.
     """
     from transformers import AutoTokenizer
 
     place: str | Path
     if str(weights) == "official":
         place = tokenizer_from or repository
-        with from_hub(metric, repository):
+        with base.from_hub(metric, repository):
             model = load_transformer(metric, architecture, repository)
-        with from_hub(metric, place, "tokenizer"):
+        with base.from_hub(metric, place, "tokenizer"):
             tokenizer = AutoTokenizer.from_pretrained(place)
-        other = f", tokenizer {hub_name(place, 'tokenizer_config.json')}" if tokenizer_from else ""
-        origin = f"({hub_name(repository)}{other})"
+        other = f", tokenizer {base.hub_name(place, 'tokenizer_config.json')}" if tokenizer_from else ""
+        origin = f"({base.hub_name(repository)}{other})"
     else:
         files = ("config.json", "model.safetensors", "tokenizer_config.json")
-        place = folder = weights_folder(metric, weights, subfolder, *files)
-        with reading(metric, "model", folder):
+        place = folder = base.weights_folder(metric, weights, subfolder, *files)
+        with base.reading(metric, "model", folder):
             model = load_transformer(metric, architecture, folder)
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         origin = f"in {folder.parent.name}"
-    check_vocabulary(metric, place, len(tokenizer), model.config.text_config.vocab_size)
+    base.check_vocabulary(metric, place, len(tokenizer), model.config.text_config.vocab_size)
     return model, tokenizer, origin
 
 
@@ -161,7 +141,11 @@ class OnEncoder(Scorer):
     def __init__(self, encoder: Encoder) -> None:
         self.encoder = encoder
         self.evaluator = encoder.evaluator
-        self._references = ReferenceCache(encoder.images)
+        self._references = base.ReferenceCache(encoder.images)
+
+    def _score(self, images, texts, references):
+        pictures = self.encoder.images(images)
+        return self._text(pictures, texts) if "text" in self.needs else self._subject(pictures, references)
 
     def _text(self, pictures: torch.Tensor, texts: list[str]) -> torch.Tensor:
         """Cosine of each embedded picture (N, D) with its text, (N,)."""
@@ -169,4 +153,4 @@ class OnEncoder(Scorer):
 
     def _subject(self, pictures: torch.Tensor, references: list[Image.Image]) -> torch.Tensor:
         """Mean cosine of each embedded picture (N, D) with all reference photos, (N,)."""
-        return mean_cosine(pictures, self._references(references))
+        return base.mean_cosine(pictures, self._references(references))

@@ -17,13 +17,11 @@ Differs from paper: CLIP is the kit's ViT-B/32, or the pocket one, instead of Vi
 Shapes: N pictures, K prompts of a classification (the true one first), D embedding width.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -188,7 +186,7 @@ class FeedbackReward(OnEncoder):
         self.evaluator = f"reward learned from feedback, {net.first.out_features} hidden, on {encoder.evaluator}"
 
     @classmethod
-    def load(cls, weights: str | Path, device: str | torch.device = "cpu", head: str = "") -> FeedbackReward:
+    def load(cls, weights: str | Path, device: str | torch.device = "cpu", head: str = "") -> Self:
         encoder = ClipEncoder.load(weights, device)
         if not head:
             raise ModelError(
@@ -229,10 +227,7 @@ def best_threshold(scores: torch.Tensor, labels: torch.Tensor) -> float:
 
 def best_of(scores: torch.Tensor, keep: int) -> torch.Tensor:
     """Indices (P, keep) of the best of n pictures of each prompt by their scores (P, n), best first: the paper's
-    stronger baseline (4 of 16), which trains nothing.
-
-    Raises:
-        ParameterError: more are to be kept than there are.
+    stronger baseline (4 of 16), which trains nothing. A ParameterError where more are to be kept than there are.
     """
     n = scores.shape[1]
     if not 1 <= keep <= n:

@@ -1,7 +1,5 @@
 """Scorers with a gradient: which they are, and how pixels reach their networks."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -7,8 +7,6 @@ pocket-size model; only `RewardConfig` differs.
 Shapes: B batch, C/H/W channels and pixels, P patches + 1, L text tokens, V vision width, D text width.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re
@@ -24,24 +22,7 @@ from torch import nn
 
 from ibkit.errors import ModelError
 from ibkit.runs import read_json
-from ibkit.scorers.base import (
-    CLIP_MEAN,
-    CLIP_STD,
-    Level,
-    Scorer,
-    TruncationWarning,
-    as_model_error,
-    batches,
-    check_vocabulary,
-    from_hub,
-    hub_name,
-    load_state,
-    reading,
-    require_files,
-    to_pixel_values,
-    tokenize,
-    weights_folder,
-)
+from ibkit.scorers import base
 from ibkit.scorers.gradient import differentiable_pixel_values
 
 OFFICIAL_REPOSITORY = "THUDM/ImageReward"
@@ -108,7 +89,7 @@ class RewardConfig:
                 raise ModelError(f"image_reward: {sentence}: correct the config.")
 
     @classmethod
-    def from_json(cls, path: Path) -> RewardConfig:
+    def from_json(cls, path: Path) -> Self:
         """Read `save_pretrained`'s config.json; raises ModelError if it is something else."""
         try:
             values = read_json(path)
@@ -179,15 +160,12 @@ class ImageRewardModel(nn.Module):
     def forward(
         self, pixel_values: torch.Tensor, input_ids: torch.Tensor, attention_mask: torch.Tensor
     ) -> torch.Tensor:
-        """Reward of each picture for its text.
+        """Reward of each picture for its text, (raw - mean) / std, (B,).
 
         Args:
             pixel_values: (B, 3, H, W), normalised with CLIP's mean and std.
             input_ids: (B, L) token ids, L at most `config.text_positions`.
             attention_mask: (B, L), 1 for tokens and 0 for padding.
-
-        Returns:
-            (B,) (raw - mean) / std.
 
         Source: Xu et al. 2023, section 3.2; the official `ImageReward.score`.
         """
@@ -208,53 +186,45 @@ class ImageRewardModel(nn.Module):
         save_file(state, folder / WEIGHTS_FILE)
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> ImageRewardModel:
-        """Load what `save_pretrained` wrote, strictly, in evaluation mode.
-
-        Raises:
-            ModelError: A file is missing, unreadable, or does not fit the config.
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Load what `save_pretrained` wrote, strictly, in evaluation mode; a file that is missing, unreadable, or does
+        not fit the config is a ModelError.
         """
         folder = Path(folder)
-        require_files("image_reward", folder, CONFIG_FILE, WEIGHTS_FILE)
+        base.require_files("image_reward", folder, CONFIG_FILE, WEIGHTS_FILE)
         model = cls(RewardConfig.from_json(folder / CONFIG_FILE))
-        with reading("image_reward", WEIGHTS_FILE, folder):
-            load_state(model, folder / WEIGHTS_FILE)
+        with base.reading("image_reward", WEIGHTS_FILE, folder):
+            base.load_state(model, folder / WEIGHTS_FILE)
         return model.eval()
 
     @classmethod
-    def load_official(
-        cls, checkpoint: str | Path | None = None, config: RewardConfig | None = None
-    ) -> ImageRewardModel:
-        """Load an official-format checkpoint (`ImageReward.pt`), strictly, in evaluation mode.
+    def load_official(cls, checkpoint: str | Path | None = None, config: RewardConfig | None = None) -> Self:
+        """Load an official-format checkpoint (`ImageReward.pt`), strictly, in evaluation mode; a ModelError where it
+        cannot be had or read, or its tensors are not the ones expected.
 
         Args:
             checkpoint: The file; without it, from the hub's cache or the hub (1.8 GB).
             config: Its sizes; the published model's if not given.
-
-        Raises:
-            ModelError: The file cannot be had or read, or its tensors are not the ones expected.
         """
         if checkpoint is None:
             from huggingface_hub import hf_hub_download
 
-            with from_hub("image_reward", OFFICIAL_REPOSITORY):
+            with base.from_hub("image_reward", OFFICIAL_REPOSITORY):
                 checkpoint = hf_hub_download(OFFICIAL_REPOSITORY, "ImageReward.pt")
-        with as_model_error(f"image_reward: {checkpoint} cannot be read as tensors", "download it again"):
+        with base.as_model_error(f"image_reward: {checkpoint} cannot be read as tensors", "download it again"):
             state = torch.load(checkpoint, map_location="cpu", weights_only=True)
         if not isinstance(state, dict) or not all(isinstance(tensor, torch.Tensor) for tensor in state.values()):
             raise ModelError(f"image_reward: {checkpoint} is no state dict of tensors: name the file ImageReward.pt.")
         model = cls(config or RewardConfig())
         wrong = f"image_reward: {checkpoint} does not hold the expected model"
-        with as_model_error(wrong, "name the file ImageReward.pt"):
+        with base.as_model_error(wrong, "name the file ImageReward.pt"):
             model.load_state_dict(map_official(state))
         return model.eval()
 
 
 def map_official(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Rename an official ImageReward state dict to `ImageRewardModel`'s names.
-
-    Raises:
-        ModelError: An entry that the official checkpoint does not have.
+    """Rename an official ImageReward state dict to `ImageRewardModel`'s names; an entry that the official checkpoint
+    does not have is a ModelError.
     """
     mapped = {}
     for name, tensor in state.items():
@@ -268,23 +238,21 @@ def map_official(state: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return mapped
 
 
-def read_levels(folder: Path) -> dict[str, Level]:
-    """The table of a weights folder, `level.json`: {"a cat dancing": [mean, std], ..., "": [mean, std]}; none, empty.
-
-    Raises:
-        ModelError: The file is damaged, or an entry is not two finite numbers.
+def read_levels(folder: Path) -> dict[str, base.Level]:
+    """The table of a weights folder, `level.json`: {"a cat dancing": [mean, std], ..., "": [mean, std]}; empty without
+    one, a ModelError where it is damaged or an entry is not two finite numbers.
     """
     file = folder / "level.json"
     if not file.is_file():
         return {}
-    with reading(ImageReward.name, file.name, folder):
-        levels = {text: Level(*map(float, pair)) for text, pair in read_json(file).items()}
+    with base.reading(ImageReward.name, file.name, folder):
+        levels = {text: base.Level(*map(float, pair)) for text, pair in read_json(file).items()}
         if not all(math.isfinite(number) for level in levels.values() for number in level):
             raise ValueError("a number is not finite")
     return levels
 
 
-class ImageReward(Scorer):
+class ImageReward(base.Scorer):
     """How well people would like the picture for its text (higher is better; about -2 to 2).
 
     Args:
@@ -295,6 +263,7 @@ class ImageReward(Scorer):
 
     name = "image_reward"
     needs = frozenset({"text"})
+    batch_size = 32
 
     def __init__(
         self,
@@ -302,58 +271,56 @@ class ImageReward(Scorer):
         tokenizer,
         device: str | torch.device = "cpu",
         evaluator: str = "ImageReward",
-        batch_size: int = 32,
-        levels: Mapping[str, Level] | None = None,
+        levels: Mapping[str, base.Level] | None = None,
     ) -> None:
         config = model.config
-        check_vocabulary(self.name, getattr(tokenizer, "name_or_path", ""), len(tokenizer), config.tokenizer_size)
+        base.check_vocabulary(self.name, getattr(tokenizer, "name_or_path", ""), len(tokenizer), config.tokenizer_size)
         self.model = model.to(device).eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.device = torch.device(device)
-        self.batch_size = batch_size
         self.levels = dict(levels or {})
         self.evaluator = (
             f"{evaluator}; {config.image_px} px bicubic + centre crop, CLIP mean/std, "
             f"text cut at {config.max_tokens} tokens"
         )
-        self._warn_truncated = TruncationWarning(self.name, config.max_tokens)
+        self._warn_truncated = base.truncation_warning(self.name, config.max_tokens)
 
     @classmethod
     def load(cls, weights: str | Path, device: str | torch.device = "cpu") -> Self:
         from transformers import AutoTokenizer
 
         if str(weights) == "official":
-            with from_hub(cls.name, OFFICIAL_TOKENIZER, "tokenizer"):
+            with base.from_hub(cls.name, OFFICIAL_TOKENIZER, "tokenizer"):
                 tokenizer = AutoTokenizer.from_pretrained(OFFICIAL_TOKENIZER)
             model = ImageRewardModel.load_official()
-            name = hub_name(OFFICIAL_REPOSITORY, "ImageReward.pt")
-            reads = hub_name(OFFICIAL_TOKENIZER, "tokenizer_config.json")
+            name = base.hub_name(OFFICIAL_REPOSITORY, "ImageReward.pt")
+            reads = base.hub_name(OFFICIAL_TOKENIZER, "tokenizer_config.json")
             return cls(model, tokenizer, device, f"ImageReward ({name}, tokenizer {reads})")
-        folder = weights_folder(cls.name, weights, cls.name)
+        folder = base.weights_folder(cls.name, weights, cls.name)
         model = ImageRewardModel.from_pretrained(folder)
-        require_files(cls.name, folder, "tokenizer_config.json")
-        with reading(cls.name, "tokenizer", folder):
+        base.require_files(cls.name, folder, "tokenizer_config.json")
+        with base.reading(cls.name, "tokenizer", folder):
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         kind = "pocket reward model" if str(weights) == "pocket" else f"reward model in {folder.name}"
         return cls(model, tokenizer, device, f"{kind} (ImageReward's architecture)", levels=read_levels(folder))
 
-    def level(self, text: str) -> Level | None:
+    def level(self, text: str) -> base.Level | None:
         """That of the text in the weights' table, else that of all texts together (the text "")."""
         return self.levels.get(text, self.levels.get(""))
 
     def encode_text(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids and mask, each (B, max_tokens)."""
-        encoded = tokenize(self.tokenizer, texts, self.model.config.max_tokens, self._warn_truncated)
+        encoded = base.tokenize(self.tokenizer, texts, self.model.config.max_tokens, self._warn_truncated)
         return encoded["input_ids"], encoded["attention_mask"]
 
     def encode_images(self, images: list[Image.Image]) -> torch.Tensor:
         """Network input (B, 3, H, W)."""
         px = self.model.config.image_px
-        return to_pixel_values(images, px, px, CLIP_MEAN, CLIP_STD)
+        return base.to_pixel_values(images, px, px, base.CLIP_MEAN, base.CLIP_STD)
 
     def _score(self, images, texts, references):
         scores = []
-        for pairs in batches(list(zip(images, texts, strict=True)), self.batch_size):
+        for pairs in base.batches(list(zip(images, texts, strict=True)), self.batch_size):
             some, theirs = map(list, zip(*pairs, strict=True))
             inputs = self.encode_images(some), *self.encode_text(theirs)
             scores.append(self.model(*(one.to(self.device) for one in inputs)).cpu())
@@ -362,7 +329,7 @@ class ImageReward(Scorer):
     def differentiable(self, pixels, texts):
         px = self.model.config.image_px
         ids, mask = (one.to(self.device) for one in self.encode_text(list(texts)))
-        values = differentiable_pixel_values(pixels.to(self.device), px, px, CLIP_MEAN, CLIP_STD)
+        values = differentiable_pixel_values(pixels.to(self.device), px, px, base.CLIP_MEAN, base.CLIP_STD)
         return self.model(values, ids, mask).float()
 
 

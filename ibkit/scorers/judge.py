@@ -11,12 +11,11 @@ and are called simulated.
 Shapes: N pictures, D = 64 identity dimensions.
 """
 
-from __future__ import annotations
-
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -25,30 +24,17 @@ from PIL import Image
 from torch import nn
 
 from ibkit.errors import ScoreError
+from ibkit.pocket import world
 from ibkit.pocket.draw import render
-from ibkit.pocket.world import (
-    ACCESSORIES,
-    ACTIVITIES,
-    CLASSES,
-    IMAGE_PX,
-    NO_ACCESSORY,
-    NO_ACTIVITY,
-    PARTS,
-    PLACES,
-    Subject,
-    line_up,
-    reference_scenes,
-    shown_by,
-)
 from ibkit.runs import read_json
 from ibkit.scorers.base import POCKET_WEIGHTS, load_state, reading, require_files, weights_folder
 
 ANSWERS: dict[str, tuple[str, ...]] = {
-    "class": CLASSES,
-    "pose": (NO_ACTIVITY, *(a for a in ACTIVITIES if "pose" in PARTS[a])),
-    "things": (NO_ACTIVITY, *(a for a in ACTIVITIES if "things" in PARTS[a])),
-    "place": tuple(PLACES),
-    "accessory": (NO_ACCESSORY, *ACCESSORIES),
+    "class": world.CLASSES,
+    "pose": (world.NO_ACTIVITY, *(a for a in world.ACTIVITIES if "pose" in world.PARTS[a])),
+    "things": (world.NO_ACTIVITY, *(a for a in world.ACTIVITIES if "things" in world.PARTS[a])),
+    "place": tuple(world.PLACES),
+    "accessory": (world.NO_ACCESSORY, *world.ACCESSORIES),
 }
 IDENTITY_DIM = 64
 JUDGE_WIDTHS = (24, 48, 96, 128)  # channels of the judge's four resolutions
@@ -93,7 +79,7 @@ class _Residual(nn.Module):
 
 def to_tensor(images: Sequence[Image.Image]) -> torch.Tensor:
     """Pictures to (N, 3, 64, 64) in [-1, 1]; other sizes are resized (bicubic)."""
-    size = (IMAGE_PX, IMAGE_PX)  # a picture of this size is copied, not filtered
+    size = (world.IMAGE_PX, world.IMAGE_PX)  # a picture of this size is copied, not filtered
     arrays = [np.asarray(image.convert("RGB").resize(size, Image.Resampling.BICUBIC)) for image in images]
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float() / 127.5 - 1
 
@@ -116,6 +102,19 @@ class Answering:
     def __post_init__(self):
         self.net = self.net.to(self.device).eval().requires_grad_(False)
 
+    @classmethod
+    def read(cls, kind: str, device, folder: str | Path, name: str, net: Callable[[dict], JudgeNet]) -> Self:
+        """From `name`.safetensors and `name`.json of the folder, or of the shipped weights; a ModelError where they are
+        missing or damaged. `net` makes the network of what the card says.
+        """
+        folder = Path(folder) if folder else weights_folder(kind, "pocket", kind)
+        require_files(kind, folder, f"{name}.safetensors", f"{name}.json")
+        with reading(kind, f"{name}.safetensors and {name}.json", folder):
+            card = read_json(folder / f"{name}.json")
+            made = net(card)
+            load_state(made, folder / f"{name}.safetensors")
+        return cls(made, card, device)
+
 
 class Judge(Answering):
     """Answers `ANSWERS`, and which individual is shown; its card also has the least likeness of a true picture
@@ -123,15 +122,9 @@ class Judge(Answering):
     """
 
     @classmethod
-    def load(cls, device: str | torch.device = "cpu", folder: str | Path = "", name: str = "judge") -> Judge:
+    def load(cls, device: str | torch.device = "cpu", folder: str | Path = "", name: str = "judge") -> Self:
         """Load the shipped judge, or another one of the folder (`name`, such as one of `RATERS`)."""
-        folder = Path(folder) if folder else weights_folder("judge", "pocket", "judge")
-        require_files("judge", folder, f"{name}.safetensors", f"{name}.json")
-        with reading("judge", f"{name}.safetensors and {name}.json", folder):
-            card = read_json(folder / f"{name}.json")
-            net = JudgeNet(tuple(card["widths"]))
-            load_state(net, folder / f"{name}.safetensors")
-        return cls(net, card, device)
+        return cls.read("judge", device, folder, name, lambda card: JudgeNet(tuple(card["widths"])))
 
     @property
     def evaluator(self) -> str:
@@ -152,7 +145,7 @@ class Judge(Answering):
         the one that is shown whole (of two, the one of the pose), or none.
         """
         if question == "activity":
-            return [(shown_by(*parts) or (NO_ACTIVITY,))[0] for parts in self._parts(images)]
+            return [(world.shown_by(*parts) or (world.NO_ACTIVITY,))[0] for parts in self._parts(images)]
         log_probs, _ = self.look(images)
         return [ANSWERS[question][i] for i in log_probs[question].argmax(1).tolist()]
 
@@ -161,8 +154,8 @@ class Judge(Answering):
         one has is right; where none is expected, both pose and things are.
         """
         if question == "activity":
-            rest = (NO_ACTIVITY, NO_ACTIVITY)
-            shown = [parts[:1] if parts == rest else shown_by(*parts) for parts in self._parts(images)]
+            rest = (world.NO_ACTIVITY, world.NO_ACTIVITY)
+            shown = [parts[:1] if parts == rest else world.shown_by(*parts) for parts in self._parts(images)]
             return torch.tensor([float(wanted in seen) for wanted, seen in zip(expected, shown, strict=True)])
         return torch.tensor([float(a == b) for a, b in zip(self.answers(images, question), expected, strict=True)])
 
@@ -172,22 +165,22 @@ class Judge(Answering):
         named = [[ANSWERS[q][i] for i in log_probs[q].argmax(1).tolist()] for q in ("pose", "things")]
         return list(zip(*named, strict=True))
 
-    def pick(self, images: Sequence[Image.Image], parade: Sequence[Subject], n_references: int = 8) -> list[int]:
+    def pick(self, images: Sequence[Image.Image], parade: Sequence[world.Subject], n_references: int = 8) -> list[int]:
         """Which individual of a line-up each picture shows: the index of the nearest one by mean identity
         vector of its own photos.
         """
         _, vectors = self.look(images)
         return (vectors @ self.centres(parade, n_references).T).argmax(1).tolist()
 
-    def centres(self, parade: Sequence[Subject], n_references: int = 8) -> torch.Tensor:
+    def centres(self, parade: Sequence[world.Subject], n_references: int = 8) -> torch.Tensor:
         """The mean identity vector of photos of each individual of a line-up, unit length; (individuals, D)."""
-        photos = [[render(scene) for scene in reference_scenes(one, n_references, seed=1)] for one in parade]
+        photos = [[render(scene) for scene in world.reference_scenes(one, n_references, seed=1)] for one in parade]
         return torch.stack([F.normalize(self.look(of_one)[1].mean(0), dim=0) for of_one in photos])
 
-    def identifies(self, images: Sequence[Image.Image], subject: Subject, n_others: int = 7) -> torch.Tensor:
+    def identifies(self, images: Sequence[Image.Image], subject: world.Subject, n_others: int = 7) -> torch.Tensor:
         """1.0 where the judge recognises `subject` in a line-up with `n_others` of its class, else 0.0; (N,)."""
         _, vectors = self.look(images)
-        return self.recognised(vectors @ self.centres(line_up(subject, n_others + 1)).T).float()
+        return self.recognised(vectors @ self.centres(world.line_up(subject, n_others + 1)).T).float()
 
     def recognised(self, likeness: torch.Tensor) -> torch.Tensor:
         """Whether the first of a line-up is shown, by the likeness to each (N, individuals); (N,) bool."""
@@ -195,13 +188,8 @@ class Judge(Answering):
 
 
 def things_taken() -> tuple[float, int]:
-    """How often the shipped judge takes a subject at rest among an activity's things for the activity.
-
-    Returns:
-        The share and the number of renders, from the model card of the pocket weights.
-
-    Raises:
-        ModelError: the card is missing or has no such number.
+    """How often the shipped judge takes a subject at rest among an activity's things for the activity: the share and
+    the number of renders, from the model card of the pocket weights (a ModelError where it has none).
     """
     require_files("judge", POCKET_WEIGHTS, "card.json")
     with reading("judge", "card.json", POCKET_WEIGHTS):

@@ -4,9 +4,8 @@ The official model is `yuvalkirstain/PickScore_v1`, a CLIP ViT-H/14 tuned on the
 other CLIP in transformers' format, with its tokenizer.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
+from typing import Self
 
 import torch
 from PIL import Image
@@ -39,11 +38,9 @@ class PickScore(TransformersEncoder, Scorer):
         return config.text_config.max_position_embeddings, preprocessing
 
     @classmethod
-    def load(cls, weights: str | Path, device: str | torch.device = "cpu") -> PickScore:
-        """Load `"official"` or the `pick_score/` of a local weights folder; see `make_scorer`.
-
-        Raises:
-            ModelError: The pocket weights have none; or see `load_with_tokenizer`.
+    def load(cls, weights: str | Path, device: str | torch.device = "cpu") -> Self:
+        """Load `"official"` or the `pick_score/` of a local weights folder; the pocket weights have none, which is a
+        ModelError. See `load_with_tokenizer`.
         """
         from transformers import CLIPModel
 

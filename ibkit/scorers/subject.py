@@ -8,8 +8,6 @@ which needs no training and says so in its evaluator.
 Shapes: N pictures, R reference photos, L patches, D token width, E embedding width.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,16 +18,7 @@ from torch.nn.functional import normalize
 
 from ibkit.errors import ModelError
 from ibkit.runs import hash_file, read_json
-from ibkit.scorers.base import (
-    ReferenceCache,
-    Scorer,
-    batches,
-    load_state,
-    mean_cosine,
-    reading,
-    require_files,
-    weights_folder,
-)
+from ibkit.scorers import base
 from ibkit.scorers.dino import Dino
 
 LAST_LAYER = -1
@@ -42,14 +31,13 @@ def middle_layer(dino: Dino) -> int:
 
 @torch.inference_mode()
 def patch_tokens(dino: Dino, images: Sequence[Image.Image], layer: int = LAST_LAYER) -> torch.Tensor:
-    """DINO's patch tokens (N, L, D) on its device; rows of patches from the top, each from the left.
+    """DINO's patch tokens (N, L, D) on its device, of pictures preprocessed as for its score; rows of patches from the
+    top, each from the left.
 
     Args:
-        dino: preprocessing is that of its own score.
-        images: N pictures of any size.
         layer: tokens after so many layers; `LAST_LAYER` = after all of them and the final norm, as DINO's score uses.
     """
-    parts = batches(list(images), dino.batch_size)
+    parts = base.batches(list(images), dino.batch_size)
     return torch.cat([tokens_of(dino.model, dino.pixels(part), layer) for part in parts])
 
 
@@ -64,20 +52,14 @@ def tokens_of(model: nn.Module, pixels: torch.Tensor, layer: int = LAST_LAYER) -
 
 
 def best_match(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """Mean over the patches of a picture of the best cosine among the other picture's patches, both ways.
-
-    Args:
-        a: tokens (N, L, D).
-        b: tokens of one picture, (L, D).
-
-    Returns:
-        (N,)
+    """Mean over the patches of a picture (N, L, D) of the best cosine among those of another picture (L, D), both ways;
+    (N,).
     """
     cosines = normalize(a, dim=-1) @ normalize(b, dim=-1).T  # (N, L of a, L of b)
     return (cosines.amax(2).mean(1) + cosines.amax(1).mean(1)) / 2
 
 
-class PatchMatch(Scorer):
+class PatchMatch(base.Scorer):
     """Every patch looks for its like in the other picture, wherever it is; needs no training and no truth.
 
     Only where a patch moved is forgiven. The background counts as much as the subject, patch for patch.
@@ -89,7 +71,7 @@ class PatchMatch(Scorer):
     def __init__(self, dino: Dino) -> None:
         self.dino = dino
         self.evaluator = f"{_eye(dino, 'last')}; patch matching, no training"
-        self._references = ReferenceCache(lambda photos: patch_tokens(dino, photos))
+        self._references = base.ReferenceCache(lambda photos: patch_tokens(dino, photos))
 
     def _score(self, images, texts, references):
         tokens = patch_tokens(self.dino, images)
@@ -125,7 +107,7 @@ class IdentityHead(nn.Module):
         return normalize(self.out(answers.flatten(1)), dim=-1)
 
 
-class SubjectFidelity(Scorer):
+class SubjectFidelity(base.Scorer):
     """Mean cosine of the picture's embedding with those of all reference photos, embedded by a trained head.
 
     Args:
@@ -140,26 +122,24 @@ class SubjectFidelity(Scorer):
     def __init__(self, dino: Dino, head: IdentityHead, evaluator: str = "subject head") -> None:
         self.dino, self.head = dino, head.to(dino.device).eval().requires_grad_(False)
         self.evaluator = f"{_eye(dino, 'middle')}; {evaluator}"
-        self._references = ReferenceCache(self.embed)
+        self._references = base.ReferenceCache(self.embed)
 
     @classmethod
-    def load(cls, weights: str | Path, device: str | torch.device = "cpu") -> Scorer:
-        """A trained head where the weights have one (`subject/`), else `PatchMatch` on their DINO; see `make_scorer`.
-
-        Raises:
-            ModelError: The weights are missing, damaged, or the head was trained on another DINO.
+    def load(cls, weights: str | Path, device: str | torch.device = "cpu") -> base.Scorer:
+        """A trained head where the weights have one (`subject/`), else `PatchMatch` on their DINO; see `make_scorer`. A
+        head that was trained on another DINO is a ModelError, too.
         """
         dino = Dino.load(weights, device)
         if str(weights) == "official":
             return PatchMatch(dino)
-        folder = weights_folder(cls.name, weights, "subject")
+        folder = base.weights_folder(cls.name, weights, "subject")
         if str(weights) != "pocket" and not folder.is_dir():
             return PatchMatch(dino)
-        require_files(cls.name, folder, "subject.safetensors", "subject.json")
-        with reading(cls.name, "subject.safetensors and subject.json", folder):
+        base.require_files(cls.name, folder, "subject.safetensors", "subject.json")
+        with base.reading(cls.name, "subject.safetensors and subject.json", folder):
             card = read_json(folder / "subject.json")
             head = IdentityHead(**card["sizes"])
-            load_state(head, folder / "subject.safetensors")
+            base.load_state(head, folder / "subject.safetensors")
             auc = card["auc"]["renders"]
         if card["dino"] != hash_file(folder.parent / "dino" / "model.safetensors"):
             raise ModelError(
@@ -175,7 +155,7 @@ class SubjectFidelity(Scorer):
         return self.head(patch_tokens(self.dino, images, middle_layer(self.dino)))
 
     def _score(self, images, texts, references):
-        return mean_cosine(self.embed(images), self._references(references))
+        return base.mean_cosine(self.embed(images), self._references(references))
 
 
 def _eye(dino: Dino, layer: str) -> str:

@@ -8,8 +8,6 @@ another text scorer. Both are cosines, so RPO's λ-harmonic mean combines them (
 Single epochs are noisy; everything here compares means over a window of epochs.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The state of a training, in parts that a checkpoint stores as tensors and JSON facts; and out-of-memory advice."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol

@@ -4,8 +4,6 @@ A training gives its step as a function of the step's number. Its randomness com
 and its state is in `Kept`s, so a resumed training is bit-identical.
 """
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections.abc import Callable, Container, Mapping, Sequence
@@ -95,11 +93,7 @@ def hash_pictures(pictures: Sequence[Image.Image]) -> str:
 
 
 def kept_of(folder: Path, name: str) -> dict[str, torch.Tensor]:
-    """The tensors of one `Kept` in a training's newest checkpoint.
-
-    Raises:
-        ArtifactError: there is no checkpoint.
-    """
+    """The tensors of one `Kept` in a training's newest checkpoint; an ArtifactError where there is none."""
     found = Checkpoints(folder / CHECKPOINTS).latest()
     if found is None:
         raise ArtifactError(f"{folder} has no checkpoint of a training: run it first.")

@@ -4,8 +4,6 @@ Its numbers are drawn beside the reward while a model trains; they are never par
 while they fall is being hacked.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 from PIL import Image

@@ -4,8 +4,6 @@ Work is scattered in whole chunks and gathered in their order. Gradients are sum
 step: weights, statistics and random streams are those of one process. Only the order of a sum differs.
 """
 
-from __future__ import annotations
-
 import socket
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,10 +41,8 @@ class Processes:
 
     @contextmanager
     def agree(self) -> Iterator[None]:
-        """Inside, each process works on its own share; where one fails, all of them fail, and say why.
-
-        Raises:
-            TrainingError: another process failed, with what it said; one that fails raises its own error.
+        """Inside, each process works on its own share; where one fails, all of them fail, and say why: the one that
+        fails by its own error, the others by a TrainingError with what it said.
         """
         if self.count == 1:
             yield

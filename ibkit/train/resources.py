@@ -45,10 +45,8 @@ class Resources:
         return 2 if self.adam_8bit else 8
 
     def prepare(self, model: TextToImage) -> None:
-        """Apply to a model whose delta is attached: what has a gradient now is what is trained.
-
-        Raises:
-            ParameterError: frozen_bf16 where the U-Net does not compute in bf16.
+        """Apply to a model whose delta is attached: what has a gradient now is what is trained. A ParameterError for
+        frozen_bf16 where the U-Net does not compute in bf16.
         """
         if self.offload:
             park(*(part for part in (model.vae, model.text_encoder) if not _is_trained(part)))
@@ -71,11 +69,7 @@ class Resources:
             model.unet.compile()
 
     def adamw(self, weights: Iterable[torch.nn.Parameter], **options) -> torch.optim.Optimizer:
-        """AdamW with options of `torch.optim.AdamW`.
-
-        Raises:
-            ParameterError: adam_8bit without bitsandbytes.
-        """
+        """AdamW with options of `torch.optim.AdamW`; adam_8bit without bitsandbytes is a ParameterError."""
         if not self.adam_8bit:
             return torch.optim.AdamW(weights, **options)
         require_bitsandbytes()

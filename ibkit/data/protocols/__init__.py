@@ -5,8 +5,6 @@ one's own.
 `ibkit.data.dreambench`). There the paper trains RL on two prompts of its own, one of each kind that DreamBench has.
 """
 
-from __future__ import annotations
-
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path

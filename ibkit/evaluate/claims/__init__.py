@@ -192,15 +192,12 @@ def evidence_files() -> dict[str, str]:
 
 
 def evaluate_claims(run_or_folder: str | Path, arms: Mapping[str, str] | None = None) -> list[Finding]:
-    """Test every claim on a run.
+    """Test every claim on a run: one finding for each, in the order of `all_claims`.
 
     Args:
         run_or_folder: a main run (`outputs/<run>`, with a folder for each notebook), a grid, one notebook's own folder,
             or a folder that holds the tables directly (`outputs/reference`).
         arms: role -> arm, instead of the paper's arm or of what `stand_ins` finds.
-
-    Returns:
-        One finding for each claim, in the order of `all_claims`.
 
     Raises:
         ScoreError: there are no scores in the folder, or a table is malformed.
@@ -242,10 +239,7 @@ def claims_from(tables: Mapping[str, pd.DataFrame], arms: Mapping[str, str] | No
 
     Args:
         tables: name of the file -> table; the scores must be checked.
-        arms: as in `evaluate_claims`.
-
-    Raises:
-        ParameterError: `arms` names a role that no claim has.
+        arms: as in `evaluate_claims`; a role that no claim has is a ParameterError.
     """
     roles = list(dict.fromkeys(role for claim in all_claims() for role in claim.roles))
     for role in arms or ():

@@ -4,54 +4,41 @@ from collections.abc import Mapping
 
 import pandas as pd
 
+from ibkit.evaluate import claims
 from ibkit.evaluate.arms import label_of
-from ibkit.evaluate.claims import (
-    COMPARED,
-    INSTRUCTBOOTH,
-    ROLES,
-    CannotTest,
-    Claim,
-    Outcome,
-    cells_of,
-    levels,
-    pairs_of,
-    rows_of,
-    signed,
-)
+from ibkit.evaluate.claims import Claim, Outcome
 from ibkit.evaluate.stats import bootstrap_difference, n_trainings
 
-BASELINES = ("personalized", *COMPARED)  # roles
-LINE_UP = ROLES | {name: name for name in COMPARED}
+BASELINES = ("personalized", *claims.COMPARED)  # roles
+LINE_UP = claims.ROLES | {name: name for name in claims.COMPARED}
 
 
 def stands_apart(claim: Claim, scores: pd.DataFrame, arms: Mapping[str, str]) -> Outcome:
-    """The treatment against the other baselines that were drawn: its difference from the one that is nearest.
+    """The treatment against the other baselines that were drawn: its difference from the one that is nearest. Where its
+    arm is missing, or all others are, it is not tested.
 
     All of their differences must lie on the claimed side, so the one that is least far on it decides (an
     intersection-union test, which needs no correction for their number).
-
-    Raises:
-        CannotTest: the treatment's arm is missing, or all others are.
     """
     mine, there = arms[claim.treatment], set(scores["arm"])
     others = [arms[role] for role in BASELINES if role != claim.treatment and arms[role] in there]
     if mine not in there or not others:
         missing = label_of(mine) if mine not in there else "another baseline"
-        raise CannotTest(f"The scores have no pictures of {missing}: personalize with that method, too.")
-    rows = {arm: rows_of(scores, arm) for arm in (mine, *others)}
-    metric, pairs = pairs_of(rows, claim.axis)
+        raise claims.CannotTest(f"The scores have no pictures of {missing}: personalize with that method, too.")
+    rows = {arm: claims.rows_of(scores, arm) for arm in (mine, *others)}
+    metric, pairs = claims.pairs_of(rows, claim.axis)
     found = {other: bootstrap_difference(rows[mine], rows[other], metric) for other in others}
     nearest = min(found, key=lambda other: min(claim.side * found[other].low, claim.side * found[other].high))
-    against = "; ".join(f"− {label_of(other)} {signed(metric, interval)}" for other, interval in found.items())
-    detail = f"{levels(metric, pairs)}; {label_of(mine)} {against}"
+    against = "; ".join(f"− {label_of(other)} {claims.signed(metric, interval)}" for other, interval in found.items())
+    detail = f"{claims.levels(metric, pairs)}; {label_of(mine)} {against}"
     named = f" of the difference from {label_of(nearest)}"
-    return Outcome(metric, found[nearest], detail, cells_of(pairs), n_trainings(pairs), named=named)
+    return Outcome(metric, found[nearest], detail, claims.cells_of(pairs), n_trainings(pairs), named=named)
 
 
 def _order(number: int, statement: str, quantity: str, axis: str, treatment: str, side: int, source: str) -> Claim:
     return Claim(
-        f"B{number}", INSTRUCTBOOTH, statement, quantity, source, axis=axis, treatment=treatment, side=side,
-        test=stands_apart, roles=LINE_UP, only_with=COMPARED,
+        f"B{number}", claims.INSTRUCTBOOTH, statement, quantity, source, axis=axis, treatment=treatment, side=side,
+        test=stands_apart, roles=LINE_UP, only_with=claims.COMPARED,
     )  # fmt: skip
 
 

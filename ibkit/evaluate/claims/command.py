@@ -36,14 +36,11 @@ def summary(claims: list[Finding]) -> str:
 
 
 def claims_command(path: str | Path = "", json: bool = False, arms: Mapping[str, str] | None = None) -> int:
-    """Print the claims of a run.
+    """Print the claims of a run; 0, whatever the verdicts.
 
     Args:
         path, arms: see `evaluate_claims`; an empty path: the newest evaluated run in outputs/, or outputs/reference.
         json: print a JSON list of objects instead of a table; a claim that was not tested has null for its numbers.
-
-    Returns:
-        0: the claims could be evaluated, whatever the verdicts.
     """
     folder = Path(path) if path else _newest_run()
     claims = evaluate_claims(folder, arms)

@@ -24,13 +24,11 @@ def fleiss_kappa(counts: np.ndarray) -> float:
     categories (Fleiss 1971, equations 1 to 7).
 
     Args:
-        counts: how many raters put item i into category j, shape (N, categories); every row has the same sum ≥ 2.
+        counts: how many raters put item i into category j, shape (N, categories); every row has the same sum ≥ 2, or it
+            is a StudyError.
 
     Returns:
         κ; NaN where all votes are in one category: then there is nothing that chance could have got wrong.
-
-    Raises:
-        StudyError: fewer than two raters, or not as many for each item.
     """
     return float(_kappa(**{name: column.mean() for name, column in _agreement(counts).items()}))
 
@@ -119,13 +117,11 @@ def bradley_terry(wins: np.ndarray, n_iterations: int = 2000, tolerance: float =
 
 
 def separated_groups(wins: np.ndarray) -> list[list[int]]:
-    """The strongly connected components of the graph of wins; one where strengths are finite.
+    """The strongly connected components of the graph of wins (M, M), see `bradley_terry`; one where strengths are
+    finite.
 
     If all arms of one group beat, or never meet, those of another, the likelihood has no maximum: it grows with the
     strength of the one without end (Ford 1957).
-
-    Args:
-        wins: as in `bradley_terry`, shape (M, M).
     """
     _, labels = connected_components(np.asarray(wins) > 0, connection="strong")
     return [np.flatnonzero(labels == label).tolist() for label in pd.unique(labels)]
@@ -142,16 +138,11 @@ def win_matrix(decided: pd.DataFrame) -> pd.DataFrame:
 
 
 def strengths(decided: pd.DataFrame, n_resamples: int = 2000) -> pd.DataFrame:
-    """Bradley–Terry strengths of all arms, with 95 % intervals by resampling prompts, noise and trainings.
-
-    Args:
-        decided: from `majority`.
+    """Bradley–Terry strengths of all arms (of the items of `majority`), with 95 % intervals by resampling prompts,
+    noise and trainings. Fewer than two arms, or more than one of `separated_groups`, are a StudyError.
 
     Returns:
         Table: arm, value, low, high, n (comparisons of the arm). Strengths sum to 1.
-
-    Raises:
-        StudyError: fewer than two arms, or more than one of `separated_groups`.
     """
     wins = win_matrix(decided)
     apart = separated_groups(wins.to_numpy())

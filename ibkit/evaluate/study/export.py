@@ -5,7 +5,6 @@ The file holds the pictures, each once, the questions, and names of items that a
 """
 
 import base64
-import io
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +14,7 @@ from pathlib import Path
 import pandas as pd
 from PIL import Image
 
-from ibkit.data.photos import read_rgb
+from ibkit.data.photos import png, read_rgb
 from ibkit.errors import StudyError
 from ibkit.evaluate.study.items import QUESTIONS, study_name
 from ibkit.runs import write_atomically
@@ -24,15 +23,8 @@ MOST_BYTES = 200 * 2**20  # what a browser opens in a few seconds, and a mail se
 
 
 def export_page(items: pd.DataFrame, references: Mapping[str, Sequence[Image.Image]], path: Path) -> int:
-    """Write the page of a study.
-
-    Args:
-        items: from `items.make_items`.
-        references: subject -> its photos.
-        path: of the file.
-
-    Returns:
-        The number of items.
+    """Write the page of a study, of the items of `items.make_items` and each subject's photos, and return how many
+    items it has.
 
     Raises:
         StudyError: no items, or pictures that are too many for one page.
@@ -46,7 +38,8 @@ def export_page(items: pd.DataFrame, references: Mapping[str, Sequence[Image.Ima
     def number_of(key: str, picture: Image.Image | None = None) -> int:
         if key not in numbers:
             numbers[key] = len(pictures)
-            pictures.append(_uri(picture or read_rgb(key)))
+            data = png(picture or read_rgb(key), optimize=True)  # no file name and no metadata that tells the arm
+            pictures.append("data:image/png;base64," + base64.b64encode(data).decode())
             if sum(map(len, pictures)) > MOST_BYTES:
                 raise StudyError(f"The pictures take more than {MOST_BYTES // 2**20} MiB: make it fewer by --n-items.")
         return numbers[key]
@@ -77,10 +70,3 @@ def export_page(items: pd.DataFrame, references: Mapping[str, Sequence[Image.Ima
     data = page.encode()
     write_atomically(path, len(data), lambda temporary: temporary.write_bytes(data))
     return len(items)
-
-
-def _uri(picture: Image.Image) -> str:
-    """A picture written anew: no file name and no metadata that tells the arm."""
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

@@ -61,13 +61,8 @@ def questionnaire(
 
 
 def fidelity_bars(shares: pd.DataFrame, who: str, title: str = "") -> tuple[Figure, pd.DataFrame]:
-    """Draw table 1: shares of "yes" by the majority, with 95 % intervals, beside the paper's.
-
-    Args:
-        shares: from `votes.shares`.
-
-    Returns:
-        The figure, and `shares` with a column `paper` (missing where the paper has no such number).
+    """Draw table 1: shares of "yes" by the majority (`votes.shares`), with 95 % intervals, beside the paper's; the data
+    have a column `paper` (missing where the paper has no such number).
     """
     numbers = [published(row.arm, COUNTERPART[row.question]) for row in shares.itertuples()]
     data = shares.assign(paper=[found[0].value if found else np.nan for found in numbers])
@@ -96,16 +91,11 @@ def fidelity_bars(shares: pd.DataFrame, who: str, title: str = "") -> tuple[Figu
 
 
 def preference_bars(preferences: pd.DataFrame, who: str, title: str = "") -> tuple[Figure, pd.DataFrame]:
-    """Draw figure 4: for every pair of arms, how often the majority prefers the one and the other.
+    """Draw figure 4: for every pair of arms, how often the majority prefers the one and the other
+    (`votes.preferences`).
 
     The newer arm of a pair (in the kit's order) stands on the left, so that InstructBooth leads wherever it takes
     part. The whisker is the 95 % interval of the left arm's share.
-
-    Args:
-        preferences: from `votes.preferences`.
-
-    Returns:
-        The figure, and `preferences`.
     """
     outcomes = preferences.set_index(["arm_a", "arm_b", "outcome"])
     pairs = preferences[["arm_a", "arm_b"]].drop_duplicates()
@@ -139,10 +129,8 @@ def preference_bars(preferences: pd.DataFrame, who: str, title: str = "") -> tup
 
 
 def agreement_bars(decided: pd.DataFrame, title: str = "") -> tuple[Figure, pd.DataFrame]:
-    """Draw how far the raters agreed: the share of each question's items by the votes for and against the majority.
-
-    Args:
-        decided: from `votes.majority`.
+    """Draw how far the raters agreed (`votes.majority`): the share of each question's items by the votes for and
+    against the majority.
 
     Returns:
         The figure, and one row a bar: question, agreeing (raters on the larger side), n (raters), items, share.
@@ -165,11 +153,7 @@ def agreement_bars(decided: pd.DataFrame, title: str = "") -> tuple[Figure, pd.D
 
 
 def strength_dots(strengths: pd.DataFrame, who: str, title: str = "") -> tuple[Figure, pd.DataFrame]:
-    """Draw Bradley–Terry strengths with 95 % intervals.
-
-    Returns:
-        The figure, and `strengths` (from `agreement.strengths`).
-    """
+    """Draw Bradley–Terry strengths (`agreement.strengths`) with 95 % intervals."""
     arms = arms_of(strengths["arm"])
     rows = strengths.set_index("arm").loc[list(arms)]
     with house_figure(6.4, 0.5 * len(rows) + 1.3, title) as figure:

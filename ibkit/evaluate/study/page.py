@@ -12,7 +12,6 @@ dead again and again, and each time the browser waits anew before it shows it.
 """
 
 import html
-import io
 import itertools
 import threading
 import time
@@ -22,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 import ipywidgets as widgets
 from PIL import Image
 
-from ibkit.data.photos import read_rgb
+from ibkit.data.photos import png, read_rgb
 from ibkit.errors import StudyError
 from ibkit.evaluate.study.items import QUESTIONS
 from ibkit.evaluate.study.ratings import RatingSession
@@ -33,11 +32,8 @@ PICTURE_PX = 256  # width of a picture on the page; small ones are enlarged by w
 
 
 class RatingPage:
-    """Instruction, picture or pair with the reference photos, two answers, undo, progress.
-
-    Args:
-        session: records the answers.
-        references: subject -> its photos.
+    """Instruction, picture or pair with the reference photos (`references`, by subject), two answers, which the session
+    records, undo, progress.
 
     Attributes:
         box: the widget to display.
@@ -154,6 +150,5 @@ def _image(picture: Image.Image, width_px: int) -> widgets.Image:
     scale = width_px // picture.width
     if scale > 1:
         picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
-    buffer = io.BytesIO()
-    picture.save(buffer, format="PNG")  # written anew: no file name and no metadata that tells the arm
-    return widgets.Image(value=buffer.getvalue(), format="png", width=width_px)
+    # png: no file name and no metadata that tells the arm
+    return widgets.Image(value=png(picture), format="png", width=width_px)

@@ -62,10 +62,8 @@ class Ratings:
 
 
 def read_ratings(path: str | Path) -> Ratings:
-    """Read a file of ratings; lines that cannot be read are reported, all others kept.
-
-    Raises:
-        StudyError: the file cannot be opened, or holds lines of two raters.
+    """Read a file of ratings; lines that cannot be read are reported, all others kept. A StudyError where the file
+    cannot be opened, or holds lines of two raters.
     """
     ratings = Ratings(resolve(path))
     try:
@@ -237,11 +235,7 @@ def tasks_of(items: pd.DataFrame, rater: str) -> list[Task]:
 
 
 def ratings_file(folder: str | Path, rater: str) -> Path:
-    """The file of a rater's clicks.
-
-    Raises:
-        StudyError: a name that `NAME` does not allow.
-    """
+    """The file of a rater's clicks; a StudyError for a name that `NAME` does not allow."""
     stem = re.sub(r"\W+", "-", same_rater(rater)).strip("-")
     if not NAME.fullmatch(same_rater(rater)):
         raise StudyError(
@@ -297,10 +291,8 @@ class RatingSession:
         return len(self._answered)
 
     def answer(self, choice: int) -> None:
-        """Record the answer to the current item: button 0 or button 1.
-
-        Raises:
-            StudyError: every item is answered, or another window has written to the file.
+        """Record the answer to the current item: button 0 or button 1. A StudyError where every item is answered, or
+        another window has written to the file.
         """
         task = self.current
         if task is None:
@@ -310,10 +302,8 @@ class RatingSession:
         self.restart_clock()
 
     def undo(self) -> None:
-        """Append a line that takes the newest answer back; its item is asked again.
-
-        Raises:
-            StudyError: there is no answer to take back, or another window has written to the file.
+        """Append a line that takes the newest answer back; its item is asked again. A StudyError where there is none,
+        or another window has written to the file.
         """
         if not self._answered:
             raise StudyError("There is no answer to take back.")
@@ -346,11 +336,8 @@ def append_line(path: Path, text: str, expected_bytes: int) -> int:
 
     After a last line that was cut short, the new one begins on a line of its own.
 
-    Args:
-        expected_bytes: size of the file after this writer's last line; another size means another writer.
-
-    Raises:
-        StudyError: the file has another size, or cannot be written.
+    A file that is not of `expected_bytes`, its size after this writer's last line, has another writer: that, and a file
+    that cannot be written, is a StudyError.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -52,7 +52,7 @@ def simulate(
     items: pd.DataFrame,
     subjects: Mapping[str, PersonalizedSubject],
     raters: Mapping[str, Judge],
-    on_rater: Callable[[int], None] | None = None,
+    on_rater: Callable[[int], None] = lambda done: None,
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Let every rater answer every item.
 
@@ -62,16 +62,14 @@ def simulate(
 
     Args:
         items: from `items.make_items`.
-        subjects: name -> subject; each one of the pocket world.
+        subjects: name -> subject; one that is not of the pocket world, as a phrase that names nothing in it, is a
+            StudyError.
         raters: name -> judge, from `load_raters`.
         on_rater: called with the number of raters that are done.
 
     Returns:
         The votes (`VOTE_COLUMNS`), and what decided each vote on a preference: rater, item, decided_by ("text",
         "subject", "grade" or "coin").
-
-    Raises:
-        StudyError: a subject that is not of the pocket world, or a phrase that names nothing in it.
     """
     worlds = {}
     for name, subject in subjects.items():
@@ -93,8 +91,7 @@ def simulate(
             else:
                 answer = "yes" if getattr(a, row["question"]) else "no"
             votes.append(row | {"rater": rater, "simulated": True, "answer": answer})
-        if on_rater:
-            on_rater(n)
+        on_rater(n)
     table = check_votes(pd.DataFrame(votes)[VOTE_COLUMNS])
     return table, pd.DataFrame(reasons, columns=["rater", "item", "decided_by"])
 

@@ -24,11 +24,9 @@ VOTE_COLUMNS = [
 
 
 def check_votes(votes: pd.DataFrame, where: str = "the table of votes") -> pd.DataFrame:
-    """Validate a table of votes (one row a vote), as it was made or as it was read from a votes.csv.
-
-    Raises:
-        StudyError: a column is missing, there are no rows, a value is not of its column's kind, an answer that the
-            question does not have, or a rater who voted twice on one item.
+    """Validate a table of votes (one row a vote), as it was made or as it was read from a votes.csv. A missing column,
+    no rows, a value that is not of its column's kind, an answer that the question does not have, and a rater who voted
+    twice on one item are each a StudyError.
     """
     if missing := [name for name in VOTE_COLUMNS if name not in votes.columns]:
         raise StudyError(
@@ -57,11 +55,7 @@ def check_votes(votes: pd.DataFrame, where: str = "the table of votes") -> pd.Da
 
 
 def load_votes(path: str | Path) -> pd.DataFrame:
-    """Read and check a votes.csv.
-
-    Raises:
-        StudyError: there is no such file, or it is no table of votes.
-    """
+    """Read and check a votes.csv; a StudyError where there is none, or it is no table of votes."""
     path = resolve(path)
     try:
         table = read_table(path)
@@ -74,9 +68,6 @@ def majority(votes: pd.DataFrame) -> pd.DataFrame:
     """Aggregate the raters' votes on each item.
 
     With an even number of raters a vote can end in a tie. A tie counts half for each answer in every share below.
-
-    Args:
-        votes: one row a vote.
 
     Returns:
         Table with one row an item: question, subject, prompt_id, image_seed, seed, tune_seed, arm, arm_a, arm_b, item,
@@ -96,10 +87,7 @@ def majority(votes: pd.DataFrame) -> pd.DataFrame:
 
 
 def shares(decided: pd.DataFrame) -> pd.DataFrame:
-    """Share of pictures that the majority says yes to, by question and arm, with 95 % intervals (table 1).
-
-    Args:
-        decided: from `majority`.
+    """Share of pictures that the majority (`majority`) says yes to, by question and arm, with 95 % intervals (table 1).
 
     Returns:
         Tidy table: question, arm, value, low, high, n (pictures), ties, seeds. Prompts, pictures within them and
@@ -116,10 +104,8 @@ def shares(decided: pd.DataFrame) -> pd.DataFrame:
 
 
 def preferences(decided: pd.DataFrame) -> pd.DataFrame:
-    """For every pair of arms, how often the majority prefers the one or the other, or the vote is a tie (figure 4).
-
-    Returns:
-        Tidy table with three rows a pair: arm_a, arm_b, outcome ("a", "b", "tie"), value, low, high, n, seeds.
+    """For every pair of arms, how often the majority prefers the one or the other, or the vote is a tie (figure 4):
+    three rows a pair, arm_a, arm_b, outcome ("a", "b", "tie"), value, low, high, n, seeds.
     """
     rows = []
     asked = decided[decided["question"] == "preference"]
@@ -132,15 +118,11 @@ def preferences(decided: pd.DataFrame) -> pd.DataFrame:
 
 
 def preference_rate(votes: pd.DataFrame, better: str, worse: str) -> Interval:
-    """How often the majority of raters prefers `better` to `worse`: 0.5 is no difference, a tie counts half.
+    """How often the majority of raters prefers `better` to `worse` (0.5 is no difference, a tie counts half), with its
+    95 % interval over prompts, noise and trainings and the number of pairs of pictures; a StudyError where nobody
+    compared the two.
 
     The paper says that InstructBooth is preferred at least twice as often as each baseline (section 3.3): 2/3.
-
-    Returns:
-        The rate, its 95 % interval over prompts, noise and trainings, and the number of pairs of pictures.
-
-    Raises:
-        StudyError: nobody compared the two.
     """
     decided = majority(compared_votes(votes, better, worse))
     value = decided["value"].where(decided["arm_a"] == better, 1 - decided["value"])
@@ -148,11 +130,7 @@ def preference_rate(votes: pd.DataFrame, better: str, worse: str) -> Interval:
 
 
 def compared_votes(votes: pd.DataFrame, better: str, worse: str) -> pd.DataFrame:
-    """The votes that compare two arms.
-
-    Raises:
-        StudyError: nobody compared the two.
-    """
+    """The votes that compare two arms; a StudyError where there are none."""
     asked = votes[votes["question"] == "preference"]
     pair = asked[[{a, b} == {better, worse} for a, b in zip(asked["arm_a"], asked["arm_b"], strict=True)]]
     if pair.empty:

@@ -1,7 +1,5 @@
 """Per-prompt advantages ("per-prompt stat tracking" of DDPO's reference code)."""
 
-from __future__ import annotations
-
 from collections import deque
 from collections.abc import Sequence
 

@@ -60,10 +60,8 @@ class Objective:
         return reward if isinstance(reward, Objective) else cls(reward)
 
     def __call__(self, images: list[Image.Image], prompts: list[Prompt]) -> tuple[torch.Tensor, Parts]:
-        """Scores (B,) and their parts, fp32 on the CPU.
-
-        Raises:
-            TrainingError: the reward function fails, or does not give each picture one number.
+        """Scores (B,) and their parts, fp32 on the CPU; a TrainingError where the reward function fails, or does not
+        give each picture one number.
         """
         try:
             given = self.reward(images, prompts)
@@ -84,10 +82,8 @@ class Objective:
         return found.pop(""), found
 
     def levels(self, prompts: Sequence[Prompt]) -> torch.Tensor:
-        """The level of each prompt (B,), NaN where it is not known.
-
-        Raises:
-            ParameterError: it is to be clipped at and is not known.
+        """The level of each prompt (B,), NaN where it is not known; that is a ParameterError where it is to be clipped
+        at.
         """
         found = [self.level(prompt) for prompt in prompts]
         if self.clip and None in found:
@@ -129,10 +125,8 @@ class RewardSpec:
     def load(
         self, device: torch.device | str = "cpu", references: Sequence[Image.Image] = (), parked: bool = False
     ) -> Objective:
-        """Make its scorer, see `make_scorer`, and with it the objective, see `scorer_reward`.
-
-        Args:
-            parked: whether its networks are on the device only while it scores.
+        """Make its scorer, see `make_scorer`, and with it the objective, see `scorer_reward`; `parked` networks are on
+        the device only while it scores.
         """
         scorer = self.scorer(device)
         if parked:
@@ -149,9 +143,6 @@ def scorer_reward(scorer: Scorer, references: Sequence[Image.Image] = (), clip_a
 
     Its level for a text is the scorer's own. That of a scorer which compares with the photos alone is how much they
     are like each other.
-
-    Args:
-        references: photos of the subject, for a scorer that compares with them.
     """
     photos = list(references)
     level = lambda prompt: scorer.level(prompt.clean)  # noqa: E731
@@ -172,10 +163,8 @@ def reference_level(scorer: Scorer, references: Sequence[Image.Image]) -> Level 
 
 
 def time_aware_weight(done: torch.Tensor) -> torch.Tensor:
-    """w(u) of Customized-GRPO: .7 at first, where denoising lays out the scene, .3 later, .5 in the last eighth.
-
-    Args:
-        done: u, the share of denoising that was done before each step.
+    """w(u) of Customized-GRPO: .7 at first, where denoising lays out the scene, .3 later, .5 in the last eighth. `done`
+    is u, the share of denoising that was done before each step.
     """
     falling = 0.3 + 0.4 * (1 - torch.sigmoid(20 * (done - 0.4)))
     return torch.where(done < 0.24, 0.7, torch.where(done < 0.88, falling, 0.5))
@@ -190,28 +179,22 @@ def synergy_term(text: torch.Tensor, subject: torch.Tensor, strength: float) -> 
 def two_objectives(
     text: torch.Tensor, subject: torch.Tensor, weight: torch.Tensor, synergy_strength: float
 ) -> torch.Tensor:
-    """A = w A_txt + (1 - w) A_sub + S for each image and step.
+    """A = w A_txt + (1 - w) A_sub + S for each image and step, (B, T).
 
     Args:
         text, subject: advantages (B,), each normalised per prompt.
         weight: w of each denoising step (T,).
         synergy_strength: γ; 0 leaves S out.
-
-    Returns:
-        (B, T).
     """
     blended = weight * text[:, None] + (1 - weight) * subject[:, None]
     return blended + synergy_term(text, subject, synergy_strength)[:, None]
 
 
 class Rewards:
-    """One or two rewards of a training.
+    """One or two rewards of a training, functions or `Objective`s; no subject for the paper's own arm.
 
     Subject fidelity counts where the prompt has the identifier. For "a cat playing soccer" any cat is right, and the
     text alone is rewarded.
-
-    Args:
-        text, subject: functions or `Objective`s; no subject for the paper's own arm.
     """
 
     def __init__(self, text: Reward, subject: Reward | None = None):
@@ -272,12 +255,7 @@ class Rewards:
 
 
 class Objectives(Rewards):
-    """Rewards, how they make one advantage, and their statistics.
-
-    Args:
-        text, subject: see `Rewards`.
-        config: how they are combined, see `DDPOConfig`.
-    """
+    """Rewards (see there), how they make one advantage, which the config says (`DDPOConfig`), and their statistics."""
 
     def __init__(self, text: Reward, subject: Reward | None, config: DDPOConfig):
         if config.combine not in COMBINATIONS:
@@ -292,22 +270,20 @@ class Objectives(Rewards):
 
         A column belongs to a denoising step, whichever order an update draws the steps in.
         """
-        clipped = self.clipped(prompts, scores)
+        config, clipped = self.config, self.clipped(prompts, scores)
         named = torch.tensor([p.identifier for p in prompts])
-        if "subject" not in clipped or self.config.combine != "synergy":
-            reward = self._one_reward(clipped, named) if "subject" in clipped else clipped["text"]
-            least = self._least("text", prompts) if "subject" not in clipped else None
-            advantages = self.stats["text"].advantages(prompts, reward, least)[:, None].expand(-1, n_steps)
-        else:
-            least = self._least("text", prompts)
-            advantages = self.stats["text"].advantages(prompts, clipped["text"], least)[:, None].repeat(1, n_steps)
-            if named.any():
-                asked = [p for p in prompts if p.identifier]
-                least = self._least("subject", asked)
-                subject = self.stats["subject"].advantages(asked, clipped["subject"][named], least)
-                weight = self._weights(n_steps)
-                advantages[named] = two_objectives(advantages[named, 0], subject, weight, self.config.synergy)
-        return advantages.clamp(-self.config.advantage_clip, self.config.advantage_clip)
+        made_one = "subject" in clipped and config.combine != "synergy"
+        reward = self._one_reward(clipped, named) if made_one else clipped["text"]
+        least = None if made_one else self._least("text", prompts)
+        advantages = self.stats["text"].advantages(prompts, reward, least)[:, None].repeat(1, n_steps)
+        if "subject" in self.stats and named.any():
+            asked = [p for p in prompts if p.identifier]
+            of_subject = self.stats["subject"]
+            subject = of_subject.advantages(asked, clipped["subject"][named], self._least("subject", asked))
+            done = torch.arange(n_steps) / n_steps
+            weight = time_aware_weight(done) if config.time_aware else torch.full_like(done, config.text_weight)
+            advantages[named] = two_objectives(advantages[named, 0], subject, weight, config.synergy)
+        return advantages.clamp(-config.advantage_clip, config.advantage_clip)
 
     def _least(self, name: str, prompts: Sequence[Prompt]) -> torch.Tensor | None:
         """The least σ (B,) that an objective which is clipped is normalised by, see `DDPOConfig.spread_floor`.
@@ -318,11 +294,6 @@ class Objectives(Rewards):
         if not (self.config.spread_floor and self.given[name].clip):
             return None
         return self.config.spread_floor * self.given[name].spreads(prompts)
-
-    def _weights(self, n_steps: int) -> torch.Tensor:
-        if not self.config.time_aware:
-            return torch.full((n_steps,), self.config.text_weight)
-        return time_aware_weight(torch.arange(n_steps) / n_steps)
 
     def _one_reward(self, scores: dict[str, torch.Tensor], named: torch.Tensor) -> torch.Tensor:
         """Text and subject as one number (B,): their weighted sum, or RPO's λ-harmonic mean (arXiv 2407.12164).

@@ -5,8 +5,6 @@ A method says what it trains, which latents and captions a step has, and what it
 Shapes: B pictures of a step, C/H/W latent channels, height, width.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -74,10 +72,7 @@ class Examples:
     z_t: torch.Tensor | None = None
     t: torch.Tensor | None = None
 
-    def noised(self, z_t: torch.Tensor, t: torch.Tensor) -> Examples:
-        return replace(self, z_t=z_t, t=t)
-
-    def part(self, rows: torch.Tensor, photos: torch.Tensor) -> Examples:
+    def part(self, rows: torch.Tensor, photos: torch.Tensor) -> "Examples":
         """These rows, of which some are photos."""
         mask, labels = (None if of is None else of[photos] for of in (self.mask, self.labels))
         z_t, t = (None if of is None else of[rows] for of in (self.z_t, self.t))
@@ -152,7 +147,8 @@ def fit(
             whole = draw(own)
             t = torch.randint(len(alphas), (len(whole.z_0),), generator=own).to(model.device)
             noise = torch.randn(whole.z_0.shape, generator=own).to(model.device)
-            whole = whole.noised(z_t := add_noise(whole.z_0, noise, alphas[t]), t)
+            z_t = add_noise(whole.z_0, noise, alphas[t])
+            whole = replace(whole, z_t=z_t, t=t)
             for photos in torch.arange(settings.batch).split(micro_batch):
                 rows = torch.cat([photos + first for first in range(0, len(z_t), settings.batch)])
                 part, share = whole.part(rows, photos), len(photos) / settings.batch

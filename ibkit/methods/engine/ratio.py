@@ -20,12 +20,10 @@ if TYPE_CHECKING:
 
 
 def gradient_cut(ratio: torch.Tensor, advantage: torch.Tensor, clip_range: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Where PPO's clip cuts the gradient: good actions made likelier than 1 + ε, bad ones less likely than 1 - ε.
+    """Where PPO's clip cuts the gradient, (high, low), each bool in the shape of `ratio`: of good actions made likelier
+    than 1 + ε, and of bad ones less likely than 1 - ε.
 
     A ratio outside the range on the other side is a step in the wrong direction, and its gradient stays.
-
-    Returns:
-        (high, low), each bool in the shape of `ratio`.
     """
     return (advantage > 0) & (ratio > 1 + clip_range), (advantage < 0) & (ratio < 1 - clip_range)
 
@@ -87,14 +85,12 @@ def ratio_tolerance(model: TextToImage, schedule: Schedule, config: DDPOConfig |
 
 
 def check_first_ratio(ratio: torch.Tensor, step: torch.Tensor, schedule: Schedule, tolerance: torch.Tensor) -> float:
-    """The largest |ratio - 1| of pairs before an update, where new and old policy are one.
+    """The largest |ratio - 1| of pairs before an update, where new and old policy are one; a TrainingError where
+    rounding does not explain it.
 
     Args:
         ratio, step: (M,).
         tolerance: of each step (T,), see `ratio_tolerance`.
-
-    Raises:
-        TrainingError: a ratio that rounding does not explain.
     """
     deviation = (ratio - 1).abs()
     worst = (deviation / tolerance[step]).argmax()

@@ -1,7 +1,5 @@
 """A replay buffer of trajectories, as a part of a training's state."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,11 +10,8 @@ from ibkit.train.kept import Kept
 
 
 class Replay(Kept):
-    """The newest trajectories and their rewards.
-
-    Args:
-        n: trajectories that are kept, or those of one iteration where they are more.
-        nbytes: of all of them.
+    """The newest trajectories and their rewards: `n`, or those of one iteration where they are more; `nbytes` of all of
+    them.
     """
 
     def __init__(self, n: int, nbytes: int):
@@ -29,14 +24,10 @@ class Replay(Kept):
         """Put an iteration's trajectories (T + 1, B, ...) and rewards (B,) behind the others."""
         kept, self.fresh = max(self.n, len(rewards)), len(rewards)
         if (old := self.trajectories) is not None:
-            latents, log_probs = (
-                torch.cat([old.latents, made.latents], 1),
-                torch.cat([old.log_probs, made.log_probs], 1),
-            )
-            made, rewards = (
-                Trajectories(latents, log_probs, old.prompts + made.prompts),
-                torch.cat([self.rewards, rewards]),
-            )
+            latents = torch.cat([old.latents, made.latents], 1)
+            log_probs = torch.cat([old.log_probs, made.log_probs], 1)
+            made = Trajectories(latents, log_probs, old.prompts + made.prompts)
+            rewards = torch.cat([self.rewards, rewards])
         self.trajectories = Trajectories(made.latents[:, -kept:], made.log_probs[:, -kept:], made.prompts[-kept:])
         self.rewards = rewards[-kept:]
 

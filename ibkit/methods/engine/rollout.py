@@ -3,8 +3,6 @@
 Shapes: B images, T denoising steps, C/H/W latent channels, height, width.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 import torch

@@ -1,7 +1,5 @@
 """Command line of the build: `python -m ibkit.pocket.build [--folder F] [--stages a,b] [--device D] [--threads N]`."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

@@ -5,8 +5,6 @@ frozen, so that the diffusion model can start. The decoder trains on, with sligh
 are never as clean as the encoder's.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
 from pathlib import Path

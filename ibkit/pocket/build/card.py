@@ -92,12 +92,10 @@ def write_counts(build: Build) -> None:
 
 
 def measure_judges(build: Build, widths: dict[str, tuple[int, ...]]) -> None:
-    """Measure judges on held-out renders and their reconstructions by the finished autoencoder.
+    """Measure judges (name -> widths of its network) on held-out renders and their reconstructions by the finished
+    autoencoder.
 
     Writes `judge/<name>.safetensors`, and `judge/<name>.json` with the network's widths and its accuracy.
-
-    Args:
-        widths: name of a trained judge -> widths of its network.
     """
     scenes = build.mixed_test_pictures.scenes[:N_PICTURES]
     renders = [Image.fromarray(image) for image in build.mixed_test_pictures.images[:N_PICTURES]]

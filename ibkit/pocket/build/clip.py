@@ -4,8 +4,6 @@ A batch consists of groups of four scenes that differ in one thing each, so the 
 place.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Sequence

@@ -5,8 +5,6 @@ It begins with the weights of a rater, which knows class, place and colours of s
 on 4,000 pictures left it at 86 % of classes and 78 % of colours.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path
@@ -19,10 +17,11 @@ from ibkit.pocket import world
 from ibkit.pocket.build.autoencoder import rebuilt
 from ibkit.pocket.build.clip import degrade
 from ibkit.pocket.build.common import Budget, begin_with, cached, fit, hash_seed, load_float, save_half
-from ibkit.pocket.build.data import Pictures
+from ibkit.pocket.build.data import Pictures, to_range
 from ibkit.pocket.build.judge import jitter
 from ibkit.pocket.words import NUMBERS
 from ibkit.pocket.world import Scene
+from ibkit.scorers.base import batches
 from ibkit.scorers.counter import COUNTED, counter_net
 from ibkit.scorers.judge import JudgeNet
 
@@ -53,10 +52,8 @@ def _labels(pictures: Pictures, device: torch.device) -> dict[str, torch.Tensor]
 
 
 def train(folder: Path, vae, start: dict[str, torch.Tensor], device: torch.device, dtype: torch.dtype) -> JudgeNet:
-    """Half of the pictures of a batch are reconstructions, made once; half are mirrored.
-
-    Args:
-        start: a rater's weights; those of its questions that are not the counter's are left.
+    """Half of the pictures of a batch are reconstructions, made once; half are mirrored. The first weights are a
+    rater's, without those of questions that the counter does not answer.
     """
     pictures = pictures_of(folder, "counted", TRAIN_SEED, N_TRAIN)
     labels = _labels(pictures, device)
@@ -69,7 +66,7 @@ def train(folder: Path, vae, start: dict[str, torch.Tensor], device: torch.devic
 
     def loss_fn(work, average, step, generator):
         rows = torch.randint(N_TRAIN, (BUDGET.batch,), generator=generator, device=device)
-        x = torch.from_numpy(images[rows.cpu().numpy()]).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = to_range(images[rows.cpu().numpy()], device)
         x = torch.where(torch.rand((len(x), 1, 1, 1), generator=generator, device=device) < 0.5, x.flip(3), x)
         answers, _ = work(degrade(jitter(x, generator), generator).to(dtype))
         losses = {q: F.cross_entropy(answers[q].float(), labels[q][rows], label_smoothing=0.02) for q in COUNTED}
@@ -84,10 +81,7 @@ def train(folder: Path, vae, start: dict[str, torch.Tensor], device: torch.devic
 
 @torch.inference_mode()
 def accuracy(net: JudgeNet, images: np.ndarray, labels: dict[str, torch.Tensor], device) -> dict[str, float]:
-    parts = []
-    for i in range(0, len(images), 100):
-        x = torch.from_numpy(np.array(images[i : i + 100])).to(device).permute(0, 3, 1, 2).float() / 127.5 - 1
-        parts.append(net(x)[0])
+    parts = [net(to_range(np.array(part), device))[0] for part in batches(images, 100)]
     return {q: (torch.cat([p[q] for p in parts]).argmax(1) == labels[q]).float().mean().item() for q in COUNTED}
 
 

@@ -6,8 +6,6 @@ count is right in 34 % of its pictures), an adapter is trained on counted scenes
 is.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Mapping, Sequence
@@ -58,10 +56,8 @@ def train(folder: Path, model: TextToImage, settings: PhotoConfig = SETTINGS) ->
     pictures = pictures_of(folder, "counted", TRAIN_SEED, N_PICTURES)
     images = [Image.fromarray(image) for image in pictures.images]
     latents = model.encode_images(images)
-    origin = settings_origin(settings, MAY_CHANGE) | {
-        "model": model_fingerprint(model),
-        "pictures": hash_pictures(images),
-    }
+    origin = settings_origin(settings, MAY_CHANGE)
+    origin |= {"model": model_fingerprint(model), "pictures": hash_pictures(images)}
     weights = attach(model, "lora", NAME, {"rank": RANK}, generator(0, NAME))
     alphas = model.alphas_cumprod.float()
 

@@ -1,7 +1,5 @@
 """Training pictures in groups of scenes that differ in one thing each: every batch holds its own hard negatives."""
 
-from __future__ import annotations
-
 import os
 import random
 from collections.abc import Callable, Sequence
@@ -78,10 +76,8 @@ def _render(scenes: Sequence[Scene]) -> np.ndarray:
 
 
 class Pictures:
-    """Rendered groups of scenes: `images` uint8 (N, 64, 64, 3), `scenes` (N,); the images are cached in `folder`.
-
-    Args:
-        group: (seed, index) -> the `size` scenes of a group.
+    """Rendered groups of scenes, which `group` makes of (seed, index), `size` to each: `images` uint8 (N, 64, 64, 3),
+    `scenes` (N,); the images are cached in `folder`.
     """
 
     def __init__(

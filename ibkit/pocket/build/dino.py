@@ -5,8 +5,6 @@ from DINO: the loss is MoCo v3's contrastive one with a momentum encoder (Chen e
 self-distillation collapsed to 5 of 512 prototypes within a few hundred steps of 64 pictures.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import torch

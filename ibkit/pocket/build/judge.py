@@ -6,8 +6,6 @@ turn, and on the autoencoder's reconstructions. Identity is an embedding trained
 attributes, so it also works for individuals that training never showed.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -62,11 +60,8 @@ def train(
     start: dict | None = None,
     redraw_every: int = 1,
 ) -> JudgeNet:
-    """Train a judge or rater; its `name` seeds its first weights and its batches.
-
-    Args:
-        redraw_every: steps from one batch with reconstructions to the next; making them is most of the work when the
-            network is small.
+    """Train a judge or rater; its `name` seeds its first weights and its batches. Of `redraw_every` steps one has
+    reconstructions, making which is most of the work when the network is small.
     """
     torch.manual_seed(hash_seed(f"{name} weights"))
     net = JudgeNet(widths)

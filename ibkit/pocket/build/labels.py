@@ -5,8 +5,6 @@ pictures as one sheet, row by row, and `labels.csv` with a row for each picture 
 photos of the subject, but neither model nor prompt. The agreement of the two shows how far the labels can be trusted.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pandas as pd

@@ -9,8 +9,6 @@ picture, mixed in the autoencoder's latents, is worse than the activity and bett
 may also be of another scene. Some pictures are reconstructions by the autoencoder, from noisy latents.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from dataclasses import replace

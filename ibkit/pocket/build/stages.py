@@ -3,8 +3,6 @@
 Finished stages are files below `weights/`; a stage that is there is not built again.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from functools import cached_property
@@ -30,10 +28,8 @@ TEST_SEED, N_TEST_GROUPS = 1, 500
 
 
 class Build:
-    """The stages over one folder: `weights/` is what gets shipped, the rest is cache and checkpoints.
-
-    Args:
-        earlier: shipped weights from which decoder, U-Net, judge and reward continue; None = all start from scratch.
+    """The stages over one folder: `weights/` is what gets shipped, the rest is cache and checkpoints. Decoder, U-Net,
+    judge and reward continue from the shipped weights of `earlier`; None = all start from scratch.
     """
 
     def __init__(self, folder: Path, device: torch.device, earlier: Path | None = None):

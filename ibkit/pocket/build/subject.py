@@ -9,8 +9,6 @@ scenes. So neither the scene nor any single colour settles who it is.
 Shapes: G groups, P = 4 individuals of a group, K scenes of a group, E embedding width.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Sequence

@@ -3,8 +3,6 @@
 Every word of a caption and each reserved identifier is one token; any other text is encoded letter by letter.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path

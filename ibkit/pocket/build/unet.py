@@ -6,8 +6,6 @@ Noise prediction on Stable Diffusion's own schedule (Rombach et al. 2022; Ho et 
 out, so that the model learns an activity apart from the class too.
 """
 
-from __future__ import annotations
-
 import json
 import random
 from collections.abc import Callable
