@@ -9,7 +9,7 @@ PACKAGE = Path(ibkit.__file__).parent
 # Lowest first. Rooms of one line do not import each other.
 LAYERS = (
     ("errors",),
-    ("fields", "progress", "shell"),
+    ("fields", "progress"),
     ("registry", "device"),
     ("runs",),
     ("pocket.world",),
@@ -25,6 +25,7 @@ LAYERS = (
     ("experiments",),
     ("report",),
     ("pocket.build",),
+    ("shell",),
     ("params",),
     ("job",),
     ("cli",),
