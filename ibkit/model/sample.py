@@ -8,9 +8,10 @@ with η = 1, the policy that RL trains. Diffusers' `train_dreambooth.py` draws c
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -105,12 +106,17 @@ def check_prompts(prompts: Sequence[str], seeds: Sequence[int]) -> None:
     """Refuse what makes no picture.
 
     Raises:
-        ParameterError: no prompt, a text in place of a list, or another number of seeds.
+        ParameterError: no prompt, one that is no text, a text in place of a list, other seeds than whole numbers, or
+            another number of them.
     """
     if isinstance(prompts, str):
         raise ParameterError(f"prompts is the text {prompts!r}: give a list of texts, such as [{prompts!r}].")
     if not len(prompts):
         raise ParameterError("there are no prompts to draw: give a list of one or more.")
+    if strange := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+        raise ParameterError(f"the prompt {strange[0]!r} is no text: give a list of texts.")
+    if not isinstance(seeds, Collection) or not all(isinstance(seed, int | np.integer) for seed in seeds):
+        raise ParameterError(f"seeds is {seeds!r}: give a list of whole numbers, one a prompt, such as [0].")
     if len(prompts) != len(seeds):
         raise ParameterError(f"there are {len(prompts)} prompts and {len(seeds)} seeds: give one seed a prompt.")
 
