@@ -3,6 +3,7 @@
 import json
 import math
 import pickle
+import shutil
 import subprocess
 import sys
 import warnings
@@ -25,6 +26,7 @@ from ibkit.job.notebook import _Lines, _Warnings
 from ibkit.job.ready import require_ready
 from ibkit.job.stages import defaults, given, plan
 from ibkit.model.loading import load_model
+from ibkit.model.parts import check_parts
 from ibkit.model.sample import Sampler, sample
 from ibkit.params import make
 from ibkit.runs import Run, identify, project_root
@@ -65,6 +67,11 @@ OTHER_MODELS = [
     ("scheduler", {"prediction_type": "v_prediction"}, "predicts v_prediction"),
     ("scheduler", {"_class_name": "FlowMatchEulerDiscreteScheduler"}, "is trained by flow matching"),
     ("scheduler", {"num_train_timesteps": 10}, "has 10 noise levels"),
+    ("scheduler", {"beta_end": "x"}, "cannot be read (unsupported operand"),
+    ("scheduler", {"beta_schedule": "weird"}, "cannot be read (weird is not implemented"),
+    ("scheduler", {"beta_start": 5.0}, "are not 1000 numbers between 0 and 1"),
+    ("scheduler", {"trained_betas": [0.1, 0.2]}, "are not 1000 numbers between 0 and 1"),
+    ("scheduler", {"rescale_betas_zero_snr": True}, "are not 1000 numbers between 0 and 1"),
 ]
 
 
@@ -76,6 +83,12 @@ def test_other_models_are_refused_by_name_before_a_weight_is_read(folder, part, 
     with pytest.raises(ModelError) as refused:
         load_model(str(folder))
     assert says in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_a_model_without_a_tokenizer_is_refused_before_it_is_loaded(folder):
+    shutil.rmtree(folder / "tokenizer")
+    with pytest.raises(ModelError, match="there is no folder tokenizer in .*: restore it"):
+        check_parts(str(folder), folder)
 
 
 @pytest.mark.parametrize("text", ["[" * 100_000, "[]", "{"], ids=["deep", "a list", "cut"])
@@ -461,6 +474,7 @@ def test_outputs_that_cannot_take_the_text(shell, status, says):
         ({"WORLD_SIZE": "2", "RANK": "2"}, "RANK is 2"),
         ({"WORLD_SIZE": "abc"}, "WORLD_SIZE is 'abc' and not a number"),
         ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0' and not a number"),
+        ({"WORLD_SIZE": "2", "RANK": "0", "LOCAL_WORLD_SIZE": "x"}, "on several machines .LOCAL_WORLD_SIZE is x."),
     ],
 )
 def test_half_a_launcher_is_refused(monkeypatch, place, says):
@@ -478,6 +492,9 @@ def test_half_a_launcher_is_refused(monkeypatch, place, says):
         ([], [], "no prompts"),
         ("a cat", [0], r"give a list of texts, such as \['a cat'\]"),
         (["a"], [0, 1], "1 prompts and 2"),
+        ([1], [0], "the prompt 1 is no text"),
+        (["a"], 0, "seeds is 0: give a list"),
+        (["a"], [0.5], r"seeds is \[0.5\]: give a list of whole numbers"),
     ],
 )
 def test_sample_says_what_is_wrong(tiny, prompts, seeds, says):

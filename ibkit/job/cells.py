@@ -68,8 +68,11 @@ def read_config(path: Path) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             config = yaml.load(file, _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        said = " ".join(str(error).split())
-        raise ParameterError(f"{path} cannot be read as a grid's configuration: {said}") from error
+        said = error.strerror if isinstance(error, OSError) else " ".join(str(error).split())
+        raise ParameterError(
+            f"{path} cannot be read as a grid's configuration ({said}): check its path, or write it as docs/grids.md "
+            "shows."
+        ) from error
     if not isinstance(config, dict):
         raise ParameterError(f"{path} is no table of names and values; it needs at least a list of subjects.")
     config = _checked(config, KEYS, path, str(path))

@@ -183,7 +183,9 @@ def execute_notebook(stage: Stage, folder: Path, peaks: list[float]) -> None:
 
     # Papermill's log goes to the terminal. It says that apostrophes in the parameters' comments confuse papermill; that
     # does not matter here (`params` knows the parameters), and repeats what is raised as an exception anyway.
-    logging.getLogger("papermill").setLevel(logging.CRITICAL)
+    # asyncio's tells, with a traceback, of the cell whose kernel an interrupted job killed.
+    for name in ("papermill", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
     kept = folder / f"{stage.name}.ipynb"
     growing = folder / f".{stage.name}.running.ipynb"  # papermill writes it over and over while the notebook runs
     lines = _Lines()

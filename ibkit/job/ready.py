@@ -30,7 +30,7 @@ SHIPPED = ("pocket", "image_reward")  # weights and reward that are always there
 def require_ready(stages: Sequence[Stage], scorers: bool = True) -> None:
     """Refuse a job of which a stage cannot do what its parameters ask for.
 
-    Without `scorers` the official ones are not loaded: gigabytes are not downloaded for a prediction.
+    Without `scorers` nothing is asked of the hub, as for a prediction.
 
     Raises:
         ParameterError: a device that is not here; a class, activity, prompt or identifier that cannot be.
@@ -41,7 +41,7 @@ def require_ready(stages: Sequence[Stage], scorers: bool = True) -> None:
         pick_device(name)
     asked = dict.fromkeys(tuple(s.parameters["prompts"]) for s in stages if "prompts" in s.parameters)
     for given in _distinct(s.parameters for s in stages if s.notebook.stem == "01_personalize"):
-        place = _model(given["model"], given["revision"])
+        place = _model(given["model"], given["revision"], download=scorers)
         who = _subject(given)
         reader = _reader(given["model"], place) if place else None
         for prompts in asked:
@@ -59,11 +59,14 @@ def _distinct(stages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _model(model: str, revision: str) -> Path | None:
-    """The model's folder or file; None where it would have to be downloaded, which the first stage does."""
+def _model(model: str, revision: str, download: bool) -> Path | None:
+    """The model's folder or file; None where it would have to be downloaded, which the first stage does if it can."""
     if model in hub.HUB_NAMES or (hub.is_name(model) and not Path(model).expanduser().exists()):
-        folder, missing = hub.in_cache(hub.HUB_NAMES.get(model, model), revision)
+        repository = hub.HUB_NAMES.get(model, model)
+        folder, missing = hub.in_cache(repository, revision)
         if missing:
+            if download:
+                hub.require_reachable(repository, revision, missing[0])
             return None
     else:
         folder = find(model, revision)
@@ -109,7 +112,9 @@ def _reader(model: str, place: Path) -> TextToImage:
             tokenizer = AutoTokenizer.from_pretrained(place / "tokenizer", trust_remote_code=False)
         except (OSError, ValueError) as error:
             first = str(error).splitlines()[0]
-            raise ModelError(f"model {model!r}: a part of {place} cannot be read: {first}") from error
+            raise ModelError(
+                f"model {model!r}: the tokenizer in {place} cannot be read ({first}): restore it."
+            ) from error
         room = read_configs(model, place)["text_encoder"].get("max_position_embeddings", 77)
         tokenizer.model_max_length = min(tokenizer.model_max_length, room)
     nothing = cast(Any, None)

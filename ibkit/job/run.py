@@ -263,8 +263,11 @@ def _launched() -> dict[str, Any] | None:
             f"WORLD_SIZE is {count} and RANK is {place['RANK'] or 'not set'}: start by accelerate launch or torchrun, "
             "or unset WORLD_SIZE."
         )
-    if place["LOCAL_WORLD_SIZE"] and int(place["LOCAL_WORLD_SIZE"]) < count:
-        raise ParameterError(f"{count} processes were launched on several machines; ibkit trains on one.")
+    if place["LOCAL_WORLD_SIZE"] not in ("", str(count)):
+        raise ParameterError(
+            f"{count} processes were launched on several machines (LOCAL_WORLD_SIZE is {place['LOCAL_WORLD_SIZE']}); "
+            "ibkit trains on one: launch them all there."
+        )
     return {"02_rl_finetune.processes": count} if int(place["RANK"]) == 0 else None
 
 

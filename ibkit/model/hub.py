@@ -69,21 +69,13 @@ def obtain(repository: str, revision: str = "") -> Path:
     The revision is a branch, tag or commit; empty, the main branch. A ModelError where they are not in the cache, and
     the hub cannot be asked, does not have them, or is cut off.
     """
-    from huggingface_hub import HfApi, constants, snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import HTTPError, OfflineModeIsEnabled
 
     folder, missing = in_cache(repository, revision)
     if not missing:
         return folder
-    there = f"of the model {repository}{f' at revision {revision}' if revision else ''}"
-    by_hand = "or give the path of a diffusers folder or .safetensors file that is on this machine"
-    lacking = f"the hub's cache has no {missing[0]} {there}"
-    if constants.HF_HUB_OFFLINE:
-        raise ModelError(f"{lacking}, and HF_HUB_OFFLINE is set: unset it and go online once, {by_hand}.")
-    if wrong := misset(constants.ENDPOINT):
-        raise ModelError(f"{lacking}, and {wrong}.")
-    if not answers(constants.ENDPOINT):
-        raise ModelError(f"{lacking}, and {constants.ENDPOINT} does not answer: go online once, {by_hand}.")
+    there, by_hand = require_reachable(repository, revision, missing[0])
     try:
         info = HfApi().model_info(repository, revision=revision or None, timeout=TIMEOUT_S)
         names = {file.rfilename for file in info.siblings or []}
@@ -97,6 +89,29 @@ def obtain(repository: str, revision: str = "") -> Path:
         f"on the hub there is no {missing[0]} {there}: it is not in diffusers format with safetensors weights; name "
         f"another one, {by_hand}."
     )
+
+
+def require_reachable(repository: str, revision: str, lacking: str) -> tuple[str, str]:
+    """Refuse to download where that cannot be; returns words for a later refusal: of which model, and what else to do.
+
+    Args:
+        lacking: a file that the cache has not.
+
+    Raises:
+        ModelError: the hub is switched off, its address or a proxy's is none, or it does not answer.
+    """
+    from huggingface_hub import constants
+
+    there = f"of the model {repository}{f' at revision {revision}' if revision else ''}"
+    by_hand = "or give the path of a diffusers folder or .safetensors file that is on this machine"
+    lacking = f"the hub's cache has no {lacking} {there}"
+    if constants.HF_HUB_OFFLINE:
+        raise ModelError(f"{lacking}, and HF_HUB_OFFLINE is set: unset it and go online once, {by_hand}.")
+    if wrong := misset(constants.ENDPOINT):
+        raise ModelError(f"{lacking}, and {wrong}.")
+    if not answers(constants.ENDPOINT):
+        raise ModelError(f"{lacking}, and {constants.ENDPOINT} does not answer: go online once, {by_hand}.")
+    return there, by_hand
 
 
 def misset(endpoint: str) -> str:

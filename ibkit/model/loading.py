@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from ibkit.errors import ModelError
 from ibkit.model import hub
-from ibkit.model.parts import check_parts, read_configs, square_side
+from ibkit.model.parts import N_TRAIN_STEPS, check_parts, read_configs, square_side
 from ibkit.model.text_to_image import TextToImage, use_quick_attention
 
 if TYPE_CHECKING:
@@ -112,16 +112,22 @@ def _read_folder(model: str, folder: Path) -> tuple:
     offset = {} if "steps_offset" in configs["scheduler"] else {"steps_offset": 1}
     fp32 = torch.float32
     try:
+        scheduler = DDIMScheduler.from_pretrained(folder, subfolder="scheduler", clip_sample=False, **offset)
+        if len(scheduler.betas) != N_TRAIN_STEPS or not ((scheduler.betas > 0) & (scheduler.betas < 1)).all():
+            raise ModelError(
+                f"model {model!r}: the noise levels of its scheduler (betas) are not {N_TRAIN_STEPS} numbers between 0 "
+                "and 1: restore scheduler/scheduler_config.json, or give another model."
+            )
         return (
             load_weights(UNet2DConditionModel, folder, "unet", torch_dtype=fp32, sample_size=side),
             load_weights(AutoencoderKL, folder, "vae", torch_dtype=fp32),
             load_weights(CLIPTextModel, folder, "text_encoder", dtype=fp32),
             AutoTokenizer.from_pretrained(folder / "tokenizer", trust_remote_code=False),
-            DDIMScheduler.from_pretrained(folder, subfolder="scheduler", clip_sample=False, **offset),
+            scheduler,
         )
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, TypeError, KeyError, NotImplementedError) as error:
         first = str(error).splitlines()[0]
-        raise ModelError(f"model {model!r}: a part of {folder} cannot be read: {first}") from error
+        raise ModelError(f"model {model!r}: a part of {folder} cannot be read ({first}): restore it.") from error
 
 
 def load_weights(

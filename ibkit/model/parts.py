@@ -47,6 +47,8 @@ def check_parts(model: str, folder: Path) -> None:
     not fit.
     """
     configs = read_configs(model, folder)
+    if not (folder / "tokenizer").is_dir():
+        raise ModelError(f"model {model!r}: there is no folder tokenizer in {folder}: restore it.")
     if wrong := _misfit(configs, two_encoders=(folder / "text_encoder_2").is_dir()):
         raise ModelError(
             f"model {model!r} is not a text-to-image model of Stable Diffusion 1.x or 2.x: {wrong}; give one that is."

@@ -6,9 +6,10 @@ with η = 1, the policy that RL trains. Diffusers' `train_dreambooth.py` draws c
 - it draws a batch's noise from the device's global generator; here each picture has a generator of its own, on the CPU.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from PIL import Image
 
@@ -100,11 +101,20 @@ def denoise(
 
 
 def check_prompts(prompts: Sequence[str], seeds: Sequence[int]) -> None:
-    """Refuse (ParameterError) no prompt, a text in place of a list, and another number of seeds."""
+    """Refuse what makes no picture.
+
+    Raises:
+        ParameterError: no prompt, one that is no text, a text in place of a list, other seeds than whole numbers, or
+            another number of them.
+    """
     if isinstance(prompts, str):
         raise ParameterError(f"prompts is the text {prompts!r}: give a list of texts, such as [{prompts!r}].")
     if not len(prompts):
         raise ParameterError("there are no prompts to draw: give a list of one or more.")
+    if strange := [prompt for prompt in prompts if not isinstance(prompt, str)]:
+        raise ParameterError(f"the prompt {strange[0]!r} is no text: give a list of texts.")
+    if not isinstance(seeds, Collection) or not all(isinstance(seed, int | np.integer) for seed in seeds):
+        raise ParameterError(f"seeds is {seeds!r}: give a list of whole numbers, one a prompt, such as [0].")
     if len(prompts) != len(seeds):
         raise ParameterError(f"there are {len(prompts)} prompts and {len(seeds)} seeds: give one seed a prompt.")
 
