@@ -60,7 +60,7 @@ def test_the_kit_fits_beside_a_torch_of_gpu_images(tmp_path, torch, torchvision)
     """pip's own answer, from the package index; nothing is installed."""
     venv.create(tmp_path / "venv", with_pip=True)
     (tmp_path / "keep.txt").write_text(f"torch=={torch}\ntorchvision=={torchvision}\n")
-    python = next((tmp_path / "venv").glob("*/python*"))
+    python = shutil.which("python", path=os.pathsep.join(str(tmp_path / "venv" / name) for name in ("bin", "Scripts")))
     words = ["install", "--dry-run", "--quiet", "--report", tmp_path / "report.json", "-c", tmp_path / "keep.txt", ROOT]
     done = subprocess.run([python, "-m", "pip", *map(str, words)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
