@@ -32,6 +32,8 @@ COMMANDS = {  # name: (module, what it does)
     "check": ("ibkit.job.check", "look at this machine: what can run here, and what to do about what cannot"),
 }
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE = 2, 130, 141
+REFUSED_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EROFS)  # by the system, as they were typed
+SHOWN_PATH = 80  # characters of one in a sentence
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,6 +52,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()  # a closed pipe shows here, and not while Python shuts down
         return status
     except OSError as error:
+        if error.errno in REFUSED_PATHS and error.filename:
+            name = str(error.filename)
+            shown = name if len(name) <= SHOWN_PATH else f"{name[:SHOWN_PATH]}..."
+            print(f"error: {shown!r} cannot be used ({error.strerror}): name another path.", file=sys.stderr)
+            return EXIT_ERROR
         if not isinstance(error, BrokenPipeError) and error.errno in (errno.ENOSPC, errno.EIO) and not error.filename:
             _silence_stdout()
             print(f"error: the output cannot be written ({error.strerror}): write it elsewhere.", file=sys.stderr)

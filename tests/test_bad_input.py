@@ -449,6 +449,14 @@ def test_a_thousand_photos_are_shown_by_a_sample():
     assert len(table) == MOST_IN_STRIP and len(figure.axes) == MOST_IN_STRIP
 
 
+@pytest.mark.parametrize("command", ["tables", "report", "claims", "export"])
+def test_a_name_that_is_too_long_for_a_file(command, capsys):
+    words = [command, "x" * 300, *(["out"] if command == "export" else [])]
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and len(said) < 200 and "File name too long" in said and "another path" in said
+
+
 @pytest.mark.parametrize(
     ("shell", "status", "says"),
     [
