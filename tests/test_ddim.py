@@ -80,10 +80,10 @@ def test_a_steps_weight_is_the_variance_of_its_score():
 
 @pytest.mark.parametrize(("n_steps", "t", "percent"), [(10, 101, 86), (50, 21, 49)])
 def test_the_last_step_but_one_outweighs_the_others(n_steps, t, percent):
-    """What notebook 02 says of the pocket's preset and of the paper's."""
+    """What notebook 13 says of the pocket's preset and of the paper's."""
     schedule = make_schedule(scheduler().alphas_cumprod, n_steps, 1.0)
     shares = step_weight(schedule) / step_weight(schedule).sum()
     assert shares.argmax() == n_steps - 2 and schedule.timesteps[-2] == t
     assert round(100 * shares.max().item()) == percent
-    notebook = (project_root() / "notebooks" / "02_rl_finetune.ipynb").read_text(encoding="utf-8")
+    notebook = (project_root() / "notebooks" / "13_inside_rl.ipynb").read_text(encoding="utf-8")
     assert f"{percent} % of" in notebook
