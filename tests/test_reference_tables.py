@@ -3,9 +3,11 @@
 import json
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from ibkit.cli import main
+from ibkit.evaluate.stats import as_compared, check_scores
 
 REFERENCE = Path(__file__).parents[1] / "outputs" / "reference"
 GOLDEN = json.loads(Path(__file__).with_name("golden_reference.json").read_text(encoding="utf-8"))
@@ -24,3 +26,26 @@ def test_claims_on_the_reference_keep_their_numbers_and_verdicts(capsys):
 def test_tables_of_the_reference_are_the_same_text(capsys):
     main(["tables", str(REFERENCE)])
     assert capsys.readouterr().out.splitlines() == GOLDEN["tables"]
+
+
+def test_the_readme_has_the_action_sets_table(capsys):
+    readme = (REFERENCE.parents[1] / "README.md").read_text(encoding="utf-8")
+    compared = as_compared(check_scores(pd.read_csv(REFERENCE / "actions" / "scores.csv")))
+    nouns = ["cat", "dog", "teddy bear", "monster toy", "pot", "cup", "bike", "motorbike"]
+    assert f"| {' | '.join(nouns)} | mean |" in readme
+    labels = {
+        "base": "base model",
+        "lora_dreambooth": "DreamBooth (LoRA)",
+        "lora_dreambooth+ddpo": "InstructBooth (LoRA)",
+    }
+    for arm, label in labels.items():
+        rows = compared[compared["arm"] == arm]
+        assert (rows["class_noun"].value_counts() == 50).all() and set(rows["class_noun"]) == set(nouns)
+        shares = 100 * rows.groupby("class_noun")[["judge_text", "judge_identity"]].mean().loc[nouns]
+        cells = [f"{text:.0f} / {same:.0f} %" for text, same in [*shares.to_numpy(), shares.mean().to_numpy()]]
+        assert f"| {label} | {' | '.join(cells)} |" in readme, label
+    main(["claims", str(REFERENCE / "actions"), "--json"])
+    found = {claim["id"]: claim for claim in json.loads(capsys.readouterr().out)}
+    verdicts = {name: found[name]["verdict"] for name in ("C1", "C2", "C3")}
+    assert verdicts == {"C1": "supported", "C2": "undecided", "C3": "undecided"}
+    assert round(100 * found["C2"]["value"]) == 45 and found["C2"]["low"] < 0 and found["C2"]["high"] > 0.9
