@@ -10,6 +10,7 @@ import importlib
 import io
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -33,6 +34,7 @@ COMMANDS = {  # name: (module, what it does)
 }
 EXIT_ERROR, EXIT_INTERRUPTED, EXIT_PIPE = 2, 130, 141
 REFUSED_PATHS = (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EROFS)  # by the system, as they were typed
+PATHLIB_REFUSES = ("Symlink loop from", "Could not determine home directory")  # as a RuntimeError
 SHOWN_PATH = 80  # characters of one in a sentence
 
 
@@ -69,6 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except IbkitError as error:
         print(f"error: {error}", file=sys.stderr)
         return EXIT_ERROR
+    except RuntimeError as error:
+        if not str(error).startswith(PATHLIB_REFUSES):
+            raise
+        print(f"error: {str(error).rstrip('.')}: name another path.", file=sys.stderr)
+        return EXIT_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return EXIT_INTERRUPTED
@@ -76,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _prepare_output() -> None:
     """Print everywhere: what an encoding such as ASCII lacks as an escape, and nothing where an output is closed."""
+    warnings.formatwarning = lambda message, *_, **__: f"warning: {message}\n"  # without a line of our code
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # closed by the shell, `>&-`

@@ -324,6 +324,8 @@ LATER = [
     (["--set", "reward.weight=1"], "image_reward has no setting 'weight'; it has none."),
     (["-p", "03_evaluate.scorers=['clipt']"], "did you mean 'clip_t'?"),
     (["--set", "ddpo.sampler.n_steps=667"], "give 500 or 900"),
+    (["-p", "03_evaluate.picture_cache=/dev/null/x"], "picture_cache='/dev/null/x' cannot be a folder"),
+    (["--lora", "README.md"], "README.md is not a .safetensors file"),
 ]
 
 
@@ -455,6 +457,30 @@ def test_a_name_that_is_too_long_for_a_file(command, capsys):
     assert main(words) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and len(said) < 200 and "File name too long" in said and "another path" in said
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["plan", "--class-noun", "dog", "--subject"], ["plan", "--lora"], ["tables", "outputs/reference", "--out"],
+        ["report", "outputs/reference", "--out"], ["stage", "01_personalize", "--out"], ["grid"],
+        ["data", "dreambench"], ["plan", "--model"], ["plan", "--protocol"], ["plan", "--scorer-weights"], ["claims"], ["tables"],
+    ],
+    ids=" ".join,
+)  # fmt: skip
+@pytest.mark.parametrize("place", ["loop/x", "~nobody-has-this-name/x"])
+def test_places_that_lead_nowhere(words, place, tmp_path, capsys):
+    (tmp_path / "loop").symlink_to(tmp_path / "loop")
+    assert main([*words, str(tmp_path / place) if place.startswith("loop") else place]) == 2
+    said = capsys.readouterr().err
+    assert said.splitlines()[-1].startswith("error: ") and "Traceback" not in said
+
+
+def test_a_folder_with_a_file_that_is_no_picture_is_refused_before_the_first_stage(tmp_path):
+    picture(tmp_path / "1.png")
+    pointer(tmp_path)
+    with pytest.raises(PhotoError, match="is a git-lfs pointer"):
+        require_ready(job("--subject", str(tmp_path), "--class-noun", "dog"))
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
+import nbformat
 import pytest
 import torch
 
@@ -102,6 +103,14 @@ def test_the_main_job_runs_the_real_notebooks(done, outputs):
     report = (outputs / "report.html").read_text()
     assert report.count("data:image/png;base64,") >= 5 and "C4" in report
     assert "RL epochs 2/2" in done.stdout and "peak memory" in done.stdout and "open " in done.stdout
+
+
+def test_no_cell_ends_with_a_path_or_shows_a_bar(done, outputs):
+    executed = sorted(outputs.glob("0*.ipynb"))
+    assert len(executed) == 3
+    shown = [out for path in executed for cell in nbformat.read(path, 4).cells for out in cell.get("outputs", [])]
+    texts = [out.get("text") or out.get("data", {}).get("text/plain", "") for out in shown]
+    assert not [text for text in texts if "PosixPath(" in text or "Loading weights" in text or text == "True"]
 
 
 def test_claims_read_the_run(done, outputs):

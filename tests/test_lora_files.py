@@ -166,6 +166,11 @@ def of_none(tokenizer, folder):
     return folder / "none.safetensors"
 
 
+def of_a_run(tokenizer, folder):
+    save_file({f"down_blocks.0.{n}.lora_A.weight": torch.ones(2, 2) for n in RANKS}, folder / "ddpo.safetensors")
+    return folder / "ddpo.safetensors"
+
+
 def damaged(tokenizer, folder):
     path = plain(tokenizer, folder)
     path.write_bytes(path.read_bytes()[:-10])
@@ -180,6 +185,7 @@ def damaged(tokenizer, folder):
         (of_another_shape, "does not fit the U-Net of .*: it is a LoRA of another model"),
         (of_other_modules, "LoRA of another model"),
         (of_none, "of the 1 weights in .*, 0 belong to the U-Net .*LoRA of another model, or in a format"),
+        (of_a_run, "is a file of a run of this kit: `ibkit export RUN FOLDER` writes"),
         (damaged, "is not a .safetensors file, or is damaged"),
     ],
 )

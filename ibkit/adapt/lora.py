@@ -56,6 +56,11 @@ def attach_file(model: TextToImage, name: str, path: Path) -> None:
         raise ModelError(f"{path} is not a .safetensors file, or is damaged ({error}): download it again.") from error
     if strange := [key for key in keys if any(mark in key for mark in NO_LORA)]:
         raise ModelError(f"{path} holds an adapter of another kind than LoRA ({strange[0]}): give a plain LoRA.")
+    if keys and all(key.startswith(("down_blocks.", "mid_block.", "up_blocks.")) for key in keys):
+        raise ModelError(
+            f"{path} is a file of a run of this kit: `ibkit export RUN FOLDER` writes the adapter of a run as other "
+            "tools read it; give that file."
+        )
     if broken:
         raise ModelError(
             f"{path} has {len(broken)} weights that are not finite (first {broken[0]}): its training went astray, give "

@@ -111,6 +111,12 @@ def photo_files(folder: str | Path) -> list[Path]:
     return photos
 
 
+def require_pictures(folder: str | Path) -> None:
+    """A PhotoError where the folder holds no photo, or one whose header cannot be read."""
+    for path in photo_files(folder):
+        _open(_content(path), path).close()
+
+
 def load_photo(path: str | Path, size_px: int) -> Photo:
     """Read one photo as an RGB square: EXIF turn, white behind transparency, shorter side to `size_px`, centre crop. A
     PhotoError where it is damaged, too large, too small, or in a format that cannot be converted correctly.
@@ -119,10 +125,7 @@ def load_photo(path: str | Path, size_px: int) -> Photo:
         PhotoWarning: the photo had to be enlarged.
     """
     path = Path(path)
-    try:
-        content = path.read_bytes()
-    except OSError as error:
-        raise PhotoError(f"The photo {path} cannot be read ({error.strerror}).") from error
+    content = _content(path)
     with _open(content, path) as picture:
         icc_profile = picture.info.get("icc_profile")
         width, height = picture.size
@@ -160,6 +163,13 @@ def png(picture: Image.Image, **options) -> bytes:
     buffer = io.BytesIO()
     picture.save(buffer, format="PNG", **options)
     return buffer.getvalue()
+
+
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise PhotoError(f"The photo {path} cannot be read ({error.strerror}).") from error
 
 
 def _open(content: bytes, path: Path) -> Image.Image:

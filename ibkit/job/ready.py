@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from ibkit.data.photos import photo_files
+from ibkit.data.photos import require_pictures
 from ibkit.data.prompts import check_identifier
 from ibkit.data.subject import PersonalizedSubject, choose_activities, demo_subject
 from ibkit.device import pick_device
-from ibkit.errors import ModelError
+from ibkit.errors import ModelError, ParameterError
 from ibkit.job.stages import Stage
 from ibkit.methods.records import METHODS
 from ibkit.model import hub
@@ -34,7 +34,7 @@ def require_ready(stages: Sequence[Stage], scorers: bool = True) -> None:
 
     Raises:
         ParameterError: a device that is not here; a class, activity, prompt or identifier that cannot be.
-        PhotoError: no photos.
+        PhotoError: no photos, or a file among them that is no picture.
         ModelError: no model, or one of another kind; no weights of a reward or of the scorers.
     """
     for name in dict.fromkeys(stage.parameters["device"] for stage in stages):
@@ -42,10 +42,17 @@ def require_ready(stages: Sequence[Stage], scorers: bool = True) -> None:
     asked = dict.fromkeys(tuple(s.parameters["prompts"]) for s in stages if "prompts" in s.parameters)
     for given in _distinct(s.parameters for s in stages if s.notebook.stem == "01_personalize"):
         place = _model(given["model"], given["revision"], download=scorers)
+        if given["lora"] and place:
+            _require_adapter(given["model"], place, resolve(given["lora"]))
         who = _subject(given)
         reader = _reader(given["model"], place) if place else None
         for prompts in asked:
             _require_prompts(given, who, prompts, reader)
+    for cache in filter(None, {str(stage.parameters.get("picture_cache", "")) for stage in stages}):
+        try:
+            resolve(cache).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ParameterError(f"picture_cache={cache!r} cannot be a folder ({error}): give another.") from error
     for given in _distinct(stage.parameters for stage in stages):
         weights = given.get("scorer_weights") or preset_of(given["model"]).scorers
         if scorers or weights != OFFICIAL:
@@ -79,7 +86,7 @@ def _model(model: str, revision: str, download: bool) -> Path | None:
 def _subject(given: dict[str, Any]) -> PersonalizedSubject:
     world = None if given["subject"] else demo_subject(given["class_noun"])
     if given["subject"]:
-        photo_files(resolve(given["subject"]))
+        require_pictures(resolve(given["subject"]))
     words = (given["class_noun"], given["identifier"], given["description"])
     return PersonalizedSubject("", *words, given["model"], given["revision"], world)
 
@@ -119,6 +126,20 @@ def _reader(model: str, place: Path) -> TextToImage:
         tokenizer.model_max_length = min(tokenizer.model_max_length, room)
     nothing = cast(Any, None)
     return TextToImage(model, nothing, nothing, nothing, tokenizer, nothing, nothing)
+
+
+def _require_adapter(model: str, place: Path, adapter: Path) -> None:
+    """Put a LoRA of others on the model's U-Net, without its weights."""
+    import torch
+    from diffusers import UNet2DConditionModel
+
+    from ibkit.adapt.lora import attach_file
+    from ibkit.job.memory import SD15_UNET
+
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(read_configs(model, place)["unet"] if place.is_dir() else SD15_UNET)
+    nothing = cast(Any, None)
+    attach_file(TextToImage(model, unet, nothing, nothing, nothing, nothing, nothing), "adapter", adapter)
 
 
 def _require_scorers(given: dict[str, Any], weights: str, judged: bool) -> None:

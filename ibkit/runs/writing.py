@@ -219,17 +219,18 @@ class Run:
         """Write an output as JSON; returns its path. A number that is not finite is refused."""
         return self.write_text(rel, _to_json(value, f"write {self.folder / rel}", indent=1, ensure_ascii=False) + "\n")
 
-    def write_table(self, rel: str | os.PathLike, table: "pd.DataFrame") -> Path:
-        """Write a table as CSV without its index, floats in full; returns its path.
+    def write_table(self, rel: str | os.PathLike, table: "pd.DataFrame") -> None:
+        """Write a table as CSV without its index, floats in full.
 
-        A column "seconds" is written like any other, and left out where runs are compared.
+        It returns nothing, so that a notebook's cell can end with it. A column "seconds" is written like any other, and
+        left out where runs are compared.
         """
         data, timeless = (
             one.to_csv(index=False, lineterminator="\n").encode()
             for one in (table, table.drop(columns=CLOCK, errors="ignore"))
         )
         content = hashlib.sha256(timeless).hexdigest() if timeless != data else ""
-        return self._write(rel, len(data), lambda temporary: temporary.write_bytes(data), content)
+        self._write(rel, len(data), lambda temporary: temporary.write_bytes(data), content)
 
     def write_picture(self, rel: str | os.PathLike, picture: "Image.Image") -> Path:
         """Write a picture as PNG; returns its path."""
@@ -378,10 +379,12 @@ class Run:
 
 
 def _to_json(value: Any, doing: str, **options: Any) -> str:
-    try:
-        return json.dumps(value, allow_nan=False, default=plain, **options)
-    except (TypeError, ValueError) as error:
-        raise ArtifactError(f"Cannot {doing}: {error}.") from error
+    for name, part in value.items() if isinstance(value, Mapping) else [("", value)]:
+        try:
+            json.dumps(part, allow_nan=False, default=plain)
+        except (TypeError, ValueError) as error:
+            raise ArtifactError(f"Cannot {doing}: {name and f'{name}: '}{error}.") from error
+    return json.dumps(value, allow_nan=False, default=plain, **options)
 
 
 def _read_journal(folder: Path) -> dict[str, dict[str, Any]]:
