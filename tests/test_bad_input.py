@@ -464,7 +464,8 @@ def test_a_name_that_is_too_long_for_a_file(command, capsys):
     [
         ["plan", "--class-noun", "dog", "--subject"], ["plan", "--lora"], ["tables", "outputs/reference", "--out"],
         ["report", "outputs/reference", "--out"], ["stage", "01_personalize", "--out"], ["grid"],
-        ["data", "dreambench"], ["plan", "--model"], ["plan", "--protocol"], ["plan", "--scorer-weights"], ["claims"], ["tables"],
+        ["data", "dreambench"], ["plan", "--model"], ["plan", "--protocol"], ["plan", "--scorer-weights"], ["claims"],
+        ["tables"],
     ],
     ids=" ".join,
 )  # fmt: skip
