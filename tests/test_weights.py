@@ -175,6 +175,8 @@ def test_the_labelled_pictures_are_whole_and_two_passes_agree():
     table, images = labels.labels(), labels.pictures()
     first, second = (table[table["labeller"] == k].sort_values("picture", ignore_index=True) for k in (1, 2))
     assert len(images) == len(first) == len(second) >= 240 and set(table["subject"]) == set(DEMO_SUBJECTS)
+    after_rl = first[first["model"].str.endswith("+ddpo")]
+    assert len(after_rl) >= 100 and set(after_rl["subject"]) == set(DEMO_SUBJECTS)
     for question, known in ANSWERS.items():
         if question in labels.QUESTIONS:
             assert set(table[question]) <= {*known, labels.UNCLEAR}

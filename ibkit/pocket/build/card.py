@@ -68,10 +68,10 @@ def write_raters(build: Build) -> None:
 
 def write_again(build: Build, numbers: Sequence[Row]) -> None:
     """Put numbers on the card, if it exists, in the place of those of the same names; the others stay."""
-    path, new = build.weights / "card.json", {number[0] for number in numbers}
+    path = build.weights / "card.json"
     if path.exists():
         kept = [(r["name"], r["value"], r["target"], r["n"]) for r in json.loads(path.read_text())["numbers"]]
-        _write(build, [*(row for row in kept if row[0] not in new), *numbers])
+        _write(build, list({row[0]: row for row in [*kept, *numbers]}.values()))
 
 
 def write_counts(build: Build) -> None:

@@ -2,7 +2,9 @@
 
 Renders and reconstructions measure what the judge can see, but it is used on generated pictures. `labelled/` holds such
 pictures as one sheet, row by row, and `labels.csv` with a row for each picture and labeller. The labellers saw the
-photos of the subject, but neither model nor prompt. The agreement of the two shows how far the labels can be trusted.
+photos of the subject, but neither model nor prompt. The agreement of the two shows how far the labels can be trusted;
+both are passes of a vision-language model that knew nothing of each other, so people may agree less.
+The sheet is a JPEG, for its size: of 1,644 answers of the judge two are others than of the pictures as they were drawn.
 """
 
 from pathlib import Path
@@ -17,12 +19,13 @@ from ibkit.scorers.judge import Judge
 FOLDER = Path(__file__).parent / "labelled"
 COLUMNS = 20  # pictures in a row of the sheet
 QUESTIONS = ("class", "pose", "things", "identity")
+LYING = "lying on its side"
 UNCLEAR = "unclear"  # the label where a picture shows no answer; such pictures are left out of the agreement
 
 
 def pictures() -> list[Image.Image]:
     """The labelled pictures, in the order of their numbers."""
-    sheet = Image.open(FOLDER / "pictures.webp").convert("RGB")
+    sheet = Image.open(FOLDER / "pictures.jpg").convert("RGB")
     n = pd.read_csv(FOLDER / "labels.csv")["picture"].max() + 1
     corners = [(i % COLUMNS * IMAGE_PX, i // COLUMNS * IMAGE_PX) for i in range(n)]
     return [sheet.crop((x, y, x + IMAGE_PX, y + IMAGE_PX)) for x, y in corners]
@@ -52,16 +55,24 @@ def agreement(first: pd.DataFrame, second: pd.DataFrame) -> dict[str, tuple[floa
 
 
 def card_rows(judge: Judge) -> list[Row]:
-    """Rows of the model card: the judge against the first labeller, and the second labeller against the first."""
+    """Rows of the model card: the judge against the first labeller, of all pictures and of those that models after RL
+    drew; the second labeller against the first; and how often the judge lays down what stands.
+    """
     table = labels()
     first, second = (table[table["labeller"] == k].sort_values("picture", ignore_index=True) for k in (1, 2))
     judged = answers(judge, pictures(), list(first["subject"]))
-    compared: list[tuple[str, float | None, pd.DataFrame]] = [
-        ("judge, {}, generated pictures, agreement with labels", 0.9, judged),
-        ("labels of generated pictures, {}, agreement of two passes", None, second),
+    after_rl = first["model"].str.endswith("+ddpo")
+    everything = pd.Series(True, first.index)
+    compared: list[tuple[str, float | None, pd.DataFrame, pd.Series]] = [
+        ("judge, {}, generated pictures, agreement with labels", 0.9, judged, everything),
+        ("judge, {}, pictures of models after RL, agreement with labels", 0.9, judged, after_rl),
+        ("labels of generated pictures, {}, agreement of two passes", None, second, everything),
     ]
-    return [
+    rows: list[Row] = [
         (name.format(q), share, target, n)
-        for name, target, other in compared
-        for q, (share, n) in agreement(first, other).items()
+        for name, target, other, of in compared
+        for q, (share, n) in agreement(first[of], other[of]).items()
     ]
+    stands = first["class"].isin(["pot", "cup"]) & (first["pose"] == "none")
+    lies = (judged["pose"] == LYING)[stands]
+    return [*rows, ("judge, a pot or cup that stands taken for lying, generated pictures", float(lies.mean()), None, len(lies))]
