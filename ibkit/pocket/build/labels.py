@@ -75,4 +75,7 @@ def card_rows(judge: Judge) -> list[Row]:
     ]
     stands = first["class"].isin(["pot", "cup"]) & (first["pose"] == "none")
     lies = (judged["pose"] == LYING)[stands]
-    return [*rows, ("judge, a pot or cup that stands taken for lying, generated pictures", float(lies.mean()), None, len(lies))]
+    return [
+        *rows,
+        ("judge, a pot or cup that stands taken for lying, generated pictures", float(lies.mean()), None, len(lies)),
+    ]
