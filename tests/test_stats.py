@@ -17,6 +17,7 @@ from ibkit.evaluate.stats import (
     summarise,
     unit_matrix,
 )
+from ibkit.evaluate.with_judge import agreement_bars, pairwise_accuracy
 
 
 def tidy(arm, values, prompts, *, seed=0, tune_seed=None, identifier=True, metric="judge_activity", subject="cat"):
@@ -169,3 +170,28 @@ def test_one_picture_scored_twice_counts_once():
     for other in (good.assign(dino=good["dino"] + 1e-3), good.assign(judge_activity=[1, 1])):
         with pytest.raises(ScoreError, match="more than once with different scores"):
             check_scores(pd.concat([good, other]))
+
+
+# --- which metric agrees with the judge ------------------------------------------------------------------------------
+
+
+def judged(prompt, answers, **metrics):
+    rows = tidy("a", answers, [prompt] * len(answers), metric="judge_text")
+    return rows.assign(judge_identity=rows["judge_text"], **metrics)
+
+
+def test_a_metric_agrees_where_it_prefers_what_the_judge_accepts():
+    one = judged("p1", [1, 1, 0, 0], clip_t=[3.0, 1.0, 2.0, 0.0], dino=[1.0, 1.0, 1.0, 1.0])  # 3 of 4 pairs; ties
+    other = judged("p2", [1, 0, 0, 0], clip_t=[9.0, 8.0, 7.0, 10.0], dino=[0.0, 1.0, 2.0, np.nan])  # 2 of 3; none of 2
+    alike = judged("p3", [1, 1], clip_t=[0.0, 1.0], dino=[0.0, 1.0])  # no pair
+    table = pairwise_accuracy(pd.concat([one, other, alike])).set_index("metric")
+    assert table.loc["clip_t", ["value", "n", "prompts"]].tolist() == pytest.approx([(3 / 4 + 2 / 3) / 2, 7, 2])
+    assert table.loc["dino", ["value", "n", "prompts"]].tolist() == pytest.approx([(1 / 2 + 0) / 2, 6, 2])
+    assert table["judged"].to_dict() == {"clip_t": "judge_text", "dino": "judge_identity"}
+    figure, data = agreement_bars(table.reset_index(), {"clip_t"})
+    assert data.set_index("metric")["reward"].to_dict() == {"clip_t": True, "dino": False}
+    assert any("was the reward" in label.get_text() for label in figure.axes[0].get_yticklabels())
+
+
+def test_without_a_judge_no_metric_agrees():
+    assert pairwise_accuracy(tidy("a", [0.1, 0.2], ["p", "p"], metric="clip_t")).empty

@@ -133,6 +133,11 @@ def _describe_bars(table: pd.DataFrame) -> str:
     return f"Bars of {metric.label} by prompt. {'; '.join(bars)}."
 
 
+def _describe_agreement(table: pd.DataFrame) -> str:
+    bars = [f"{METRICS[row.metric].label} {row.value:.2f} of {row.n} pairs" for row in table.itertuples()]
+    return f"Bars of how often a metric prefers the picture that the judge accepts. {'; '.join(bars)}."
+
+
 def _describe_other(table: pd.DataFrame) -> str:
     return f"A figure drawn from {len(table)} rows of {', '.join(map(str, table.columns))}; its table follows."
 
@@ -166,6 +171,13 @@ FIGURE_KINDS = (
         "Prompt by prompt",
         "Where the text is lost and where it is won back, with 95 % intervals.",
         _describe_bars,
+    ),
+    FigureKind(
+        "agreement",
+        "Which metrics agree with the judge",
+        "Of two pictures for one prompt of which the simulated judge accepts one, how often a metric prefers that one; "
+        "½ is chance. Intervals are over prompts.",
+        _describe_agreement,
     ),
     FigureKind(
         "curves",
