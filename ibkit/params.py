@@ -179,8 +179,17 @@ class Evaluate(Drawn):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AttentionMaps(Measured):
-    """04_attention_maps: what the words attend to, and what a detailed description does for a rare subject."""
+class AttentionMaps(Common):
+    """04_attention_maps: what the words attend to, before and after a personalization."""
+
+    run_in: str = field("", "folder of a finished 01 run; empty = the newest")
+    prompts: list[str] = field([], "activities to draw; empty = the preset's")
+    n_scenes: int = field(4, "rendered scenes of each activity whose attention is counted", low=1, high=1000)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DetailedDescription(Measured):
+    """14_detailed_description: what a detailed description does for a rare subject."""
 
     subject: str = field("", "folder of photos; empty = the pocket world's rare subject")
     class_noun: str = field("", "what the subject is, in a word or two; empty = monster toy, or DreamBench's word")
@@ -363,6 +372,7 @@ SCHEMAS: dict[str, type[Common]] = {
     "11_rpo": Preferences,
     "12_compare_rl": CompareRL,
     "13_inside_rl": InsideRL,
+    "14_detailed_description": DetailedDescription,
 }
 
 

@@ -291,7 +291,7 @@ def test_a_class_noun_with_an_article_is_refused(noun):
         make_prompt("in the snow", noun)
 
 
-@pytest.mark.parametrize("notebook", ["01_personalize", "04_attention_maps"])
+@pytest.mark.parametrize("notebook", ["01_personalize", "14_detailed_description"])
 def test_photos_need_a_class_noun(tmp_path, notebook):
     with pytest.raises(ParameterError, match="class is not named"):
         make(notebook, {"subject": str(tmp_path)})

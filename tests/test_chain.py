@@ -164,6 +164,24 @@ def test_one_notebook_alone(done, outputs):
     assert result.returncode != 0 and "resume" in result.stderr
 
 
+@pytest.mark.slow
+def test_where_the_words_look(jobs, outputs):
+    """Of a pocket subject counted against the true mask; of photos shown alone."""
+    for name, counted in ((outputs.name, True), (f"{outputs.name}-photos", False)):
+        stage_1 = main_job.OUTPUTS / name / "01_personalize"
+        words = ["-r", "run_in", stage_1, "-r", "run_out", outputs / f"maps-{counted}"]
+        model = [] if counted else ["-r", "model", read_run(stage_1).parameters["model"]]
+        result = papermill("04_attention_maps", outputs / "04.ipynb", *words, *model, "-p", "n_scenes", 1)
+        assert result.returncode == 0, result.stderr[-2000:]
+        run = read_run(outputs / f"maps-{counted}")
+        drawn = {f"figures/{one}.png" for one in ("maps_over_time", "maps_by_layer", "before_and_after")}
+        assert drawn <= set(run.outputs)
+        assert ("overlap.csv" in run.outputs) == counted
+    models = read_run(outputs / "maps-True").table("overlap.csv").groupby("model")["role"].agg(set)
+    assert set(models.index) == {"base", "lora_dreambooth"}
+    assert models["base"] == {"identifier", "class noun", "activity", "filler", "start mark"}
+
+
 def test_the_tour(outputs, done):
     result = papermill("00_start_here", outputs / "00.ipynb", "-r", "run_out", outputs / "tour")
     assert result.returncode == 0, result.stderr[-3000:]

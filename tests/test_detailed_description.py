@@ -1,4 +1,4 @@
-"""The description ablation of notebook 04: what differs between arms, looks that disturb nothing, paired numbers."""
+"""The description ablation of notebook 14: what differs between arms, looks that disturb nothing, paired numbers."""
 
 import dataclasses
 import os
@@ -20,6 +20,7 @@ from ibkit.experiments import detailed_description as ablation
 from ibkit.methods import dreambooth
 from ibkit.methods.dreambooth import DreamBoothConfig
 from ibkit.methods.engine.photos import add_noise
+from ibkit.methods.records import named
 from ibkit.model.attention import AttentionRecord, auc, lift, mask_at, record_attention
 from ibkit.model.sample import Sampler
 from ibkit.pocket.draw import render, subject_mask
@@ -38,7 +39,7 @@ def pictures(n, seed=0, size=16):
 
 @pytest.fixture
 def run(tmp_path):
-    return Run.open(tmp_path / "run", "04_attention_maps", {})
+    return Run.open(tmp_path / "run", "14_detailed_description", {})
 
 
 # --- arms and training
@@ -123,7 +124,7 @@ def test_a_stopped_arm_ends_as_one_never_stopped_with_every_look(run, tokenizer,
     with pytest.raises(KeyboardInterrupt):
         train(run, arm, base, draws([]), stop)
     train(run, arm, base, draws([]))
-    whole = Run.open(tmp_path / "whole", "04_attention_maps", {})
+    whole = Run.open(tmp_path / "whole", "14_detailed_description", {})
     train(whole, arm, base, draws([]))
     resumed, straight = (ablation.load_arm(r, arm, base).unet.state_dict() for r in (run, whole))
     assert all(torch.equal(resumed[name], straight[name]) for name in straight)
@@ -306,6 +307,8 @@ def test_words_and_their_roles():
         "playing soccer": "activity",
     }
     template = dataclasses.replace(WHO, description="big triangular")
+    alone = named(WHO, "textual_inversion")  # whose word stands for the class noun, too
+    assert list(overlap.words_of(alone, "dancing").values()) == ["filler", "identifier", "description", "activity"]
     assert list(overlap.words_of(template, "my {subject} asleep")) == ["sks", "big", "triangular", "monster toy"]
 
 
@@ -400,13 +403,19 @@ SMALL += ["-r", "scorer_weights", "pocket", "-r", "device", "cpu"]
 def papermill(tokenizer, folder, *words):
     """A finished run of the notebook at the smallest budget, with a tiny model in Stable Diffusion's format."""
     tiny_model(tokenizer).save_pipeline(folder / "model")
-    command = [sys.executable, "-m", "papermill", ROOT / "notebooks" / "04_attention_maps.ipynb", folder / "out.ipynb"]
+    command = [
+        sys.executable,
+        "-m",
+        "papermill",
+        ROOT / "notebooks" / "14_detailed_description.ipynb",
+        folder / "out.ipynb",
+    ]
     command += ["-k", "python3", "--start-timeout", "300", *SMALL, "-r", "model", folder / "model"]
     command += ["-r", "run_out", folder / "run", *words]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     result = subprocess.run(list(map(str, command)), cwd=folder, env=environment, text=True, capture_output=True)
     assert result.returncode == 0, result.stderr[-3000:]
-    return read_run(folder / "run", "04_attention_maps")
+    return read_run(folder / "run", "14_detailed_description")
 
 
 @pytest.mark.slow
@@ -418,7 +427,9 @@ def test_the_notebook_on_the_rare_subject(tokenizer, tmp_path):
     assert all((run.folder / path).is_file() for path in table["image"])
     roles = {"identifier", "description", "class noun", "activity", "filler", "start mark"}
     assert set(run.table("overlap.csv")["role"]) == roles
-    assert {f"figures/{name}.png" for name in ("maps_over_time", "maps_by_layer", "overlap")} <= set(run.outputs)
+    assert {f"figures/{name}.png" for name in ("with_and_without", "maps_with_and_without", "overlap")} <= set(
+        run.outputs
+    )
 
 
 @pytest.mark.slow
@@ -427,7 +438,8 @@ def test_the_notebook_on_own_photos(tokenizer, tmp_path):
     (tmp_path / "my toy").mkdir()
     for i, photo in enumerate(world_photos(RARE_SUBJECT, 3)):
         photo.resize((90, 70)).save(tmp_path / "my toy" / f"{i}.png")
-    run = papermill(tokenizer, tmp_path, "-r", "subject", tmp_path / "my toy")
+    words = ["-r", "subject", tmp_path / "my toy", "-r", "class_noun", "monster toy"]
+    run = papermill(tokenizer, tmp_path, *words)
     table = run.table("description.csv")
     assert list(table) == [*ablation.KEYS, "dino"] and set(table["subject"]) == {"my toy"}
     assert "overlap.csv" not in run.outputs and "figures/maps_with_and_without.png" in run.outputs

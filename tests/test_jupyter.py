@@ -24,7 +24,12 @@ SMALL = {  # what to change in each notebook, so that it ends in seconds; in the
     "07_human_study": {},
     "12_compare_rl": {},
     "08_baselines": {"settings": {"n_steps": 2, "n_class_images": 2}},
-    "04_attention_maps": {"settings": {"n_steps": 2, "n_class_images": 2}, "n_images": 2, "prompts": ["dancing"]},
+    "04_attention_maps": {"n_scenes": 1},
+    "14_detailed_description": {
+        "settings": {"n_steps": 2, "n_class_images": 2},
+        "n_images": 2,
+        "prompts": ["dancing"],
+    },
     "05_dino_metric": {"class_nouns": ["cat"], "n_pairs": 4, "n_individuals": 8},
     "06_prompt_ablation": {
         "dreambooth_steps": [1],

@@ -23,7 +23,7 @@ def test_the_cell_as_shipped_is_accepted(notebook):
     shipped = {row.name: row.default for row in schema(notebook)}
     resolved = {  # what is empty there
         "01_personalize": {"method": POCKET.personalize, "class_noun": "cat"},
-        "04_attention_maps": {"class_noun": "monster toy"},
+        "14_detailed_description": {"class_noun": "monster toy"},
     }.get(notebook, {})
     assert values == shipped | resolved
     assert {"model", "revision", "device", "seed", "run_out", "resume"} <= set(values)

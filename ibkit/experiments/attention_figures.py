@@ -1,4 +1,4 @@
-"""Figures of notebook 04: attention maps, how two trainings went, and what differs between their pictures.
+"""Figures of notebooks 04 and 14: attention maps, how two trainings went, and what differs between their pictures.
 
 As in `ibkit.evaluate.figures`: tidy data in, `(figure, data)` out, one row of data for each mark.
 
@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from PIL import Image
 
-from ibkit.evaluate.arms import GREY, label_of
+from ibkit.evaluate.arms import GREY, arms_of, label_of
 from ibkit.evaluate.figures import FAINT, INK, house_figure, is_large, whiskers
 from ibkit.evaluate.stats import METRICS, metrics_in
 from ibkit.model.attention import AttentionRecord
@@ -208,11 +208,13 @@ def overlap_by_role(summary: pd.DataFrame, measure: str = "lift", title: str = "
     with house_figure(1.25 * len(names) + 1.6, 3.3) as figure:
         axis = figure.subplots()
         axis.axhline(chance, color=INK, linewidth=1)
-        models = [name for name in ARM_STYLES if name in set(data["model"])]
+        drawn = {name: (look.colour, look.marker) for name, look in arms_of(set(data["model"])).items()}
+        styles = {name: style[:2] for name, style in ARM_STYLES.items() if name in drawn}
+        models = list(styles | drawn)
         for k, model in enumerate(models):
             part = data[data["model"] == model]
             x = words[part.index].map(names.index) + 0.18 * (k - (len(models) - 1) / 2)
-            colour, marker, _ = ARM_STYLES[model]
+            colour, marker = (drawn | styles)[model]
             bars, name = whiskers(part), label_of(model)
             axis.errorbar(x, part["value"], yerr=bars, fmt=marker, color=colour, capsize=3, label=name)
         axis.set_xticks(range(len(names)), names)

@@ -41,7 +41,8 @@ def words_of(who: PersonalizedSubject, activity: str) -> dict[str, str]:
     prompt, first = who.prompt(activity).text, who.instance_prompt.split()[0]
     words = {first: "filler"} if first in prompt.lower().split() else {}
     words |= {who.identifier: "identifier"} | {word: "description" for word in who.description.split()}
-    words[who.class_noun] = "class noun"
+    if not who.alone:
+        words[who.class_noun] = "class noun"
     return words | ({activity: "activity"} if activity and SLOT not in activity else {})
 
 

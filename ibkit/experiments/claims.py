@@ -29,11 +29,11 @@ CURVES |= dict.fromkeys(("training_reward_identifier", "training_reward_class"),
 def description_helps(claim: Claim, table: pd.DataFrame, arms: Mapping[str, str]) -> Outcome:
     """C5: with − without description, subject.
 
-    The judge's question for the shape alone goes into the detail: the judge is right less often there (notebook 04).
+    The judge's question for the shape alone goes into the detail: the judge is right less often there (notebook 14).
     """
     metric = next((name for name in PRIMARY["subject"] if name in table.columns), None)
     if metric is None or not set(DESCRIBED) <= set(table.columns):
-        raise CannotTest("description.csv lacks its columns: run 04_attention_maps again.")
+        raise CannotTest("description.csv lacks its columns: run 14_detailed_description again.")
     rows = detailed_description.compare(table).set_index("metric")
     gaps = {
         row.Index: Interval(row.difference, row.difference_low, row.difference_high, row.n) for row in rows.itertuples()
@@ -108,7 +108,7 @@ CLAIMS = (
         "With minus without the description, at the end of training: subject fidelity",
         "§2.1 and figure 15 (pictures only; no number in the paper)",
         file="description.csv",
-        notebook="04_attention_maps",
+        notebook="14_detailed_description",
         check=partial(check_table, keys=DESCRIBED, measured=MEASURED),
         test=description_helps,
     ),
