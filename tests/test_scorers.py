@@ -12,6 +12,7 @@ import open_clip
 import pytest
 import safetensors.torch
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -31,6 +32,7 @@ from transformers import (
 )
 
 from ibkit.errors import IbkitError, ModelError, ParameterError, ScoreError
+from ibkit.model import hub
 from ibkit.scorers import SCORERS, Scorer, make_scorer
 from ibkit.scorers.align import AlignEncoder, AlignI, AlignT, Harmonic
 from ibkit.scorers.base import CLIP_MEAN, CLIP_STD, IMAGENET_MEAN, IMAGENET_STD, from_hub, rgb_square, to_pixel_values
@@ -807,10 +809,23 @@ def test_every_scorer_is_described_and_unknown_ones_are_refused(all_scorers, tmp
             make_scorer(name, tmp_path / "absent")
 
 
-def test_offline_hub_says_which_metric_and_what_to_do():
+def test_offline_hub_says_which_metric_and_what_to_do(monkeypatch):
+    monkeypatch.setattr(hub, "answers", lambda url: True)
     with pytest.raises(ModelError, match="image_reward.*THUDM/ImageReward.*no route.*HF_HOME"):
         with from_hub("image_reward", "THUDM/ImageReward"):
             raise ConnectionError("no route\nto host")
+
+
+def test_a_hub_that_does_not_answer_is_not_tried_again(monkeypatch):
+    monkeypatch.setattr(hub, "answers", lambda url: False)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with pytest.raises(
+        ModelError, match="cache lacks its official weights .THUDM/ImageReward., and http.* not answer:"
+    ):
+        with from_hub("image_reward", "THUDM/ImageReward"):
+            assert constants.is_offline_mode()
+            raise ConnectionError("no route\nto host")
+    assert not constants.is_offline_mode()
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,7 @@ from PIL import Image
 from ibkit.device import park, working
 from ibkit.errors import ModelError, ParameterError, ScoreError
 from ibkit.fields import fill
+from ibkit.model import hub
 from ibkit.registry import Registry
 
 if TYPE_CHECKING:
@@ -316,7 +317,7 @@ def load_state(model: torch.nn.Module, file: Path) -> None:
 @contextmanager
 def as_model_error(wrong: str, remedy: str, longest: int = 300) -> Iterator[None]:
     """Turn any failure inside, of which libraries raise many kinds, into one sentence: what is wrong, why (the
-    library's own words, `longest` characters at most), what to do.
+    library's own words, `longest` characters at most; 0 leaves them out), what to do.
     """
     try:
         yield
@@ -324,7 +325,7 @@ def as_model_error(wrong: str, remedy: str, longest: int = 300) -> Iterator[None
         raise
     except Exception as error:
         reason = " ".join(str(error).split())[:longest] or type(error).__name__
-        raise ModelError(f"{wrong} ({reason}): {remedy}.") from error
+        raise ModelError(f"{wrong}{f' ({reason})' if longest else ''}: {remedy}.") from error
 
 
 def reading(metric: str, what: str, folder: Path) -> AbstractContextManager[None]:
@@ -333,13 +334,29 @@ def reading(metric: str, what: str, folder: Path) -> AbstractContextManager[None
     return as_model_error(wrong, "restore the folder")
 
 
-def from_hub(metric: str, repository: str, what: str = "weights") -> AbstractContextManager[None]:
-    """Inside, official weights (or another part, `what`) are fetched; a failure becomes a ModelError."""
-    return as_model_error(
-        f"{metric}: its official {what} ({repository}) cannot be had from the local cache or the hub",
-        "connect to the internet once, or set HF_HOME to a cache that has them, or leave this metric out",
-        160,
-    )
+@contextmanager
+def from_hub(metric: str, repository: str, what: str = "weights") -> Iterator[None]:
+    """Inside, official weights (or another part, `what`) are fetched; a failure becomes a ModelError.
+
+    Where the hub does not answer, its client is told so and looks into the cache alone: by itself it would try again
+    for half a minute, in words of its own.
+    """
+    from huggingface_hub import constants
+
+    switched_off, endpoint = constants.HF_HUB_OFFLINE, constants.ENDPOINT
+    silent = not switched_off and (hub.misset(endpoint) or not hub.answers(endpoint) and f"{endpoint} does not answer")
+    part = f"official {what} ({repository})"
+    wrong = f"the cache lacks its {part}, and {silent}" if silent else f"its {part} cannot be had from cache or hub"
+    constants.HF_HUB_OFFLINE = switched_off or bool(silent)
+    try:
+        with as_model_error(
+            f"{metric}: {wrong}",
+            "connect to the internet once, or set HF_HOME to a cache that has them, or leave this metric out",
+            0 if silent else 160,
+        ):
+            yield
+    finally:
+        constants.HF_HUB_OFFLINE = switched_off
 
 
 def hub_name(repository: str, *files: str) -> str:
