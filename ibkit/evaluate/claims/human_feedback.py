@@ -113,7 +113,7 @@ CLAIMS = (
     ),
     _claim(
         8, "The best of n by the same reward show the prompt more often than the tuned model.",
-        "best 4 of 16 minus tuned", "Tuned against the best of 16: 20 and 10 % of wins", on_prompts,
+        "the best of n minus tuned", "Tuned against the best of 16: 20 and 10 % of wins", on_prompts,
         treatment="best", control="tuned",
     ),
 )  # fmt: skip
