@@ -596,3 +596,11 @@ def test_kernels_of_two_jobs_cannot_take_each_others_ports(tmp_path):
     places = [Path(m.connection_file) for m in managers]
     assert {m.transport for m in managers} == {"ipc"} and places[0] != places[1]
     assert all(len(f"{place.with_suffix('')}-ipc-5") < 100 for place in places)
+
+
+@pytest.mark.parametrize(
+    ("model", "subject", "says"), [("pocket", "", False), ("sd15", "photos", False), ("sd15", "", True)]
+)
+def test_a_job_without_photos_says_whose_pictures_it_takes(model, subject, says):
+    words = main_job._stand_in({"model": model, "subject": subject, "class_noun": "cat"})
+    assert ("pocket world's cat" in words and "--subject" in words) == says

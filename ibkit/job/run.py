@@ -203,7 +203,7 @@ def _one(arguments: Namespace, launched: dict[str, Any]) -> int:
             print("interrupted before anything was run", file=sys.stderr)
             return EXIT_INTERRUPTED
         try:
-            print(f"run {spell(folder)}", flush=True)
+            print(f"run {spell(folder)}{_stand_in(stages[0].parameters)}", flush=True)
             if not arguments.no_reuse:
                 reuse(stages, OUTPUTS)
             execute(stages, run)
@@ -218,6 +218,14 @@ def _one(arguments: Namespace, launched: dict[str, Any]) -> int:
             run.fail("It was interrupted.")
             print(f"interrupted; {again}", file=sys.stderr)
             return EXIT_INTERRUPTED
+
+
+def _stand_in(given: dict[str, Any]) -> str:
+    """Words for a job that has no photos, on a model that others would bring their photos to."""
+    own = given["model"] == "pocket" or given["subject"]
+    return (
+        "" if own else f", on renders of the pocket world's {given['class_noun']} (--subject takes a folder of photos)"
+    )
 
 
 def _fitted(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
