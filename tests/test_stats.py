@@ -7,6 +7,7 @@ import pytest
 from ibkit.errors import ScoreError
 from ibkit.evaluate.arms import arms_of
 from ibkit.evaluate.intervals import wilson_interval
+from ibkit.evaluate.metric_agreement import agreement_bars, pairwise_accuracy
 from ibkit.evaluate.stats import (
     METRICS,
     as_compared,
@@ -17,7 +18,6 @@ from ibkit.evaluate.stats import (
     summarise,
     unit_matrix,
 )
-from ibkit.evaluate.with_judge import agreement_bars, pairwise_accuracy
 
 
 def tidy(arm, values, prompts, *, seed=0, tune_seed=None, identifier=True, metric="judge_activity", subject="cat"):
