@@ -1,5 +1,6 @@
 """The main job: stages in order through papermill itself, on tiny notebooks; refusals, failures, and going on."""
 
+import dataclasses
 import json
 import os
 import re
@@ -477,6 +478,22 @@ def test_a_stage_is_done_once_and_gone_on_with(places, capsys):
     assert cli.main(words) == 0 and "already done" in capsys.readouterr().out
     assert cli.main([*words, "-p", "seed=4"]) == 2
     assert "seed was 3 and is 4" in capsys.readouterr().err
+
+
+def test_a_stage_that_took_the_newest_run_is_done_whatever_is_newest_by_now(places):
+    runs = [places / "outputs" / name for name in ("older", "newer")]
+    for seed, folder in enumerate(runs):
+        run = Run.open(folder, "01_personalize", {"seed": seed})
+        run.write_text("seed.txt", str(seed))
+        run.finish()
+    out = places / "outputs" / "tuned"
+    stage = job_stages.make_stage("tuned", "02_rl_finetune", {"run_out": str(out), "settings": {"n_epochs": 2}})
+    Run.open(out, "02_rl_finetune", stage.parameters, {"run_in": runs[0]}).finish()
+
+    def done(**values):
+        return is_done(dataclasses.replace(stage, parameters=stage.parameters | values))
+
+    assert done() and done(run_in=str(runs[0])) and not done(run_in=str(runs[1])) and not done(seed=1)
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import sys
 import tempfile
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from ibkit.errors import ArtifactError, IbkitError
 from ibkit.job.stages import Stage
 from ibkit.progress import SESSION, duration
 from ibkit.runs import MANIFEST, Run, compared, held_by, identify, project_root, read_manifest, read_run, resolve
-from ibkit.runs.manifest import INPUT_PATHS, differing, local_model
+from ibkit.runs.manifest import INPUT_PATHS, NEWEST, differing, local_model
 from ibkit.runs.notebooks import set_aside
 
 EXIT_FAILED, EXIT_ERROR, EXIT_INTERRUPTED = 1, 2, 130
@@ -102,18 +103,21 @@ def complete(
 
 
 def is_done(stage: Stage) -> bool:
-    """Whether a stage's run is complete, unaltered, and made with the same parameters from the same inputs.
+    """Whether a stage's run is complete, unaltered, and made with the same parameters from the same inputs; of those
+    that the parameters leave open (`run_in=""`: the newest), whatever it took.
 
     Where it is not, its notebook is executed, and goes on with what is there or says why it cannot.
     """
     try:
         done = read_run(stage.folder, stage.notebook.stem)
         places = [*_places(stage, INPUT_PATHS), *local_model(stage.parameters).values()]
-        inputs = sorted(identify(place)["sha256"] for place in places)
+        inputs = Counter(identify(place)["sha256"] for place in places)
     except ArtifactError:  # not there, interrupted, or altered
         return False
-    of_old = sorted(entry["sha256"] for entry in done.manifest["inputs"].values())
-    return inputs == of_old and compared(done.parameters) == compared(stage.parameters)
+    of_old = Counter(entry["sha256"] for entry in done.manifest["inputs"].values())
+    left_open = any(stage.parameters.get(name, "given") in ("", []) for name in NEWEST)
+    same = inputs <= of_old if left_open else inputs == of_old
+    return same and compared(done.parameters) == compared(stage.parameters)
 
 
 def make_room(stage: Stage) -> None:

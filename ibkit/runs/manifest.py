@@ -37,6 +37,7 @@ if TYPE_CHECKING:
 SCHEMA = 1
 MANIFEST, JOURNAL = "manifest.json", "outputs.jsonl"
 INPUT_PATHS = {"subject", "lora", "run_in", "runs", "run_evaluate", "ratings"}  # compared by content
+NEWEST = ("run_in", "runs", "run_evaluate")  # of these, where they are empty, the newest run is taken
 MODEL_PARTS = ("unet", "vae", "text_encoder", "tokenizer", "scheduler")
 HOW = {"device", "processes", "micro_batch", "picture_cache"}  # parameters, and settings, that say how to run, not what
 TEXT_COLUMNS = {"rater": str, "item": str}  # of tables: names that may look like numbers, "01"
