@@ -19,6 +19,7 @@ from ibkit.evaluate import figures
 from ibkit.evaluate.identity import identity_strip
 from ibkit.evaluate.stats import as_compared, check_scores
 from ibkit.report import _results, build_report
+from ibkit.report import figures as report_figures
 from ibkit.runs import Run
 from ibkit.scorers.dino import Dino
 
@@ -462,3 +463,14 @@ def test_report_in_a_browser(report, tmp_path):
         assert [event for event in browser.events if event["method"] in complaints] == []
     finally:
         browser.close()
+
+
+@pytest.mark.parametrize("kind", report_figures.FIGURE_KINDS, ids=lambda kind: kind.word)
+def test_another_figure_of_a_kinds_name_is_not_called_that_kind(kind):
+    """Notebooks that join a run's folder name their figures as they like."""
+    drawn, _ = figures.reference_strip([Image.new("RGB", (8, 8))])
+    shown = report_figures.drawn(drawn, pd.DataFrame({"x": [1.0]}), f"figures/{kind.word}", "07_human_study")
+    if kind.word == "references":  # photos say the same whatever their table holds
+        assert shown.kind is kind
+    else:
+        assert shown.kind is report_figures.OTHER_KIND and shown.title == kind.word.replace("_", " ").capitalize()

@@ -70,11 +70,11 @@ def _figure(content: bytes, table: pd.DataFrame, folder: str, stem: str) -> Repo
         width, height = (round(side * PX_PER_DOT) for side in picture.size)
     words = Path(stem).name
     kind = next((kind for kind in FIGURE_KINDS if kind.word in words), OTHER_KIND)
-    title = kind.title if words == kind.word else words.replace("_", " ").capitalize()
     try:
         alt = kind.describe(table)
     except (KeyError, IndexError, ValueError):  # a figure of that name with a table of another shape
-        alt = OTHER_KIND.describe(table)
+        kind, alt = OTHER_KIND, OTHER_KIND.describe(table)
+    title = kind.title if words == kind.word else words.replace("_", " ").capitalize()
     uri = "data:image/png;base64," + base64.b64encode(content).decode()
     return ReportFigure(kind, title, uri, width, height, alt, table, f"{folder}/{stem}")
 
@@ -134,7 +134,8 @@ def _describe_bars(table: pd.DataFrame) -> str:
 
 
 def _describe_agreement(table: pd.DataFrame) -> str:
-    bars = [f"{METRICS[row.metric].label} {row.value:.2f} of {row.n} pairs" for row in table.itertuples()]
+    rows = zip(table["metric"], table["value"], table["n"], strict=True)
+    bars = [f"{METRICS[name].label} {value:.2f} of {n} pairs" for name, value, n in rows]
     return f"Bars of how often a metric prefers the picture that the judge accepts. {'; '.join(bars)}."
 
 
@@ -173,7 +174,7 @@ FIGURE_KINDS = (
         _describe_bars,
     ),
     FigureKind(
-        "agreement",
+        "metric_agreement",
         "Which metrics agree with the judge",
         "Of two pictures for one prompt of which the simulated judge accepts one, how often a metric prefers that one; "
         "½ is chance. Intervals are over prompts.",
