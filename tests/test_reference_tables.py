@@ -49,3 +49,16 @@ def test_the_readme_has_the_action_sets_table(capsys):
     verdicts = {name: found[name]["verdict"] for name in ("C1", "C2", "C3")}
     assert verdicts == {"C1": "supported", "C2": "undecided", "C3": "undecided"}
     assert round(100 * found["C2"]["value"]) == 45 and found["C2"]["low"] < 0 and found["C2"]["high"] > 0.9
+
+
+def test_the_readme_has_the_table_of_the_personalizations():
+    readme = (REFERENCE.parents[1] / "README.md").read_text(encoding="utf-8")
+    compared = as_compared(check_scores(pd.read_csv(REFERENCE / "methods" / "scores.csv")))
+    nouns = list(compared["class_noun"].unique())
+    shares = 100 * compared.groupby(["arm", "class_noun"])[["judge_text", "judge_identity"]].mean()
+    for arm, label in {
+        "lora_dreambooth": "DreamBooth (LoRA)", "custom_diffusion": "Custom Diffusion",
+        "textual_inversion": "Textual Inversion", "neti": "NeTI",
+    }.items():  # fmt: skip
+        rows = [shares.loc[(arm + more, noun)] for noun in nouns for more in ("", "+ddpo")]
+        assert f"| {label} | {' | '.join('{:.0f} / {:.0f} %'.format(*row) for row in rows)} |" in readme, label
