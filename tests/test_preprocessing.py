@@ -20,6 +20,7 @@ from transformers import AutoTokenizer, CLIPConfig, ViTConfig
 import ibkit.scorers.encoder as encoder_file
 import ibkit.scorers.image_reward as image_reward_file
 from ibkit.errors import ModelError
+from ibkit.model import hub
 from ibkit.scorers import pick_score
 from ibkit.scorers.align import AlignEncoder
 from ibkit.scorers.base import hub_name
@@ -164,6 +165,7 @@ def test_a_missing_tokenizer_is_named_and_not_the_weights(monkeypatch):
     def missing(*_):
         raise OSError("not here")
 
+    monkeypatch.setattr(hub, "answers", lambda url: True)
     monkeypatch.setattr(encoder_file, "load_transformer", lambda *_: Network(CLIPConfig()))
     monkeypatch.setattr(AutoTokenizer, "from_pretrained", missing)
     with pytest.raises(ModelError, match=r"official tokenizer \(laion/CLIP-ViT-H-14.*not here") as error:
