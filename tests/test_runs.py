@@ -161,6 +161,8 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path):
         run.record(reward=float("nan"))
     with pytest.raises(ArtifactError, match="Cannot write .*a.json"):
         run.write_json("a.json", [float("inf")])
+    with pytest.raises(ArtifactError, match="Cannot open .* with its parameters: reward: weight: .* JSON compliant"):
+        Run.open(tmp_path / "other", "01_personalize", {"seed": 1, "reward": {"weight": float("nan")}})
     run.finish()
     assert read_run(tmp_path / "run").metrics == {}
 

@@ -379,12 +379,13 @@ class Run:
 
 
 def _to_json(value: Any, doing: str, **options: Any) -> str:
-    for name, part in value.items() if isinstance(value, Mapping) else [("", value)]:
-        try:
-            json.dumps(part, allow_nan=False, default=plain)
-        except (TypeError, ValueError) as error:
-            raise ArtifactError(f"Cannot {doing}: {name and f'{name}: '}{error}.") from error
-    return json.dumps(value, allow_nan=False, default=plain, **options)
+    try:
+        return json.dumps(value, allow_nan=False, default=plain, **options)
+    except (TypeError, ValueError) as error:
+        if isinstance(value, Mapping):  # which of them is it?
+            for name, part in value.items():
+                _to_json(part, f"{doing}: {name}")
+        raise ArtifactError(f"Cannot {doing}: {error}.") from error
 
 
 def _read_journal(folder: Path) -> dict[str, dict[str, Any]]:
