@@ -74,7 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except RuntimeError as error:
         if not str(error).startswith(PATHLIB_REFUSES):
             raise
-        print(f"error: {str(error).rstrip('.')}: name another path.", file=sys.stderr)
+        home = "a path begins with ~ and the name of no user here: write it in full"
+        print(f"error: {home if 'home' in str(error) else f'{error}: name another path'}.", file=sys.stderr)
         return EXIT_ERROR
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

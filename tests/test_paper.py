@@ -9,10 +9,11 @@ import pytest
 
 from ibkit.errors import ArtifactError, ParameterError, ScoreError
 from ibkit.evaluate.stats import as_compared, check_scores
+from ibkit.evaluate.tables import by_trainings
 from ibkit.report import build_report
 from ibkit.report.gather import gather
 from ibkit.report.latex import best_arms, fidelity_table
-from ibkit.report.overview import drawings, rows_of_trainings
+from ibkit.report.overview import drawings
 from ibkit.report.paper import export_paper
 from ibkit.report.pictures import check_choice, hacked, walls
 from tests.test_report import PROMPTS, Page, make_run, scene, score_table
@@ -65,7 +66,7 @@ def test_one_page_for_many_runs(page, two_runs):
     ):  # fmt: skip
         assert expected in words(page), expected
     both = gather(two_runs)
-    table = rows_of_trainings(both.scores)
+    table = by_trainings(both.scores)
     assert list(zip(table["Subject"], table["Seed"], strict=True)).count(("dog", "3")) == 2
     drawn = drawings(both)
     assert set(drawn) == {"plane", "bars", "trainings"}

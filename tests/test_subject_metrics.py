@@ -17,6 +17,7 @@ from scipy.stats import spearmanr
 from ibkit.data.photos import PhotoWarning
 from ibkit.data.subject import PersonalizedSubject, world_photos
 from ibkit.errors import ModelError, ParameterError, ScoreError, TrainingError
+from ibkit.evaluate.metric_agreement import auc
 from ibkit.evaluate.score import make_scorers
 from ibkit.experiments import subject_analysis as analysis
 from ibkit.experiments import subject_changes, subject_head, subject_metrics
@@ -204,11 +205,11 @@ class TestTable:
 
 class TestStatistics:
     def test_auc_counts_ties_as_a_half(self):
-        assert analysis.auc([3, 2], [1, 0]) == 1 and analysis.auc([0], [1, 2]) == 0
-        assert analysis.auc([1, 1], [1]) == 0.5
-        assert analysis.auc([0.9, 0.7, 0.7], [0.8, 0.7]) == pytest.approx((2 + 0.5 + 0.5) / 6)
+        assert auc([3, 2], [1, 0]) == 1 and auc([0], [1, 2]) == 0
+        assert auc([1, 1], [1]) == 0.5
+        assert auc([0.9, 0.7, 0.7], [0.8, 0.7]) == pytest.approx((2 + 0.5 + 0.5) / 6)
         with pytest.raises(ScoreError, match="one of the two is empty"):
-            analysis.auc([], [1.0])
+            auc([], [1.0])
 
     @staticmethod
     def table(scores):
@@ -388,7 +389,7 @@ class TestHead:
         z = head(fresh.tokens)
         cosines, same = z @ z.T, fresh.individual[:, None] == fresh.individual
         same_pairs = cosines[same & ~torch.eye(len(z), dtype=torch.bool)]
-        assert analysis.auc(same_pairs.numpy(), cosines[~same].numpy()) > 0.9
+        assert auc(same_pairs.numpy(), cosines[~same].numpy()) > 0.9
 
     def test_a_left_out_fold_is_never_read(self):
         pictures = self.pictures()

@@ -13,6 +13,7 @@ from ibkit.evaluate.claims import evaluate_claims
 from ibkit.evaluate.intervals import Interval
 from ibkit.evaluate.stats import check_scores, primary_metrics
 from ibkit.evaluate.tables import (
+    NAMES,
     all_tables,
     as_latex,
     as_markdown,
@@ -189,6 +190,26 @@ def test_three_formats_say_the_same(scores):
     latex = as_latex(tables["fidelity"])
     assert latex.startswith("\\begin{tabular}{lllll}") and latex.count("\\\\\n") == 5 and " %" not in latex
     assert all_tables(scores.assign(seen=True)).keys() == {"fidelity", "differences"}
+
+
+def test_several_trainings_of_a_subject_have_a_row_each(scores):
+    twice = pd.concat([scores, scores[scores["arm"] != "base"].assign(seed=1)])
+    table = all_tables(twice)["trainings"]
+    rows = table[table["Method"] == "DreamBooth"]
+    assert list(rows["Seed"]) == ["0", "1"] and set(rows["Tuning seed"]) == {"–"} and rows.iloc[0, 4] == rows.iloc[1, 4]
+    assert set(table.loc[table["Method"] == "Base model", "Seed"]) == {"–"}
+
+
+def test_tables_are_written_over_those_of_before(tmp_path, scores):
+    """Whatever tables there are: `NAMES` lists all that `all_tables` makes."""
+    (tmp_path / "run").mkdir()
+    dog = scores.assign(subject="dog")
+    pd.concat([scores, dog, dog[dog["arm"] != "base"].assign(seed=1)]).to_csv(
+        tmp_path / "run" / "scores.csv", index=False
+    )
+    for _ in range(2):
+        assert main(["tables", str(tmp_path / "run"), "--out", str(tmp_path / "out")]) == 0
+    assert {path.stem for path in (tmp_path / "out").iterdir()} == {*NAMES, "scores"}
 
 
 def test_without_dreambooth_there_are_the_other_tables(tmp_path, scores, capsys):

@@ -5,8 +5,9 @@ from collections.abc import Collection
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
-from scipy.stats import mannwhitneyu
+from numpy.typing import ArrayLike
 
+from ibkit.errors import ScoreError
 from ibkit.evaluate.arms import BLUE, GREEN
 from ibkit.evaluate.figures import INK, house_figure, whiskers
 from ibkit.evaluate.intervals import mean_interval
@@ -16,10 +17,27 @@ JUDGED = {"text": "judge_text", "subject": "judge_identity"}  # kind of a metric
 COLOURS = {"text": BLUE, "subject": GREEN}
 
 
+def pairwise_wins(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """1 where the first is larger, ½ where they tie, else 0; the two are broadcast."""
+    return np.heaviside(first - second, 0.5)
+
+
+def auc(higher: ArrayLike, lower: ArrayLike) -> float:
+    """The chance that a score that should be higher is above one that should be lower; a tie counts a half. Without any
+    of one kind it is a ScoreError.
+
+    It is the area under the ROC curve (Hanley and McNeil 1982): 0.5 for guessing, 1 when a threshold parts them.
+    """
+    first, second = np.asarray(higher, float), np.asarray(lower, float)
+    if not first.size or not second.size:
+        raise ScoreError("An AUC needs scores of both kinds; one of the two is empty.")
+    return float(pairwise_wins(first[:, None], second).mean())
+
+
 def pairwise_accuracy(scores: pd.DataFrame) -> pd.DataFrame:
     """How often a metric prefers the picture that the judge accepts, of all pairs for one subject and prompt of which
-    it accepts one alone; equal scores count half. That is the area under the ROC curve (Hanley and McNeil 1982), and
-    how ImageReward and PickScore are held against people (Xu et al. 2023; Kirstain et al. 2023).
+    it accepts one alone (`auc`): so ImageReward and PickScore are held against people (Xu et al. 2023; Kirstain et al.
+    2023).
 
     Args:
         scores: a checked score table, usually through `stats.as_compared`; pictures of all arms are compared.
@@ -38,10 +56,9 @@ def pairwise_accuracy(scores: pd.DataFrame) -> pd.DataFrame:
         for place, part in scores.dropna(subset=[name, judged]).groupby(["subject", "prompt_id"], sort=False):
             right, wrong = (part.loc[part[judged] == answer, name] for answer in (1, 0))
             if len(right) and len(wrong):
-                pairs = len(right) * len(wrong)
-                areas.append(mannwhitneyu(right, wrong).statistic / pairs)
+                areas.append(auc(right, wrong))
                 places.append(place)
-                n += pairs
+                n += len(right) * len(wrong)
         if areas:
             found = mean_interval(np.array(areas), list(zip(*places, strict=True)))
             rows.append({"metric": name, "kind": kind, "judged": judged, **vars(found), "n": n, "prompts": len(areas)})

@@ -20,14 +20,13 @@ from ibkit.evaluate import stats
 from ibkit.evaluate.arms import BASE, REAL, arms_of, label_of
 from ibkit.evaluate.claims import SCORES, load_scores
 from ibkit.evaluate.intervals import Interval
-from ibkit.evaluate.stats import METRICS, as_compared, check_scores, metrics_in, summarise
+from ibkit.evaluate.stats import METRICS, NO_SEED, SEEDS, as_compared, check_scores, metrics_in, summarise
 from ibkit.runs import write_atomically
 
 HIGHER, LOWER, NOT_TOLD_APART = "higher", "lower", "not told apart"
 SEEN_LABELS = {True: "seen in RL", False: "unseen"}
-WRITTEN = {
-    f"{name}.{suffix}" for name in ("fidelity", "differences", "seen_and_unseen") for suffix in ("csv", "md", "tex")
-}
+NAMES = ("fidelity", "subjects", "trainings", "differences", "seen_and_unseen")
+WRITTEN = {f"{name}.{suffix}" for name in NAMES for suffix in ("csv", "md", "tex")}
 LATEX_SPECIAL = str.maketrans({"%": r"\%", "&": r"\&", "_": r"\_", "λ": r"$\lambda$", "−": "$-$", "–": "--"})
 
 
@@ -198,13 +197,30 @@ def by_subjects(scores: pd.DataFrame, metrics: Sequence[str] | None = None) -> p
     return _wide(summarise(as_compared(scores), ("arm", "subject"), asked), ["arm", "subject"])
 
 
+def by_trainings(scores: pd.DataFrame) -> pd.DataFrame | None:
+    """The primary metrics of each arm, subject and training, as texts; None where an arm has one of each only."""
+    rows = as_compared(scores)
+    rows = rows[rows["arm"] != REAL]
+    rows = rows.assign(**{name: rows[name].astype("Int64").fillna(NO_SEED).astype(int) for name in SEEDS})
+    if len(rows.drop_duplicates(["arm", "subject", *SEEDS])) == rows["arm"].nunique():
+        return None
+    keys = ["arm", "subject", *SEEDS]
+    table = _wide(summarise(rows, keys, list(stats.primary_metrics(scores).values())).sort_values(keys[1:]), keys)
+    seeds = {"Seed": "Seed", "Tune_seed": "Tuning seed"}
+    texts = {name: table[name].astype(str).replace(str(NO_SEED), "–") for name in seeds}
+    return table.assign(**texts).rename(columns=seeds)
+
+
 def all_tables(scores: pd.DataFrame, against: str = "") -> dict[str, pd.DataFrame]:
-    """Name -> text table: `fidelity`; `subjects`, where there are several; `differences` (see there for `against`),
-    where there is a personalized arm and another; `seen_and_unseen`, where both kinds were drawn.
+    """Name -> text table, of `NAMES`: `subjects` where there are several, `trainings` where a subject has several of an
+    arm, `differences` (see there for `against`) where there is a personalized arm and another, and `seen_and_unseen`
+    where both kinds were drawn.
     """
     found, gaps = {"fidelity": fidelity(scores)}, differences(scores, against)
     if scores["subject"].nunique() > 1:
         found["subjects"] = by_subjects(scores)
+    if scores.groupby(["arm", "subject"])[list(SEEDS)].nunique().to_numpy().max(initial=0) > 1:
+        found["trainings"] = by_trainings(scores)
     if len(gaps):
         found["differences"] = differences_in_words(gaps)
     if "seen" in scores.columns and as_compared(scores)["seen"].dropna().nunique() == 2:

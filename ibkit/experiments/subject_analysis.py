@@ -22,6 +22,7 @@ from ibkit.errors import ScoreError
 from ibkit.evaluate.arms import BLUE, GREEN, GREY, ORANGE
 from ibkit.evaluate.figures import INK, house_figure, whiskers
 from ibkit.evaluate.intervals import Interval, bootstrap_statistic, bootstrap_weighted, mean_interval
+from ibkit.evaluate.metric_agreement import pairwise_wins
 from ibkit.experiments.subject_changes import CHANGES, CONTRASTS, SAME_SUBJECT
 
 LABELS = {
@@ -35,22 +36,6 @@ LABELS = {
     "learned_unseen": "Quick heads, activities unseen",
 }
 LARGEST_R = 1 - 1e-9  # Fisher's z of a perfect correlation is infinite
-
-
-def auc(same: Sequence[float], other: Sequence[float]) -> float:
-    """The chance that a score of the same subject is above one of another subject; a tie counts a half. A ScoreError
-    where one of the two is empty.
-
-    It is the area under the ROC curve (Hanley and McNeil 1982): 0.5 for guessing, 1 when a threshold parts them.
-    """
-    if not len(same) or not len(other):
-        raise ScoreError("An AUC needs scores of the same subject and of other subjects; one of the two is empty.")
-    return float(_wins(np.asarray(same, float)[:, None], np.asarray(other, float)).mean())
-
-
-def _wins(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """1 where the first is larger, ½ where they tie, else 0; the two are broadcast."""
-    return np.heaviside(first - second, 0.5)
 
 
 def side_by_side(table: pd.DataFrame, column: str, changes: Sequence[str]) -> pd.DataFrame:
@@ -97,7 +82,7 @@ def _weighted_auc(values: np.ndarray, subjects: np.ndarray, weights: np.ndarray)
     total = np.zeros(len(weights))
     for subject in np.unique(subjects):
         rows = subjects == subject
-        w, wins, n = weights[:, rows], _wins(values[rows, :1], values[rows, 1]), rows.sum()
+        w, wins, n = weights[:, rows], pairwise_wins(values[rows, :1], values[rows, 1]), rows.sum()
         own_wins, own = w @ wins.diagonal(), w.sum(1)
         across_wins, across = ((w @ wins) * w).sum(1) - (w**2) @ wins.diagonal(), own**2 - (w**2).sum(1)
         within = np.divide(own_wins, own, out=np.zeros_like(own), where=own > 0)
@@ -129,7 +114,7 @@ def misranked(table: pd.DataFrame, column: str, same: str = "pose", other: str =
     the reference's own pose and place; a tie counts a half.
     """
     wide = side_by_side(table, column, (same, other))
-    return mean_interval(_wins(wide[other].to_numpy(), wide[same].to_numpy()), _subjects(wide))
+    return mean_interval(pairwise_wins(wide[other].to_numpy(), wide[same].to_numpy()), _subjects(wide))
 
 
 def spearman(x: pd.Series, y: pd.Series, subjects: pd.Series) -> Interval:

@@ -18,11 +18,11 @@ from ibkit.evaluate.claims import CONTRADICTED, NOT_TESTED, SUPPORTED, UNDECIDED
 from ibkit.evaluate.claims.command import summary
 from ibkit.evaluate.published import EVALUATORS, PAPER, PUBLISHED, TABLE_TITLES, PublishedNumber, published
 from ibkit.evaluate.stats import METRICS, as_compared, summarise
-from ibkit.evaluate.tables import by_subjects, differences, differences_in_words
+from ibkit.evaluate.tables import by_subjects, by_trainings, differences, differences_in_words
 from ibkit.progress import duration
 from ibkit.report.figures import ReportFigure, drawn, figures_of
 from ibkit.report.gather import Gathered, gather
-from ibkit.report.overview import drawings, facts, headline, label_of_metric, rows_of_trainings
+from ibkit.report.overview import drawings, facts, headline, label_of_metric
 from ibkit.report.pictures import FIRST, check_choice, hacked, walls, worst
 from ibkit.runs import CompletedRun, write_atomically
 
@@ -93,7 +93,7 @@ def render(runs: Gathered, pictures: str = FIRST, against: str = "") -> str:
         figures=known,
         more_figures=others,
         results=_results(scores, runs.evaluations[0]) if scores is not None else [],
-        rows=rows_of_trainings(scores) if scores is not None else None,
+        rows=by_trainings(scores) if scores is not None else None,
         by_subject=by_subjects(scores) if scores is not None and scores["subject"].nunique() > 1 else None,
         against=label_of(against),
         differences=differences_in_words(differences(scores, against)) if against and scores is not None else None,

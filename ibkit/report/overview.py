@@ -8,15 +8,7 @@ from matplotlib.figure import Figure
 
 from ibkit.evaluate import figures
 from ibkit.evaluate.arms import BASE, REAL, arms_of, label_of
-from ibkit.evaluate.stats import (
-    METRICS,
-    NO_SEED,
-    SEEDS,
-    as_compared,
-    bootstrap_difference,
-    primary_metrics,
-    summarise,
-)
+from ibkit.evaluate.stats import METRICS, SEEDS, as_compared, bootstrap_difference, primary_metrics
 from ibkit.report.gather import Gathered
 
 MOST_BARS = 12  # prompts of a bar chart
@@ -81,32 +73,6 @@ def facts(runs: Gathered) -> str:
     return " ".join(said)
 
 
-def rows_of_trainings(scores: pd.DataFrame) -> pd.DataFrame | None:
-    """The primary metrics of each subject and each training, as texts; None where there is one of each only."""
-    rows = as_compared(scores)
-    rows = rows[rows["arm"] != REAL]
-    rows = rows.assign(**{name: rows[name].astype("Int64").fillna(NO_SEED).astype(int) for name in SEEDS})
-    if len(rows.drop_duplicates(["arm", "subject", *SEEDS])) == rows["arm"].nunique():
-        return None
-    metrics = list(primary_metrics(scores).values())
-    order = list(arms_of(rows["arm"].unique()))
-    table = []
-    for (arm, subject, seed, tune), part in rows.groupby(["arm", "subject", *SEEDS], sort=False):
-        found = summarise(part, ("arm",), metrics).set_index("metric")
-        cells = {
-            METRICS[name].label: (
-                f"{METRICS[name].show(found.loc[name, 'value'])} "
-                f"[{METRICS[name].show(found.loc[name, 'low'])}, {METRICS[name].show(found.loc[name, 'high'])}]"
-                if name in found.index
-                else "–"
-            )
-            for name in metrics
-        }
-        named = {"Method": label_of(arm), "Subject": subject, "Seed": _seed(seed), "Tuning seed": _seed(tune)}
-        table.append(((order.index(arm), str(subject), seed, tune), named | cells | {"Images": len(part)}))
-    return pd.DataFrame([row for _, row in sorted(table, key=lambda pair: pair[0])])
-
-
 def drawings(runs: Gathered, titles: bool = False) -> dict[str, tuple[Figure, pd.DataFrame]]:
     """Name -> figure and its table, drawn of all runs together; what was not measured is left out.
 
@@ -137,7 +103,3 @@ def label_of_metric(name: str) -> str:
 
 def _count(n: int, noun: str) -> str:
     return f"{n} {noun}{'' if n == 1 else 's'}"
-
-
-def _seed(seed: int) -> str:
-    return "–" if seed == NO_SEED else str(seed)

@@ -324,8 +324,9 @@ def as_model_error(wrong: str, remedy: str, longest: int = 300) -> Iterator[None
     except ModelError:
         raise
     except Exception as error:
-        reason = " ".join(str(error).split())[:longest] or type(error).__name__
-        raise ModelError(f"{wrong}{f' ({reason})' if longest else ''}: {remedy}.") from error
+        words = " ".join(str(error).split())[:longest] or type(error).__name__
+        why = f" ({words})" if longest else ""
+        raise ModelError(f"{wrong}{why}: {remedy}.") from error
 
 
 def reading(metric: str, what: str, folder: Path) -> AbstractContextManager[None]:

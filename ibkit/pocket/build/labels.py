@@ -4,7 +4,7 @@ Renders and reconstructions measure what the judge can see, but it is used on ge
 pictures as one sheet, row by row, and `labels.csv` with a row for each picture and labeller. The labellers saw the
 photos of the subject, but neither model nor prompt. The agreement of the two shows how far the labels can be trusted;
 both are passes of a vision-language model that knew nothing of each other, so people may agree less.
-The sheet is a JPEG, for its size: of 1,644 answers of the judge two are others than of the pictures as they were drawn.
+The sheet is a JPEG, for its size; the judge is measured on these very pixels.
 """
 
 from pathlib import Path
