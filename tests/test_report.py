@@ -356,7 +356,8 @@ class Browser:
 
         flags = (
             "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-            "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-port=0"
+            "--disable-component-update --disable-sync --disable-dev-shm-usage --remote-debugging-port=0 "
+            "--allow-pre-commit-input"  # else a click before the first frame is dropped
         )
         self.process = subprocess.Popen(
             [CHROMIUM, *flags.split(), f"--user-data-dir={profile}", "about:blank"],
