@@ -184,6 +184,12 @@ def test_the_labelled_pictures_are_whole_and_two_passes_agree():
     assert sum(p.stat().st_size for p in labels.FOLDER.iterdir()) <= 1.5e6
 
 
+def test_the_card_has_the_judges_agreement_with_the_labels(card):
+    said = {row["name"]: (row["value"], row["n"]) for row in card["numbers"]}
+    for name, value, _, n in labels.card_rows(Judge.load()):
+        assert said[name] == (pytest.approx(value, abs=0.01), n), name  # another processor, another rounding
+
+
 def test_agreement_counts_clear_answers_alone():
     first = pd.DataFrame({q: ["yes", "no", "yes", labels.UNCLEAR] for q in labels.QUESTIONS})
     second = pd.DataFrame({q: ["yes", "yes", labels.UNCLEAR, "no"] for q in labels.QUESTIONS})
