@@ -28,6 +28,7 @@ from ibkit.adapt import Adapted
 from ibkit.data.prompts import Prompt, training_prompts
 from ibkit.data.subject import PersonalizedSubject, demo_subject, world_photos
 from ibkit.errors import ParameterError
+from ibkit.evaluate.tunings import arm_shares, read_arms
 from ibkit.methods.class_images import class_images
 from ibkit.methods.engine.objectives import RewardSpec
 from ibkit.methods.records import METHODS, Job
@@ -149,18 +150,6 @@ def run_arm(
     shutil.rmtree(work, ignore_errors=True)
 
 
-def read(folder: Path) -> pd.DataFrame:
-    """All pictures that are there, with subject, arm ("start" among them) and RL seed."""
-    tables = []
-    for path in sorted(folder.glob("*.csv")):
-        if path.stem.endswith("-history"):
-            continue
-        noun, arm, *seed = path.stem.replace("_", " ").split("-")
-        table = pd.read_csv(path, keep_default_na=False)
-        tables.append(table.assign(subject=noun, arm=arm, rl_seed=int(seed[0]) if seed else -1))
-    return pd.concat(tables, ignore_index=True)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
@@ -184,16 +173,14 @@ def main() -> int:
                         noun, arm, seed, arguments.out, arguments.pictures, arguments.epochs, arguments.start,
                         arguments.steps,
                     )  # fmt: skip
-    rows = read(arguments.out)
+    rows = read_arms(arguments.out)
     named = rows[rows["identifier"]].assign(both=lambda table: table["shown"] * table["same_subject"])
     columns = ["shown", "pose", "things", "same_subject", "both", "subject_score"]
     with pd.option_context("display.max_rows", None, "display.max_columns", None, "display.width", 160):
         print(named.groupby(["subject", "arm", "phrase"])[columns].mean().round(2))
-        print(by_seed := named.groupby(["subject", "arm", "rl_seed"])[columns].mean().round(2))
+        print(named.groupby(["subject", "arm", "rl_seed"])[columns].mean().round(2))
         print("\nmean over RL seeds, lowest and highest seed:")
-        print(
-            by_seed[["shown", "same_subject", "both"]].groupby(["subject", "arm"]).agg(["mean", "min", "max"]).round(2)
-        )
+        print(arm_shares(rows).round(2))
     return 0
 
 

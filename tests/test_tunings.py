@@ -6,8 +6,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from benchmarks.arms import read
-from ibkit.evaluate.tunings import KEYS, hacked, pareto_front, tuning_costs
+from ibkit.evaluate.tunings import KEYS, arm_shares, hacked, pareto_front, read_arms, tuning_costs
 
 
 def curve(arm, shown, above, tune_seed=0):
@@ -54,21 +53,61 @@ def test_the_front_by_hand(means, front):
     assert pareto_front(table, "judge_activity", "judge_identity") == front
 
 
-def test_how_to_choose_says_what_the_committed_tables_say():
-    """The table of notebook 12 and the two moments of DRaFT that it tells of."""
-    root = Path(__file__).parents[1]
-    text = (root / "notebooks/12_compare_rl.ipynb").read_text(encoding="utf-8")
-    rows = pd.concat(map(read, (root / "outputs/reference/objectives", root / "outputs/reference/tunings")))
-    rows = rows[rows["identifier"]].drop_duplicates()  # both folders have the cat's start
-    means = 100 * rows.groupby(["arm", "subject"])[["shown", "same_subject"]].mean()
-    named = {"the start": "start", "DDPO, text": "text", "DDPO, text and `subject`": "text and subject"}
-    named |= {"DDPO, text and DINO": "text and DINO", "DRaFT, its preset": "DRaFT", "DRaFT, past its end": "DRaFT long"}
-    for label, arm in named.items():
-        said = re.search(rf"\| {re.escape(label)} \| \d+ \| (.*?) \| (.*?) \|", text)
-        for subject, cell in zip(("cat", "dog"), said.groups(), strict=True):
-            if cell != "–":
-                assert [float(n) for n in cell.split(" / ")] == means.loc[arm, subject].round().tolist()
-    history = pd.read_csv(root / "outputs/reference/tunings/cat-DRaFT_long-0-history.csv")
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def shares():
+    return 100 * arm_shares(read_arms(*(ROOT / "outputs/reference" / name for name in ("objectives", "tunings"))))
+
+
+def test_shares_are_of_seeds_and_a_picture_counts_once(tmp_path):
+    pictures = pd.DataFrame({"identifier": [True, True, False], "shown": [1, 0, 0], "same_subject": [1, 1, 0]})
+    for folder, name in (("a", "cat-start"), ("a", "cat-text-0"), ("b", "cat-start"), ("b", "cat-text_and_DINO-1")):
+        (tmp_path / folder).mkdir(exist_ok=True)
+        pictures.to_csv(tmp_path / folder / f"{name}.csv", index=False)
+    pictures.assign(shown=1).to_csv(tmp_path / "a" / "cat-text-1.csv", index=False)
+    pictures.to_csv(tmp_path / "a" / "cat-text-1-history.csv", index=False)
+    found = read_arms(tmp_path / "a", tmp_path / "b")
+    assert found.groupby(["arm", "rl_seed"]).size().to_dict() == {
+        ("start", -1): 3, ("text", 0): 3, ("text", 1): 3, ("text and DINO", 1): 3
+    }  # fmt: skip
+    of = arm_shares(found).loc[("cat", "text")]
+    assert of["shown"].tolist() == [0.75, 0.5, 1.0] and of["both"].tolist() == [0.75, 0.5, 1.0]
+
+
+def test_readme_says_what_the_arms_tables_say(shares):
+    text, subject = (ROOT / "README.md").read_text(encoding="utf-8"), ""
+    names = {"LoRA DreamBooth": "start", "RL, text alone": "text", "RL, text and subject": "text and subject"}
+    names |= {"RL, text and DINO": "text and DINO"}
+    lines = text[text.index("| both in one picture |") :].splitlines()[2:10]
+    for line in lines:
+        label, *cells = (cell.strip() for cell in line.strip("|").split("|"))
+        subject = label.split(",")[0] if "LoRA DreamBooth" in label else subject
+        arm = names[label.removeprefix(f"{subject}, ")]
+        for cell, column in zip(cells, ("shown", "same_subject", "both"), strict=True):
+            said = [int(n) for n in re.findall(r"\d+", cell)]
+            assert said == shares.loc[(subject, arm), column].round().tolist()[: len(said)], line
+    assert len(lines) == 8
+    mean = shares.xs("mean", axis=1, level=1).loc["cat"].round().astype(int).astype(str)
+    draft, long, start, ddpo = (mean.loc[arm] for arm in ("DRaFT", "DRaFT long", "start", "text"))
+    flat = " ".join(text.split())
+    assert f"from {start['shown']} to {draft['shown']} % of the pictures and keeps the subject in" in flat
+    assert (
+        f"in {draft['same_subject']} % (two seeds; DDPO's 20 epochs: {ddpo['shown']} and {ddpo['same_subject']} %)"
+        in flat
+    )
+    assert f"hacked to {long['shown']} and {long['same_subject']} %" in flat
+
+
+def test_how_to_choose_says_what_the_committed_tables_say(shares):
+    """The gains of notebook 12, and the two moments of DRaFT that it tells of."""
+    text = (ROOT / "notebooks/12_compare_rl.ipynb").read_text(encoding="utf-8")
+    means = shares.xs("mean", axis=1, level=1).unstack("subject")
+    gained, lost = (means.loc["text", column] - means.loc["start", column] for column in ("shown", "same_subject"))
+    assert f"won {gained['cat']:.0f} and {gained['dog']:.0f} points of text and lost one" in text
+    assert lost.round().tolist() == [-1, -1]
+    history = pd.read_csv(ROOT / "outputs/reference/tunings/cat-DRaFT_long-0-history.csv")
     history.index = history["pictures"].cumsum()
     for pictures, shown, same in ((384, 92, 92), (624, 21, 4)):
         found = 100 * history.loc[pictures, ["judge_activity", "judge_identity"]]

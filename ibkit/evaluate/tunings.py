@@ -1,6 +1,7 @@
 """Tunings side by side: curves by pictures and by seconds, costs, who is hacked, and the front of text and subject."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pandas as pd
 
@@ -81,3 +82,26 @@ def pareto_front(means: pd.DataFrame, text: str, subject: str) -> list[str]:
         if not (as_good & better).any():
             front.append(str(arm))
     return front
+
+
+def read_arms(*folders: Path) -> pd.DataFrame:
+    """Tables of `benchmarks.arms`, a row a picture: what they hold, subject, arm ("start" is the personalized model
+    that all arms of a subject train) and rl_seed (-1 of the start). What several folders have counts once.
+    """
+    found = {}
+    for path in (path for folder in folders for path in sorted(folder.glob("*.csv"))):
+        if not path.stem.endswith("-history"):
+            noun, arm, *seed = path.stem.replace("_", " ").split("-")
+            table = pd.read_csv(path, keep_default_na=False)
+            found[path.stem] = table.assign(subject=noun, arm=arm, rl_seed=int(seed[0]) if seed else -1)
+    return pd.concat(found.values(), ignore_index=True)
+
+
+def arm_shares(pictures: pd.DataFrame) -> pd.DataFrame:
+    """Shares of the pictures with the identifier, from `read_arms`: shown, same_subject and both, for each subject and
+    arm the mean over RL seeds, and the lowest and highest of them (columns mean, min, max).
+    """
+    named = pictures[pictures["identifier"]].assign(both=lambda table: table["shown"] * table["same_subject"])
+    by_seed = named.groupby(["subject", "arm", "rl_seed"], sort=False)[["shown", "same_subject", "both"]].mean()
+    shares = by_seed.groupby(["subject", "arm"], sort=False).agg(["mean", "min", "max"])
+    return shares.sort_index(level="subject", sort_remaining=False, kind="stable")
