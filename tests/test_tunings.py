@@ -1,12 +1,16 @@
 """Tunings side by side: sums, hacking by hand, the front."""
 
+import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pandas as pd
 import pytest
 
-from ibkit.evaluate.tunings import KEYS, arm_shares, hacked, pareto_front, read_arms, tuning_costs
+from ibkit.evaluate import figures
+from ibkit.evaluate.arms import arms_of
+from ibkit.evaluate.tunings import KEYS, arm_plane, arm_shares, hacked, pareto_front, read_arms, tuning_costs
 
 
 def curve(arm, shown, above, tune_seed=0):
@@ -76,6 +80,17 @@ def test_shares_are_of_seeds_and_a_picture_counts_once(tmp_path):
     assert of["shown"].tolist() == [0.75, 0.5, 1.0] and of["both"].tolist() == [0.75, 0.5, 1.0]
 
 
+def test_the_plane_has_a_cross_an_arm(shares):
+    cat, dog = arm_plane(shares / 100).axes
+    assert (cat.get_title(loc="left"), dog.get_title(loc="left")) == ("cat", "dog")
+    crosses = {c.get_label(): c[0].get_xydata()[0] for c in cat.containers}
+    assert set(crosses) == {"start", "text", "text and DINO", "text and subject", "DRaFT", "DRaFT long"}
+    assert crosses["text"].round(4).tolist() == [0.8778, 0.7472]
+    [upright], [level] = (bars.get_segments() for bars in cat.containers[1][2])
+    ends = [*level[:, 0], *upright[:, 1]] if level[0, 0] != level[1, 0] else [*upright[:, 0], *level[:, 1]]
+    assert [round(end, 4) for end in ends] == [0.8, 0.9583, 0.6917, 0.7917]
+
+
 def test_readme_says_what_the_arms_tables_say(shares):
     text, subject = (ROOT / "README.md").read_text(encoding="utf-8"), ""
     names = {"LoRA DreamBooth": "start", "RL, text alone": "text", "RL, text and subject": "text and subject"}
@@ -98,6 +113,24 @@ def test_readme_says_what_the_arms_tables_say(shares):
         in flat
     )
     assert f"hacked to {long['shown']} and {long['same_subject']} %" in flat
+
+
+def test_notebook_12_takes_several_subjects_and_arms_in_any_order(monkeypatch):
+    """Its cells of curves: a line a training over seconds, since no two take the same; each mean is of one training."""
+    both = [one.assign(subject=noun) for noun in ("dog", "cat") for one in (ROSE, FELL, ROSE.assign(tune_seed=1))]
+    curves = pd.concat(both, ignore_index=True).assign(reward=0.0, judge_identity=1.0)
+    monkeypatch.setattr("ibkit.evaluate.tunings.tuning_curves", lambda runs: curves.copy())
+    notebook = json.loads((ROOT / "notebooks/12_compare_rl.ipynb").read_text(encoding="utf-8"))
+    sources = ["".join(cell["source"]) for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    run = SimpleNamespace(write_table=lambda name, table: None, save_figure=lambda name, figure, data: None)
+    names = {"evaluated": [], "run": run, "figures": figures, "looks": arms_of(set(curves["arm"]))}
+    for word in ("tuning_curves([", "Learning curves"):
+        (source,) = (source for source in sources if word in source)
+        exec(compile(source, word, "exec"), names)
+    lines = [sum(len(line.get_xdata()) > 0 for line in axis.lines) for axis in names["figure"].axes]
+    assert lines == [2, 2, 2, 6, 6, 6]
+    own = names["smooth"].groupby(KEYS)["judge_activity"].first()
+    assert (own == curves.groupby(KEYS)["judge_activity"].first()).all()
 
 
 def test_how_to_choose_says_what_the_committed_tables_say(shares):

@@ -4,8 +4,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from ibkit.adapt import Adapted
+from ibkit.evaluate.figures import house_figure
 from ibkit.evaluate.score import RUN_KINDS
 from ibkit.evaluate.stats import METRICS
 from ibkit.runs import CompletedRun, input_of
@@ -105,3 +107,17 @@ def arm_shares(pictures: pd.DataFrame) -> pd.DataFrame:
     by_seed = named.groupby(["subject", "arm", "rl_seed"], sort=False)[["shown", "same_subject", "both"]].mean()
     shares = by_seed.groupby(["subject", "arm"], sort=False).agg(["mean", "min", "max"])
     return shares.sort_index(level="subject", sort_remaining=False, kind="stable")
+
+
+def arm_plane(shares: pd.DataFrame) -> Figure:
+    """A panel a subject, from `arm_shares`: a cross an arm, from the lowest to the highest seed of both shares."""
+    nouns = shares.index.unique("subject")
+    with house_figure(4.5 * len(nouns), 3.9, "What is measured so far") as figure:
+        for axis, noun in zip(figure.subplots(1, len(nouns), sharey=True, squeeze=False)[0], nouns, strict=True):
+            for arm, row in shares.loc[noun].iterrows():
+                (x, *across), (y, *along) = (row[column] for column in ("same_subject", "shown"))
+                errors = [[[mean - low], [high - mean]] for mean, (low, high) in ((y, along), (x, across))]
+                axis.errorbar(x, y, *errors, label=arm, fmt="o", ms=4)
+            axis.set(xlabel="same subject", ylabel="prompt shown", title=noun, xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
+            axis.legend(fontsize=8, loc="center left")
+    return figure
