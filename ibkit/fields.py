@@ -28,6 +28,7 @@ def field(
     low: float | None = None,
     high: float | None = None,
     choices: tuple = (),
+    may_be_empty: bool = False,
 ) -> Any:
     """Declare a field of a dataclass.
 
@@ -38,8 +39,10 @@ def field(
         low: smallest number allowed, inclusive.
         high: largest number allowed, inclusive.
         choices: the texts allowed; empty when any is.
+        may_be_empty: whether a text or list may be empty although its default is not.
     """
     metadata = {"help": help, "source": source, "low": low, "high": high, "choices": choices}
+    metadata["may_be_empty"] = may_be_empty or default in ("", [])
     if isinstance(default, list | dict):
         return dataclasses.field(default_factory=lambda: type(default)(default), metadata=metadata)
     return dataclasses.field(default=default, metadata=metadata)
@@ -57,6 +60,7 @@ class Field:
     low: float | None = None
     high: float | None = None
     choices: tuple[str, ...] = ()
+    may_be_empty: bool = False
     items: type | None = None  # of a list
 
     @property
@@ -68,8 +72,8 @@ class Field:
             bool: "True or False",
             int: "a whole number",
             float: "a number",
-            str: "a text" if self.default == "" else "a text that is not empty",
-            list: ("a list of one or more " if self.default else "a list of ")
+            str: "a text" if self.may_be_empty else "a text that is not empty",
+            list: ("a list of " if self.may_be_empty else "a list of one or more ")
             + ("whole numbers" if self.items is int else "texts that are not empty"),
             tuple: f"a list of {len(self.default) if self.type is tuple else 0} numbers",
             dict: "a table of names and values, such as {'n_steps': 400}",
@@ -81,7 +85,8 @@ class Field:
     def check(self, value: Any) -> Any:
         """Return `value` in the field's own type; raise ValueError when it is not allowed."""
         value = self._typed(value)
-        if self.default and self.type in (str, list) and not (value.strip() if self.type is str else value):
+        empty = self.type in (str, list) and not (value.strip() if self.type is str else value)
+        if empty and not self.may_be_empty:
             raise ValueError(value)
         if self.choices and value not in self.choices:
             raise ValueError(value)

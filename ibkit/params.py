@@ -255,7 +255,9 @@ class Baselines(Common):
     """08_baselines: the systems that InstructBooth is compared with, side by side."""
 
     run_evaluate: list[str] = field([], "folders of finished 03 runs; empty = the newest")
-    second: str = field("dog", "class noun of a second pocket subject for one model of two; empty = leave that out")
+    second: str = field(
+        "dog", "class noun of a second pocket subject for one model of two; empty = leave that out", may_be_empty=True
+    )
     settings: dict = field(
         {}, "of Custom Diffusion for the two subjects, such as {'n_steps': 100}; the rest is the preset's"
     )
@@ -277,7 +279,9 @@ class HumanFeedback(Common):
     rater: str = field("", "who rates in this notebook, such as a nickname; empty = nobody does")
     ratings: list[str] = field([], "files of ratings, one or more a rater; empty = a simulated rater")
     reward_settings: dict = field({}, "of the learned reward, such as {'n_steps': 500}; the rest is its own")
-    arms: list[str] = field(["labelled", "scored", "pretrain"], "what to fine-tune; empty = the reward alone")
+    arms: list[str] = field(
+        ["labelled", "scored", "pretrain"], "what to fine-tune; empty = the reward alone", may_be_empty=True
+    )
     settings: dict = field({}, "of fine-tuning, such as {'n_steps': 100}; the rest is the preset's")
     second_round: bool = field(True, "rate and fine-tune once more, from the last arm")
 

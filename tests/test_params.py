@@ -6,9 +6,12 @@ import re
 import pytest
 
 from ibkit.errors import ParameterError
+from ibkit.fields import fields_of
+from ibkit.methods.records import METHODS
 from ibkit.model.sample import Sampler
 from ibkit.params import SCHEMAS, collect, make, schema
 from ibkit.presets import POCKET, SD15
+from ibkit.scorers import SCORERS
 
 
 def cell(notebook: str, **changes) -> dict:
@@ -35,6 +38,21 @@ def test_every_default_is_allowed_plain_and_explained(notebook):
         assert type(row.check(row.default)) is row.type
         assert row.type in (int, float, str, bool, list, dict)
         assert row.help and "\n" not in row.help
+
+
+def test_what_a_help_text_says_of_a_value_can_be_given():
+    """ "0 = the preset's", "empty = leave that out", of parameters, settings and options: such a value is allowed."""
+    rows = [(notebook, row) for notebook in SCHEMAS for row in schema(notebook)]
+    rows += [(name, row) for name, method in METHODS.items() for row in fields_of(method.settings)]
+    rows += [(name, row) for name in METHODS for row in fields_of(POCKET.settings(name))]  # its defaults are others
+    rows += [(name, row) for name, one in SCORERS.items() if one.options for row in fields_of(one.options)]
+    n_said = 0
+    for whose, row in rows:
+        for said in re.findall(r"(?:^|[ ;,(])(empty|-?\d+(?:\.\d+)?) = ", row.help):
+            value = row.type() if said == "empty" else row.type(float(said))
+            assert row.check(value) == value, (whose, row.name)
+            n_said += 1
+    assert n_said > 100
 
 
 def test_given_values_arrive():
