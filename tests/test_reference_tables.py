@@ -54,11 +54,14 @@ def test_the_readme_has_the_action_sets_table(capsys):
 def test_the_readme_has_the_table_of_the_personalizations():
     readme = (REFERENCE.parents[1] / "README.md").read_text(encoding="utf-8")
     compared = as_compared(check_scores(pd.read_csv(REFERENCE / "methods" / "scores.csv")))
-    nouns = list(compared["class_noun"].unique())
+    nouns = [noun for noun in compared["class_noun"].unique() if isinstance(noun, str)]
     shares = 100 * compared.groupby(["arm", "class_noun"])[["judge_text", "judge_identity"]].mean()
+    assert f"| prompt shown / same subject | {' | '.join(nouns)} | mean |" in readme
     for arm, label in {
         "lora_dreambooth": "DreamBooth (LoRA)", "custom_diffusion": "Custom Diffusion",
         "textual_inversion": "Textual Inversion", "neti": "NeTI",
     }.items():  # fmt: skip
-        rows = [shares.loc[(arm + more, noun)] for noun in nouns for more in ("", "+ddpo")]
-        assert f"| {label} | {' | '.join('{:.0f} / {:.0f} %'.format(*row) for row in rows)} |" in readme, label
+        for more, on_top in (("", ""), ("+ddpo", ", DDPO on top")):
+            rows = [shares.loc[(arm + more, noun)] for noun in nouns]
+            cells = ["{:.0f} / {:.0f} %".format(*row) for row in (*rows, sum(rows) / len(rows))]
+            assert f"| {label}{on_top} | {' | '.join(cells)} |" in readme, label
