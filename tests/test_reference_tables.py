@@ -65,3 +65,18 @@ def test_the_readme_has_the_table_of_the_personalizations():
             rows = [shares.loc[(arm + more, noun)] for noun in nouns]
             cells = ["{:.0f} / {:.0f} %".format(*row) for row in (*rows, sum(rows) / len(rows))]
             assert f"| {label}{on_top} | {' | '.join(cells)} |" in readme, label
+
+
+def test_the_page_of_human_feedback_has_its_tables():
+    page = (REFERENCE.parents[1] / "docs" / "methods" / "feedback.md").read_text(encoding="utf-8")
+    predicted = pd.read_csv(REFERENCE / "feedback" / "feedback_reward.csv").groupby("subset", sort=False)
+    drawn = pd.read_csv(REFERENCE / "feedback" / "feedback.csv")
+    shown = 100 * drawn.groupby(["subset", "arm"], sort=False)["judge_text"].mean().unstack()
+    columns = ["fulfilled", "CLIP score right", "reward right", "without prompts right"]
+    for subset, right in (100 * predicted[columns].mean()).iterrows():
+        label = "seen, new pictures" if subset == "seen" else subset
+        assert f"| {label} | {' | '.join(f'{share:.0f}' for share in right)} |" in page
+        arms = shown.loc[subset, ["base", "best_of_8", "labelled", "scored", "pretrain"]]
+        assert f"| {subset} | {' | '.join(f'{share:.0f}' for share in arms)} |" in page
+    seen, combination, thing = predicted["reward"].mean()
+    assert f"mean reward {seen:.2f} on seen, {combination:.1f} and {thing:.1f} on unseen" in page
