@@ -51,20 +51,47 @@ def test_the_readme_has_the_action_sets_table(capsys):
     assert round(100 * found["C2"]["value"]) == 45 and found["C2"]["low"] < 0 and found["C2"]["high"] > 0.9
 
 
+PERSONALIZATIONS = {
+    "lora_dreambooth": "DreamBooth (LoRA)", "custom_diffusion": "Custom Diffusion",
+    "textual_inversion": "Textual Inversion", "neti": "NeTI",
+}  # fmt: skip
+
+
+def judged(folder):
+    """Compared rows of a table of reference, with both shares in per cent."""
+    compared = as_compared(check_scores(pd.read_csv(REFERENCE / folder / "scores.csv")))
+    return compared.assign(text=100 * compared["judge_text"], same=100 * compared["judge_identity"])
+
+
 def test_the_readme_has_the_table_of_the_personalizations():
     readme = (REFERENCE.parents[1] / "README.md").read_text(encoding="utf-8")
-    compared = as_compared(check_scores(pd.read_csv(REFERENCE / "methods" / "scores.csv")))
+    compared = judged("methods")
     nouns = [noun for noun in compared["class_noun"].unique() if isinstance(noun, str)]
-    shares = 100 * compared.groupby(["arm", "class_noun"])[["judge_text", "judge_identity"]].mean()
+    shares = compared.groupby(["arm", "class_noun"])[["text", "same"]].mean()
     assert f"| prompt shown / same subject | {' | '.join(nouns)} | mean |" in readme
-    for arm, label in {
-        "lora_dreambooth": "DreamBooth (LoRA)", "custom_diffusion": "Custom Diffusion",
-        "textual_inversion": "Textual Inversion", "neti": "NeTI",
-    }.items():  # fmt: skip
+    for arm, label in PERSONALIZATIONS.items():
         for more, on_top in (("", ""), ("+ddpo", ", DDPO on top")):
             rows = [shares.loc[(arm + more, noun)] for noun in nouns]
             cells = ["{:.0f} / {:.0f} %".format(*row) for row in (*rows, sum(rows) / len(rows))]
             assert f"| {label}{on_top} | {' | '.join(cells)} |" in readme, label
+
+
+def test_the_readme_has_the_table_of_two_objectives():
+    readme = " ".join((REFERENCE.parents[1] / "README.md").read_text(encoding="utf-8").split())
+    of_one, of_two = judged("methods"), judged("two_objectives")
+    of_one = of_one[of_one["class_noun"] == "cat"]
+    one, two = (rows.groupby("arm")[["text", "same"]].mean() for rows in (of_one, of_two))
+    for arm, label in PERSONALIZATIONS.items():
+        assert one.loc[arm].tolist() == two.loc[arm].tolist()  # the same personalizations
+        cells = [
+            "{:.0f} / {:.0f} %".format(*row) for row in (one.loc[arm], one.loc[f"{arm}+ddpo"], two.loc[f"{arm}+ddpo"])
+        ]
+        assert f"| {label} | {' | '.join(cells)} |" in readme, label
+    same = of_two.groupby(["arm", "seed"])["same"].mean()
+    won = {arm: (same[f"{arm}+ddpo"] - same[arm]).round().astype(int).tolist() for arm in PERSONALIZATIONS}
+    assert "of Custom Diffusion {} and {} points with the two seeds".format(*won["custom_diffusion"]) in readme
+    assert "of NeTI {} and {},".format(*won["neti"]) in readme
+    assert "of Textual Inversion 32 and none" in readme and won["textual_inversion"] == [32, 0]
 
 
 def test_the_page_of_human_feedback_has_its_tables():
