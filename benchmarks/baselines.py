@@ -157,7 +157,7 @@ def main() -> int:
             else []
         )
         job = Job(Adapted.of(model), who, world_photos(world), method, 0, Path(), classes)
-        rows = config.batch * (2 if method == "custom_diffusion" else 1)
+        rows = config.batch * (2 if classes else 1)
         ratios, floors = [], []
         for _ in range(arguments.repeats):
             took, losses = {}, {}

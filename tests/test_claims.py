@@ -509,7 +509,7 @@ def test_a_main_run_its_stage_and_a_bare_folder_say_the_same(tmp_path):
 def test_folders_without_scores_are_refused(tmp_path):
     with pytest.raises(ScoreError, match="There is no run folder"):
         evaluate_claims(tmp_path / "nowhere")
-    with pytest.raises(ScoreError, match="holds no scores"):
+    with pytest.raises(ScoreError, match="holds no table that a claim reads: .* or one of changes.csv, description"):
         evaluate_claims(tmp_path)
     (tmp_path / "scores.csv").write_text("")
     with pytest.raises(ScoreError, match="not a readable CSV"):

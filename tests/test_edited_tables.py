@@ -9,7 +9,7 @@ import pytest
 from ibkit.cli import main
 from ibkit.data.protocols import read_protocol
 from ibkit.errors import ArtifactError, IbkitError, ParameterError
-from ibkit.evaluate.claims import check_evidence, evaluate_claims
+from ibkit.evaluate.claims import all_claims, check_evidence, evaluate_claims
 from ibkit.evaluate.columns import read_table
 from ibkit.evaluate.study.ratings import merge_ratings, read_ratings
 from ibkit.evaluate.study.votes import load_votes
@@ -53,6 +53,20 @@ def put(column, value):
 
 def twice(text):
     return text + text.splitlines()[2]
+
+
+@pytest.mark.parametrize("name", sorted(TABLES.keys() - {"scores.csv", "feedback.csv"}))
+def test_a_folder_of_one_notebook_has_its_claims_without_scores(tmp_path, name):
+    """`ibkit claims` on the run of 05, 06, 07, 09 or 14 alone, as these notebooks say at their end."""
+    TABLES[name]().to_csv(tmp_path / name, index=False)
+    files = {(claim.paper, claim.id): claim.file for claim in all_claims()}
+    found = {
+        files[claim.paper, claim.id]: claim for claim in evaluate_claims(tmp_path) if claim.verdict != "not tested"
+    }
+    assert set(found) == {name}
+    assert {c.reason for c in evaluate_claims(tmp_path) if c.id == "C1"} == {
+        "Needs scores.csv of notebook 03_evaluate."
+    }
 
 
 EDITS = [
@@ -135,8 +149,9 @@ def test_a_foreign_table_of_the_same_name_leaves_its_claim_untested(tmp_path):
     story().to_csv(tmp_path / "scores.csv", index=False)
     for file in ("changes.csv", "description.csv", "prompt_kinds.csv"):
         (tmp_path / file).write_text("version,what\n1.2,mended\n")
+    scored().to_csv(tmp_path / "feedback.csv", index=False)  # scores, but not of notebook 09
     reasons = {claim.id: claim.reason for claim in evaluate_claims(tmp_path)}
-    assert all("lacks its columns: run" in reasons[claim] for claim in ("C5", "C6", "C7"))
+    assert all("lacks its columns: run" in reasons[claim] for claim in ("C5", "C6", "C7", "L3", "L6", "L8"))
 
 
 # ------------------------------------------------------------------------------------------ ibkit tables --out

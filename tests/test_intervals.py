@@ -142,18 +142,6 @@ def test_rl_seeds_are_crossed_with_the_images():
     assert apart.high - apart.low == pytest.approx(2 * half, rel=0.12)
 
 
-def test_trainings_of_each_subject_are_nested_in_subjects():
-    # Four subjects, two trainings each, which differ widely: Student's interval of the four means, whatever the seeds.
-    rng = np.random.default_rng(0)
-    table, subjects = np.repeat(rng.normal(size=(2, 4)), 10, axis=1), np.repeat(np.arange(4), 10)
-    interval = mean_interval(table, subjects, seeds=[])
-    means = table[:, ::10].mean(axis=0)
-    half = textbook.t.ppf(0.975, 3) * means.std(ddof=1) / 2
-    assert interval.value == pytest.approx(means.mean()) and interval.n == 80
-    assert interval.high - interval.low == pytest.approx(2 * half, rel=0.06)
-    assert bounds(interval) == pytest.approx(bounds(mean_interval(table.mean(axis=0), subjects)), rel=1e-6)
-
-
 def test_rows_may_be_two_kinds_of_seeds():
     # Rows: two personalization seeds × two RL seeds each. Only the personalization differs.
     table = np.repeat([[0.0], [0.0], [1.0], [1.0]], 40, axis=1)

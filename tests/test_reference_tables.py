@@ -8,6 +8,7 @@ import pytest
 
 from ibkit.cli import main
 from ibkit.evaluate.stats import as_compared, check_scores
+from ibkit.scorers.base import POCKET_WEIGHTS
 
 REFERENCE = Path(__file__).parents[1] / "outputs" / "reference"
 GOLDEN = json.loads(Path(__file__).with_name("golden_reference.json").read_text(encoding="utf-8"))
@@ -57,13 +58,19 @@ PERSONALIZATIONS = {
 }  # fmt: skip
 
 
+def claims(capsys, folder, letter):
+    """The claims of one paper on a folder of reference, by id, as `ibkit claims --json` prints them."""
+    main(["claims", str(REFERENCE / folder), "--json"])
+    return {claim["id"]: claim for claim in json.loads(capsys.readouterr().out) if claim["id"].startswith(letter)}
+
+
 def judged(folder):
     """Compared rows of a table of reference, with both shares in per cent."""
     compared = as_compared(check_scores(pd.read_csv(REFERENCE / folder / "scores.csv")))
     return compared.assign(text=100 * compared["judge_text"], same=100 * compared["judge_identity"])
 
 
-def test_the_readme_has_the_table_of_the_personalizations():
+def test_the_readme_has_the_table_of_the_personalizations(capsys):
     readme = (REFERENCE.parents[1] / "README.md").read_text(encoding="utf-8")
     compared = judged("methods")
     nouns = [noun for noun in compared["class_noun"].unique() if isinstance(noun, str)]
@@ -74,6 +81,17 @@ def test_the_readme_has_the_table_of_the_personalizations():
             rows = [shares.loc[(arm + more, noun)] for noun in nouns]
             cells = ["{:.0f} / {:.0f} %".format(*row) for row in (*rows, sum(rows) / len(rows))]
             assert f"| {label}{on_top} | {' | '.join(cells)} |" in readme, label
+    # What is said below it: of seeds, and of the paper's order.
+    alone = shares.loc[[*PERSONALIZATIONS], "text"].unstack()
+    assert "custom_diffusion" not in set(alone.idxmax()) and "textual_inversion" not in set(alone.idxmin())
+    by_seed = compared.groupby(["arm", "class_noun", "seed"])[["text", "same"]].mean()
+    better = by_seed.loc["neti", "same"].unstack().diff(axis=1)[1]
+    assert f"by {better.min():.0f} to {better.max():.0f} points" in readme
+    cost = (by_seed.loc[[f"{arm}+ddpo" for arm in PERSONALIZATIONS], "same"].to_numpy()
+            - by_seed.loc[[*PERSONALIZATIONS], "same"].to_numpy()).reshape(len(PERSONALIZATIONS), -1)  # fmt: skip
+    assert cost.std(axis=1).mean() > cost.mean(axis=1).std()
+    verdicts = claims(capsys, "methods", "B")
+    assert len(verdicts) == 5 and {claim["verdict"] for claim in verdicts.values()} == {"undecided"}
 
 
 def test_the_readme_has_the_table_of_two_objectives():
@@ -94,7 +112,7 @@ def test_the_readme_has_the_table_of_two_objectives():
     assert "of Textual Inversion 32 and none" in readme and won["textual_inversion"] == [32, 0]
 
 
-def test_the_page_of_human_feedback_has_its_tables():
+def test_the_page_of_human_feedback_has_its_tables(capsys):
     page = (REFERENCE.parents[1] / "docs" / "methods" / "feedback.md").read_text(encoding="utf-8")
     predicted = pd.read_csv(REFERENCE / "feedback" / "feedback_reward.csv").groupby("subset", sort=False)
     drawn = pd.read_csv(REFERENCE / "feedback" / "feedback.csv")
@@ -105,5 +123,16 @@ def test_the_page_of_human_feedback_has_its_tables():
         assert f"| {label} | {' | '.join(f'{share:.0f}' for share in right)} |" in page
         arms = shown.loc[subset, ["base", "best_of_8", "labelled", "scored", "pretrain"]]
         assert f"| {subset} | {' | '.join(f'{share:.0f}' for share in arms)} |" in page
+    flat = " ".join(page.split())
     seen, combination, thing = predicted["reward"].mean()
-    assert f"mean reward {seen:.2f} on seen, {combination:.1f} and {thing:.1f} on unseen" in page
+    assert f"mean, {seen:.2f} on seen prompts, is {combination:.1f} and {thing:.1f} on unseen ones" in flat
+    verdicts = claims(capsys, "feedback", "L")
+    assert len(verdicts) == 8 and {claim["verdict"] for claim in verdicts.values()} == {"undecided"}
+    help, low, high = (100 * verdicts["L2"][key] for key in ("value", "low", "high"))
+    assert f"(L2: {help:.1f} [{low:.1f}, {high:+.1f}] points)" in flat
+    right = json.loads((POCKET_WEIGHTS / "counting" / "counting.json").read_text())["right"]
+    count, colour, place, everything = (100 * right[kind]["everything"] for kind in ("count", "colour", "place", "all"))
+    assert (
+        f"{count:.0f} % right for counts (the number always, the class in {100 * right['count']['class']:.0f} %" in flat
+    )
+    assert f"{colour:.0f} % for colours, {place:.0f} % for places, {everything:.0f} % for all three" in flat

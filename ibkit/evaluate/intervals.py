@@ -1,13 +1,13 @@
 """Intervals of means, differences and ratios, right also for few prompts, subjects and RL seeds.
 
-Images of one prompt resemble each other, so prompts and subjects are resampled, not images. Of one subject the seeds of
-trainings are *crossed* with them: base model and DreamBooth are sampled once and compared with every RL seed, on the
-same prompts and noise. Every crossed factor (subjects, prompts, seeds) is resampled on its own with all else fixed. A
-factor nested in another one with two levels or more is not resampled: the levels of the outer one already differ by all
-that varies within them (Davison and Hinkley 1997, §3.8; Field and Welsh 2007). The labels tell nested from crossed: a
-prompt that two subjects share is crossed with them. Of several subjects each has trainings of its own, so seeds are
-nested in subjects; that assumes that a seed's number does the same to no two of them (over the eight subjects of
-`outputs/reference/personalize` seeds 0 and 1 differ by at most 1.3 standard errors, in both axes and at every look).
+Images of one prompt resemble each other, so prompts and subjects are resampled, not images. RL seeds are *crossed* with
+them: base model and DreamBooth are sampled once and compared with every RL seed, on the same prompts and noise. Every
+crossed factor (subjects, prompts, seeds) is resampled on its own with all else fixed. A factor nested in another one
+with two levels or more is not resampled: the levels of the outer one already differ by all that varies within them
+(Davison and Hinkley 1997, §3.8; Field and Welsh 2007). The labels tell nested from crossed: a prompt that two subjects
+share is crossed with them. Seeds are crossed with subjects, too, although each subject has trainings of its own: a
+seed's number gives all of them the same initial weights and noise, and it shows (in `outputs/reference/methods` NeTI's
+seed 1 holds each of four subjects better than seed 0). So two seeds decide little over any number of subjects.
 
 With G levels the variance of a resample is (G − 1)/G of what it should be, and its tails are normal. So each resample's
 deviation is multiplied by √(G/(G − 1)) · √((G − 1)/χ²), χ² drawn with G − 1 degrees of freedom. For a mean that makes
@@ -68,8 +68,7 @@ def mean_interval(
         values: scores, shape (N,), or (S, N) when the same N units were scored under each of S RL seeds; NaN marks a
             cell that was not measured. Shares are scores that are all 0, ½ or 1.
         groups: group labels of the N units, such as prompts, or subjects and prompts; None resamples images.
-        seeds: labels of the S rows, such as personalizations and tunings; None: every row is a seed; no labels: what
-            differs between rows is nested in the groups, as each subject's own trainings are.
+        seeds: labels of the S rows, such as personalizations and tunings; None: every row is a seed.
         n_resamples: R.
         level: nominal coverage.
         seed: makes the interval repeatable.
@@ -212,8 +211,7 @@ class _Data:
         self.n_scores = max(int(np.isfinite(matrix).sum()) for matrix in matrices.values())
         self.unit_factors = _crossed([pd.factorize(codes[valid])[0] for codes in labels], self.n_units)
         self.n_seeds = max(map(len, matrices.values()))
-        nested = seeds is not None and not len(seeds)  # type: ignore[arg-type]
-        self.seed_factors = [] if nested else _crossed(_label_codes(seeds, self.n_seeds), self.n_seeds)
+        self.seed_factors = _crossed(_label_codes(seeds, self.n_seeds), self.n_seeds)
         self.n_groups = min((codes.max() + 1 for codes in self.unit_factors), default=self.n_units)
 
     def interval(

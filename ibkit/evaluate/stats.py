@@ -236,12 +236,7 @@ def unit_groups(units: pd.DataFrame) -> list[np.ndarray]:
 
 
 def seed_groups(*tables: pd.DataFrame) -> list[np.ndarray]:
-    """Labels of the trainings of the table with the most: personalizations, and the tunings within them. None where
-    there are several subjects, in which trainings are nested.
-    """
-    units = tables[0].columns
-    if "subject" in units.names and units.get_level_values("subject").nunique() > 1:
-        return []
+    """Labels of the trainings of the table with the most: personalizations, and the tunings within them."""
     index = max((table.index for table in tables), key=len)
     return [index.get_level_values("seed").to_numpy(), index.map(str).to_numpy()]
 

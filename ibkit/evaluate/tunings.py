@@ -7,6 +7,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from ibkit.adapt import Adapted
+from ibkit.evaluate.arms import COLOURS, MARKERS
 from ibkit.evaluate.figures import house_figure
 from ibkit.evaluate.score import RUN_KINDS
 from ibkit.evaluate.stats import METRICS
@@ -111,13 +112,14 @@ def arm_shares(pictures: pd.DataFrame) -> pd.DataFrame:
 
 def arm_plane(shares: pd.DataFrame) -> Figure:
     """A panel a subject, from `arm_shares`: a cross an arm, from the lowest to the highest seed of both shares."""
-    nouns = shares.index.unique("subject")
+    nouns, order = shares.index.unique("subject"), [*shares.index.unique("arm")]
     with house_figure(4.5 * len(nouns), 3.9, "What is measured so far") as figure:
         for axis, noun in zip(figure.subplots(1, len(nouns), sharey=True, squeeze=False)[0], nouns, strict=True):
             for arm, row in shares.loc[noun].iterrows():
+                look = order.index(arm) % len(COLOURS)
                 (x, *across), (y, *along) = (row[column] for column in ("same_subject", "shown"))
                 errors = [[[mean - low], [high - mean]] for mean, (low, high) in ((y, along), (x, across))]
-                axis.errorbar(x, y, *errors, label=arm, fmt="o", ms=4)
+                axis.errorbar(x, y, *errors, label=arm, color=COLOURS[look], fmt=MARKERS[look], ms=6)
             axis.set(xlabel="same subject", ylabel="prompt shown", title=noun, xlim=(-0.05, 1.05), ylim=(-0.05, 1.05))
             axis.legend(fontsize=8, loc="center left")
     return figure

@@ -200,26 +200,35 @@ def evaluate_claims(run_or_folder: str | Path, arms: Mapping[str, str] | None = 
         arms: role -> arm, instead of the paper's arm or of what `stand_ins` finds.
 
     Raises:
-        ScoreError: there are no scores in the folder, or a table is malformed.
+        ScoreError: there is no table in the folder that a claim reads, or one is malformed.
         ArtifactError: the run is incomplete, or a file was altered.
         ParameterError: no claim has that role.
     """
-    tables = {SCORES: load_scores(run_or_folder)}
-    for file, notebook in evidence_files().items():
-        if file != SCORES and (table := _find_table(Path(run_or_folder), notebook, file)) is not None:
+    folder, tables = _existing(run_or_folder), {}
+    for file, notebook in (evidence_files() | {SCORES: "03_evaluate"}).items():
+        if (table := _find_table(folder, notebook, file)) is not None:
             tables[file] = table
+    if not tables:
+        raise ScoreError(
+            f"{folder} holds no table that a claim reads: expected 03_evaluate/scores.csv of a finished run, or one of "
+            f"{', '.join(sorted(evidence_files()))}."
+        )
     return claims_from(tables, arms)
 
 
 def load_scores(run_or_folder: str | Path) -> pd.DataFrame:
     """Read and check the tidy score table of a run; see `evaluate_claims` for what a folder may be."""
-    folder = Path(run_or_folder)
-    if not folder.is_dir():
-        raise ScoreError(f"There is no run folder {folder}: finish a run first, or give the path of one.")
+    folder = _existing(run_or_folder)
     table = _find_table(folder, "03_evaluate", SCORES)
     if table is None:
         raise ScoreError(f"{folder} holds no scores: expected 03_evaluate/scores.csv of a finished run, or scores.csv.")
     return table
+
+
+def _existing(folder: str | Path) -> Path:
+    if not Path(folder).is_dir():
+        raise ScoreError(f"There is no run folder {folder}: finish a run first, or give the path of one.")
+    return Path(folder)
 
 
 def _find_table(folder: Path, notebook: str, file: str) -> pd.DataFrame | None:

@@ -51,6 +51,8 @@ def on_prompts(
 ) -> Outcome:
     """The treatment's pictures minus the control's, on the same prompts: all, or those of one subset."""
     scores = check_scores(table, claim.file)
+    if not {"subset", metric} <= set(scores.columns):
+        raise CannotTest(f"{claim.file} lacks its columns: run 09_human_feedback again.")
     if subset:
         scores = scores[scores["subset"] == subset]
     drawn = set(scores["arm"])
